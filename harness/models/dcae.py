@@ -1,0 +1,234 @@
+"""DCAE: the deep-compression autoencoder that turns frames into latents and back.
+
+Checkpoints weight-normalise every convolution; here convolutions are plain and the loader folds the norm
+(:func:`harness.models.checkpoint.fold_weight_norm`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP_CHANNELS = 16
+"""Channels per group of a residual block's 3×3 convolution."""
+
+
+@dataclass
+class DCAEConfig:
+    """Shape of a DCAE. Field names are those of upstream ``model:`` YAML sections.
+
+    ``sample_size`` is (height, width) of a frame. Channels double from ``ch_0`` at the frame to at most ``ch_max`` at
+    the latent, one stage per entry of ``*_blocks_per_stage``; both lists are read from the latent side.
+    """
+
+    model_id: str = "dcae"
+    sample_size: list[int] = field(default_factory=lambda: [360, 640])
+    channels: int = 3
+    latent_size: int = 8
+    latent_channels: int = 128
+    ch_0: int = 96
+    ch_max: int = 1536
+    encoder_blocks_per_stage: list[int] = field(default_factory=lambda: [1, 1, 1, 1, 1, 1])
+    decoder_blocks_per_stage: list[int] = field(default_factory=lambda: [1, 1, 1, 1, 1, 1])
+    use_middle_block: bool = False
+
+    def widths(self, stages: int) -> list[int]:
+        """Output channels of each of ``stages`` stages, from the latent side."""
+        return [min(self.ch_0 * 2**i, self.ch_max) for i in reversed(range(stages))]
+
+    @property
+    def is_16_9(self) -> bool:
+        """Whether frames are 16:9 and so decoded square, then resized."""
+        height, width = self.sample_size
+        return abs(width / height - 16 / 9) < 0.01
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` listing every field that describes an autoencoder this package cannot build."""
+        problems = []
+        if len(self.sample_size) != 2 or min(self.sample_size) < 1:
+            problems.append(f"sample_size={list(self.sample_size)}: give [height, width]")
+        if self.ch_max % self.latent_channels:
+            problems.append(f"ch_max={self.ch_max} is not a multiple of latent_channels={self.latent_channels}")
+        widths = [self.ch_max, *self.widths(len(self.decoder_blocks_per_stage))]
+        problems += [
+            f"a stage from {wide} to {narrow} channels: each stage must halve them or keep them"
+            for wide, narrow in zip(widths, widths[1:], strict=False)
+            if wide not in (narrow, 2 * narrow)
+        ]
+        if any(2 * width % GROUP_CHANNELS for width in widths):
+            problems.append(f"channels {widths}: twice each must be divisible by {GROUP_CHANNELS}")
+        if not problems and not self.is_16_9:
+            side = self.latent_size * 2 ** len(self.decoder_blocks_per_stage)
+            if list(self.sample_size) != [side, side]:
+                problems.append(
+                    f"sample_size={list(self.sample_size)}: {len(self.decoder_blocks_per_stage)} stages over latent "
+                    f"size {self.latent_size} give {side}×{side}"
+                )
+        if problems:
+            raise ValueError("DCAE config: " + "; ".join(problems))
+
+
+class ResBlock(nn.Module):
+    """1×1 widening, grouped 3×3, 1×1 narrowing, plus the input."""
+
+    def __init__(self, ch: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ch, 2 * ch, 1)
+        self.conv2 = nn.Conv2d(2 * ch, 2 * ch, 3, padding=1, groups=2 * ch // GROUP_CHANNELS)
+        self.conv3 = nn.Conv2d(2 * ch, ch, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch, h, w]`` to the same shape."""
+        hidden = F.leaky_relu(self.conv1(x), 0.01)
+        return x + self.conv3(F.leaky_relu(self.conv2(hidden), 0.01))
+
+
+class Resample(nn.Module):
+    """Bicubic resampling by 2 with a 1×1 projection (absent when channels stay) on the latent-facing side's width."""
+
+    def __init__(self, ch_in: int, ch_out: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        if ch_in != ch_out:
+            self.proj = nn.Conv2d(ch_in, ch_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch_in, h, w]`` to ``[B, ch_out, scale*h, scale*w]``."""
+        if hasattr(self, "proj"):
+            x = self.proj(x)
+        return F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False, antialias=False)
+
+
+class UpStage(nn.Module):
+    """Doubles the side: resample and residual blocks, beside a pixel-shuffle shortcut."""
+
+    def __init__(self, ch_in: int, ch_out: int, blocks: int) -> None:
+        super().__init__()
+        self.up = Resample(ch_in, ch_out, 2)
+        self.blocks = nn.ModuleList(ResBlock(ch_out) for _ in range(blocks))
+        self.tiles = 4 * ch_out // ch_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch_in, h, w]`` to ``[B, ch_out, 2h, 2w]``."""
+        shortcut = F.pixel_shuffle(x, 2).repeat(1, self.tiles, 1, 1)
+        x = self.up(x)
+        for block in self.blocks:
+            x = block(x)
+        return x + shortcut
+
+
+class ResizedOutput(nn.Module):
+    """The output convolution of 16:9 models: 3×3 to RGB, then a bicubic resize to the frame."""
+
+    def __init__(self, ch: int, channels: int, size: list[int]) -> None:
+        super().__init__()
+        self.size = tuple(size)
+        self.proj = nn.Conv2d(ch, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch, s, s]`` to ``[B, channels, h, w]``."""
+        return F.interpolate(self.proj(x), size=self.size, mode="bicubic", align_corners=False, antialias=False)
+
+
+class MiddleBlock(nn.Module):
+    """Residual blocks at the latent's resolution."""
+
+    def __init__(self, ch: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(ch) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch, h, w]`` to the same shape."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class DCAEDecoder(nn.Module):
+    """Latents to frames.
+
+    Raises:
+        ValueError: if ``cfg`` describes a decoder that cannot be built.
+    """
+
+    def __init__(self, cfg: DCAEConfig) -> None:
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg
+        stages = cfg.decoder_blocks_per_stage
+        widths = [cfg.ch_max, *cfg.widths(len(stages))]
+        self.conv_in = nn.Conv2d(cfg.latent_channels, cfg.ch_max, 1)
+        self.repeats = cfg.ch_max // cfg.latent_channels
+        if cfg.use_middle_block:
+            self.middle_block = MiddleBlock(cfg.ch_max, stages[-1])
+        self.blocks = nn.ModuleList(
+            UpStage(wide, narrow, count) for wide, narrow, count in zip(widths, widths[1:], stages, strict=False)
+        )
+        self.conv_out: nn.Module
+        if cfg.is_16_9:
+            self.conv_out = ResizedOutput(cfg.ch_0, cfg.channels, cfg.sample_size)
+        else:
+            self.conv_out = nn.Conv2d(cfg.ch_0, cfg.channels, 3, padding=1, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map latents ``[B, Cz, s, s]`` (model latents times ``vae_scale``) to RGB ``[B, 3, h, w]`` in [-1, 1]."""
+        x = self.conv_in(z) + z.repeat(1, self.repeats, 1, 1)
+        if self.cfg.use_middle_block:
+            x = self.middle_block(x)
+        for stage in self.blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(x))
+
+
+class DownStage(nn.Module):
+    """Halves the side: residual blocks and a resample, beside a pixel-unshuffle shortcut. Mirrors :class:`UpStage`."""
+
+    def __init__(self, ch_in: int, ch_out: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(ch_in) for _ in range(blocks))
+        self.down = Resample(ch_in, ch_out, 0.5)
+        self.merge = 4 * ch_in // ch_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch_in, h, w]`` to ``[B, ch_out, h/2, w/2]``."""
+        shortcut = F.pixel_unshuffle(x, 2).unflatten(1, (self.merge, -1)).mean(1)
+        for block in self.blocks:
+            x = block(x)
+        return self.down(x) + shortcut
+
+
+class DCAEEncoder(nn.Module):
+    """Frames to latents: the mirror image of the decoder, for square frames.
+
+    The published specification covers the decoder alone; this encoder is this package's own and serves the models it
+    trains. Raises ``ValueError`` for a 16:9 config, whose frames would first have to be made square.
+    """
+
+    def __init__(self, cfg: DCAEConfig) -> None:
+        super().__init__()
+        cfg.validate()
+        if cfg.is_16_9:
+            raise ValueError(f"DCAE encoder: sample_size={list(cfg.sample_size)} is 16:9; only square frames encode")
+        self.cfg = cfg
+        stages = cfg.encoder_blocks_per_stage
+        widths = [cfg.ch_max, *cfg.widths(len(stages))]
+        self.conv_in = nn.Conv2d(cfg.channels, cfg.ch_0, 3, padding=1)
+        pairs = list(zip(widths, widths[1:], stages, strict=False))
+        self.blocks = nn.ModuleList(DownStage(narrow, wide, count) for wide, narrow, count in reversed(pairs))
+        self.conv_out = nn.Conv2d(cfg.ch_max, cfg.latent_channels, 1)
+        self.merge = cfg.ch_max // cfg.latent_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map RGB ``[B, 3, h, w]`` in [-1, 1] to latents ``[B, Cz, s, s]`` (divide by ``vae_scale`` for the model)."""
+        x = self.conv_in(x)
+        for stage in self.blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(x)) + x.unflatten(1, (self.merge, -1)).mean(1)
+
+
+def to_frames(rgb: Tensor) -> Tensor:
+    """Map decoder output in [-1, 1] to float32 frames in [0, 1], clamped."""
+    return ((rgb.to(torch.float32) + 1) / 2).clamp(0, 1)

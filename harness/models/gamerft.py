@@ -1,0 +1,322 @@
+"""GameRFT: a causal diffusion transformer that renders game frames from keyboard and mouse.
+
+One frame is ``P = sample_size**2`` tokens. The model predicts a velocity (noise - data) per token. It knows neither
+caches nor quantisation: K and V go through an :class:`~harness.models.attention.Attend`, and every matrix product of
+a block is an ``nn.Linear`` that may be swapped from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.models.attention import Attend, BlockCausalAttention
+from harness.models.embeddings import MLP, ControlEmbedding, TimestepEmbedding
+from harness.models.rope import MotionRotary, OrthoRotary, apply_rotary
+
+RMS_EPS = 1.1920928955078125e-07
+"""float32 eps. ``F.rms_norm`` uses it by default for BF16 input too; explicit, so that fused kernels can match."""
+
+
+@dataclass
+class GameRFTConfig:
+    """Shape of a GameRFT. Field names are those of upstream ``model:`` YAML sections.
+
+    ``n_frames`` only sets the time scale of ``ortho`` RoPE; rollouts may be longer. ``cfg_prob`` (the training-time
+    chance of dropping the conditioning) is accepted and has no effect at inference.
+    """
+
+    model_id: str = "game_rft"
+    n_layers: int = 16
+    n_heads: int = 24
+    d_model: int = 1536
+    channels: int = 128
+    sample_size: int = 8
+    tokens_per_frame: int = 64
+    n_frames: int = 1536
+    n_buttons: int = 11
+    n_mouse_axes: int = 2
+    local_window: int | None = 16
+    global_window: int | None = None
+    local_idx: int = 4
+    rope_impl: str = "motion"
+    rope_ats_delta: float = 2.0
+    causal: bool = True
+    uncond: bool = False
+    cfg_prob: float = 0.0
+    backbone: str = "dit"
+    has_audio: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.d_model // self.n_heads
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` listing every field that describes a model this package cannot build."""
+        problems = []
+        positive = ("n_layers", "n_heads", "d_model", "channels", "sample_size", "n_frames", "local_idx")
+        problems += [f"{name}={getattr(self, name)}: must be at least 1" for name in positive if getattr(self, name) < 1]
+        problems += [
+            f"{name}={value}: must be at least 1 frame, or null for no limit"
+            for name in ("local_window", "global_window")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if not problems:
+            problems = self._shape_problems()
+        if self.rope_impl not in ("motion", "ortho"):
+            problems.append(f"rope_impl={self.rope_impl!r}: allowed are motion, ortho")
+        if self.backbone != "dit":
+            problems.append(f"backbone={self.backbone!r}: only dit is supported")
+        if self.has_audio:
+            problems.append("has_audio=true: audio is not supported; use a video-only checkpoint")
+        if self.n_mouse_axes != 2:
+            problems.append(f"n_mouse_axes={self.n_mouse_axes}: the mouse embedding takes 2 axes")
+        if problems:
+            raise ValueError("GameRFT config: " + "; ".join(problems))
+
+    def _shape_problems(self) -> list[str]:
+        problems = []
+        if self.d_model % self.n_heads:
+            problems.append(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
+        elif self.head_dim % 8:
+            problems.append(f"head size {self.head_dim} (d_model/n_heads) is not divisible by 8, as RoPE needs")
+        if self.tokens_per_frame != self.sample_size**2:
+            problems.append(
+                f"tokens_per_frame={self.tokens_per_frame} is not sample_size² = {self.sample_size**2}"
+            )
+        return problems
+
+
+class BlockModulation(NamedTuple):
+    """The conditioning vectors of one block, each ``[B, N, D]``: scale, shift and gate of attention, then of the MLP."""
+
+    attn_scale: Tensor
+    attn_shift: Tensor
+    attn_gate: Tensor
+    mlp_scale: Tensor
+    mlp_shift: Tensor
+    mlp_gate: Tensor
+
+
+class Modulation(NamedTuple):
+    """All conditioning vectors of one forward: a :class:`BlockModulation` per block and the output's scale, shift.
+
+    They depend on time and controls alone, never on the frame's content, so a frame's two steps share one computation.
+    """
+
+    blocks: tuple[BlockModulation, ...]
+    out_scale: Tensor
+    out_shift: Tensor
+
+    def frames(self, start: int, stop: int) -> Modulation:
+        """Rows ``start:stop`` of the N axis."""
+        rows = slice(start, stop)
+        blocks = tuple(BlockModulation(*(vector[:, rows] for vector in block)) for block in self.blocks)
+        return Modulation(blocks, self.out_scale[:, rows], self.out_shift[:, rows])
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMS normalisation over the last axis, without weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``rms_norm(x) * (1 + scale) + shift`` with ``scale, shift [B, N, D]`` broadcast over each frame's tokens."""
+    per_frame = rms_norm(x).unflatten(1, (scale.shape[1], -1))
+    return (per_frame * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """``gate * x`` with ``gate [B, N, D]`` broadcast over each frame's tokens."""
+    return (x.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
+
+
+class AdaLN(nn.Module):
+    """Produces the scale and shift of a modulated norm."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(d_model, 2 * d_model)
+
+    def forward(self, silu_cond: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``silu(cond) [B, N, D]`` to ``(scale, shift)``, each ``[B, N, D]``."""
+        scale, shift = self.fc(silu_cond).chunk(2, dim=-1)
+        return scale, shift
+
+
+class Gate(nn.Module):
+    """Produces the gate of a residual branch."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.fc_c = nn.Linear(d_model, d_model)
+
+    def forward(self, silu_cond: Tensor) -> Tensor:
+        """Map ``silu(cond) [B, N, D]`` to the gate ``[B, N, D]``."""
+        return self.fc_c(silu_cond)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, layer: int, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Map ``x [B, T, D]`` to ``[B, T, D]``; ``rotary`` is ``(cos, sin) [T, Dh/2]``."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = (apply_rotary(rms_norm(z), *rotary) for z in (q, k))
+        return self.out(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose norms and residuals are modulated per frame."""
+
+    def __init__(self, layer: int, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.adaln1, self.gate1 = AdaLN(d_model), Gate(d_model)
+        self.attn = Attention(layer, d_model, n_heads)
+        self.adaln2, self.gate2 = AdaLN(d_model), Gate(d_model)
+        self.mlp = MLP(d_model, 4 * d_model, d_model)
+
+    def modulation(self, silu_cond: Tensor) -> BlockModulation:
+        """This block's conditioning vectors from ``silu(cond) [B, N, D]``."""
+        scale1, shift1 = self.adaln1(silu_cond)
+        scale2, shift2 = self.adaln2(silu_cond)
+        return BlockModulation(scale1, shift1, self.gate1(silu_cond), scale2, shift2, self.gate2(silu_cond))
+
+    def forward(self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Map tokens ``x [B, N*P, D]`` to the same shape."""
+        x = x + gated(self.attn(modulated_norm(x, mod.attn_scale, mod.attn_shift), rotary, attend), mod.attn_gate)
+        return x + gated(self.mlp(modulated_norm(x, mod.mlp_scale, mod.mlp_shift)), mod.mlp_gate)
+
+
+class Transformer(nn.Module):
+    """The stack of blocks (a module of its own for the parameter names)."""
+
+    def __init__(self, cfg: GameRFTConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(i, cfg.d_model, cfg.n_heads) for i in range(cfg.n_layers))
+
+
+class FinalLayer(nn.Module):
+    """AdaLN, SiLU and the projection back to latent channels."""
+
+    def __init__(self, d_model: int, channels: int) -> None:
+        super().__init__()
+        self.norm = AdaLN(d_model)
+        self.proj = nn.Linear(d_model, channels)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Map tokens ``[B, N*P, D]`` to ``[B, N*P, C]``."""
+        return self.proj(F.silu(modulated_norm(x, scale, shift)))
+
+
+class GameRFTCore(nn.Module):
+    """The velocity model.
+
+    Raises:
+        ValueError: if ``cfg`` describes a model that cannot be built (see :meth:`GameRFTConfig.validate`).
+    """
+
+    def __init__(self, cfg: GameRFTConfig) -> None:
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg
+        self.proj_in = nn.Linear(cfg.channels, cfg.d_model, bias=False)
+        self.t_embed = TimestepEmbedding(cfg.d_model)
+        if not cfg.uncond:
+            self.control_embed = ControlEmbedding(cfg.n_buttons, cfg.d_model)
+        self.transformer = Transformer(cfg)
+        self.proj_out = FinalLayer(cfg.d_model, cfg.channels)
+        self.rotary: MotionRotary | OrthoRotary
+        if cfg.rope_impl == "motion":
+            self.rotary = MotionRotary(cfg.head_dim, cfg.sample_size, cfg.rope_ats_delta)
+        else:
+            self.rotary = OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return self.transformer.blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: that of the input projection, which is never quantised."""
+        return self.proj_in.weight.dtype
+
+    def layer_window(self, layer: int) -> int | None:
+        """Window of ``layer`` in frames, the current one included; ``None`` = unlimited.
+
+        Layers with ``layer % local_idx != 0`` are local, the others global.
+        """
+        return self.cfg.local_window if layer % self.cfg.local_idx else self.cfg.global_window
+
+    def conditioning(self, t: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
+        """Embed time ``t [B, N]`` and controls ``mouse [B, N, 2]``, ``btn [B, N, n_buttons]`` to ``[B, N, D]``.
+
+        An unconditional model ignores the controls; any other raises ``ValueError`` without them.
+        """
+        cond = self.t_embed(t)
+        if self.cfg.uncond:
+            return cond
+        if mouse is None or btn is None:
+            raise ValueError("this model is conditioned on controls: pass mouse and btn (or use uncond: true)")
+        return cond + self.control_embed(mouse, btn)
+
+    def modulation(self, cond: Tensor) -> Modulation:
+        """Every block's and the output's conditioning vectors from ``cond [B, N, D]``."""
+        silu_cond = F.silu(cond)
+        blocks = tuple(block.modulation(silu_cond) for block in self.blocks)
+        return Modulation(blocks, *self.proj_out.norm(silu_cond))
+
+    def denoise(self, x: Tensor, mod: Modulation, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Velocity of noisy latents.
+
+        Args:
+            x: ``[B, N, C, S, S]``, any float dtype; computed in the model's.
+            mod: conditioning of the same N frames.
+            rotary: ``(cos, sin)`` float32 ``[N*P, Dh/2]`` of the frames' absolute positions.
+            attend: where the queries find keys and values.
+
+        Returns:
+            noise - data, ``[B, N, C, S, S]`` in the model's dtype.
+        """
+        n, side = x.shape[1], x.shape[-1]
+        tokens = self.proj_in(x.to(self.dtype).flatten(3).transpose(2, 3).flatten(1, 2))
+        for block, block_mod in zip(self.blocks, mod.blocks, strict=True):
+            tokens = block(tokens, block_mod, rotary, attend)
+        out = self.proj_out(tokens, mod.out_scale, mod.out_shift)
+        return out.unflatten(1, (n, -1)).transpose(2, 3).unflatten(3, (side, side))
+
+    def full_attention(self) -> BlockCausalAttention:
+        """The masked attention of a full pass over this model's layers."""
+        windows = [self.layer_window(i) for i in range(self.cfg.n_layers)]
+        return BlockCausalAttention(windows, self.cfg.tokens_per_frame, self.cfg.causal)
+
+    def forward(self, x: Tensor, t: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
+        """Velocity of a whole sequence ``x [B, N, C, S, S]`` at times ``t [B, N]``, frames 0 … N-1."""
+        mod = self.modulation(self.conditioning(t, mouse, btn))
+        rotary = self.rotary(torch.arange(x.shape[1], device=x.device))
+        return self.denoise(x, mod, rotary, self.full_attention())
+
+
+class GameRFT(nn.Module):
+    """The full model as checkpoints name it: the velocity model sits under ``core.``."""
+
+    def __init__(self, cfg: GameRFTConfig) -> None:
+        super().__init__()
+        self.core = GameRFTCore(cfg)
+
+    def forward(self, x: Tensor, t: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
+        """See :meth:`GameRFTCore.forward`."""
+        return self.core(x, t, mouse, btn)

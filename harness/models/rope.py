@@ -1,0 +1,96 @@
+"""Rotary position embeddings of GameRFT: the `motion` and `ortho` variants.
+
+Angles are float32 and computed from absolute frame indices, so a rollout may run past ``n_frames``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs of ``x [B, H, T, Dh]`` by ``cos, sin [T, Dh/2]`` (float32).
+
+    The pairs are ``(x[..., 0::2], x[..., 1::2])``; the output is the two rotated halves concatenated, not
+    interleaved again. Computed in float32, returned in ``x``'s dtype.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+
+
+class MotionRotary(nn.Module):
+    """Angles that move space with time: each frame shifts the x and y positions by ``delta``.
+
+    Token (frame f, row r, column c) sits at ``pt = f*delta``, ``px = pt + c - (S-1)/2``,
+    ``py = pt + r - (S-1)/2``. Frequencies are ``10000^(-2i/Dh)``; the first 3/4 alternate x, y, the rest is time.
+    """
+
+    freqs: Tensor
+    rows: Tensor
+    cols: Tensor
+
+    def __init__(self, head_dim: int, side: int, delta: float) -> None:
+        super().__init__()
+        self.delta = delta
+        self.half = head_dim // 2
+        self.n_space = 3 * self.half // 4
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        grid = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
+        self.register_buffer("freqs", 1.0 / 10000.0**exponent, persistent=False)
+        self.register_buffer("rows", grid.repeat_interleave(side), persistent=False)
+        self.register_buffer("cols", grid.repeat(side), persistent=False)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(cos, sin)``, float32 ``[N*P, Dh/2]``, of absolute frame indices ``frames [N]``."""
+        time = frames.to(torch.float32)[:, None] * self.delta
+        x, y = time + self.cols, time + self.rows
+        time = time.expand_as(x)
+        index = torch.arange(self.half, device=frames.device)
+        is_time, is_x = index >= self.n_space, index % 2 == 0
+        position = torch.where(is_time, time[..., None], torch.where(is_x, x[..., None], y[..., None]))
+        angle = (position * self.freqs).flatten(0, 1)
+        return angle.cos(), angle.sin()
+
+
+class OrthoRotary(nn.Module):
+    """Separate angles for time, row and column, plus an unrotated quarter.
+
+    Frequencies are ``pi * linspace(1, 128, Dh/8)``. Positions lie on [-1, 1] for the first ``n_frames`` frames and
+    go on at the same spacing beyond.
+    """
+
+    freqs: Tensor
+    space: Tensor
+
+    def __init__(self, head_dim: int, side: int, n_frames: int) -> None:
+        super().__init__()
+        self.n_frames = n_frames
+        grid = torch.linspace(-1, 1, side + 1)[:side]
+        self.register_buffer("freqs", math.pi * torch.linspace(1, 128, head_dim // 8), persistent=False)
+        self.register_buffer(
+            "space", torch.stack((grid.repeat_interleave(side), grid.repeat(side))), persistent=False
+        )
+
+    def time_position(self, frames: Tensor) -> Tensor:
+        """Position of each frame index, float32: ``linspace(-1, 1, n_frames)``, continued without end.
+
+        Spelled out the way ``torch.linspace`` rounds (from the left end in the first half, from the right end in
+        the second), since frequencies of 400 rad amplify the last bit.
+        """
+        frame = frames.to(torch.float32)
+        step = 2.0 / max(self.n_frames - 1, 1)
+        left = -1.0 + step * frame
+        right = 1.0 - step * (self.n_frames - 1 - frame)
+        return torch.where(frame < self.n_frames // 2, left, right)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(cos, sin)``, float32 ``[N*P, Dh/2]``, of absolute frame indices ``frames [N]``."""
+        n, tokens = frames.shape[0], self.space.shape[1]
+        time = self.time_position(frames)[:, None].expand(n, tokens)
+        row, col = (axis.expand(n, tokens) for axis in self.space)
+        position = torch.stack((time, row, col, torch.zeros_like(time)), dim=-1)
+        angle = (position[..., None] * self.freqs).reshape(n * tokens, -1)
+        return angle.cos(), angle.sin()
