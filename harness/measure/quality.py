@@ -1,0 +1,132 @@
+"""How far an arm's frames are from the recording, and a candidate's from BF16's.
+
+Frames are float in [0, 1] (data range 1). PSNR and SSIM are torchmetrics', one value per frame, so that
+drift is a curve; a clip's value is the mean over its frames and a run's the mean over clips, which keeps
+every comparison paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+PSNR_CAP = 100.0
+"""dB given to identical frames, whose PSNR is infinite and could be neither averaged nor written as JSON."""
+CHUNK = 16
+"""Frames scored at once: SSIM needs several float32 copies of what it scores."""
+
+
+class NonFiniteError(RuntimeError):
+    """An arm produced NaN or Inf."""
+
+
+@dataclass(frozen=True)
+class FrameScores:
+    """PSNR in dB (at most ``PSNR_CAP``) and SSIM of consecutive frames."""
+
+    psnr: list[float]
+    ssim: list[float]
+
+    def mean(self) -> dict[str, float]:
+        """The clip's PSNR and SSIM: means over frames."""
+        return {"psnr": _mean(self.psnr), "ssim": _mean(self.ssim)}
+
+
+@dataclass(frozen=True)
+class ClipQuality:
+    """Scores of one clip.
+
+    ``scores`` has ``bf16`` and ``candidate`` (each against the recording) and ``fidelity`` (candidate
+    against BF16); without a candidate arm, ``bf16`` only.
+    """
+
+    clip_id: str
+    tag: str
+    scores: dict[str, FrameScores]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def score_frames(frames: Tensor, reference: Tensor) -> FrameScores:
+    """PSNR and SSIM of ``frames [N, 3, h, w]`` against ``reference`` (same shape, both float in [0, 1]).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if frames.shape != reference.shape:
+        raise ValueError(f"frames {list(frames.shape)} and reference {list(reference.shape)} differ in shape")
+    psnr: list[float] = []
+    ssim: list[float] = []
+    for ours, theirs in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
+        ours, theirs = ours.float(), theirs.float()
+        decibels = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+        assert isinstance(similarity, Tensor)
+        psnr += decibels.clamp(max=PSNR_CAP).reshape(-1).tolist()
+        ssim += similarity.reshape(-1).tolist()
+    return FrameScores(psnr, ssim)
+
+
+def check_finite(latents: Tensor, arm: str, clip_ids: Sequence[str]) -> None:
+    """Raise :class:`NonFiniteError`, naming clip and frame, if ``latents [B, N, C, S, S]`` hold NaN or Inf."""
+    finite = torch.isfinite(latents).flatten(2).all(-1)
+    if bool(finite.all()):
+        return
+    clip = int((~finite.all(1)).nonzero()[0])
+    frame = int((~finite[clip]).nonzero()[0])
+    raise NonFiniteError(
+        f"arm {arm}: clip {clip_ids[clip]} has NaN or Inf in generated frame {frame} (0 = first after the "
+        "context). Check clip and checkpoint with quant=bf16 kv=bf16; if BF16 is clean, narrow quant.scope."
+    )
+
+
+def _summary(clips: Sequence[ClipQuality]) -> dict[str, Any]:
+    """Means, drop, fidelity and per-frame curves over ``clips``, which all hold the same score names."""
+    summary: dict[str, Any] = {"clips": len(clips)}
+    for name in clips[0].scores:
+        means = [clip.scores[name].mean() for clip in clips]
+        summary[name] = {metric: _mean([mean[metric] for mean in means]) for metric in ("psnr", "ssim")}
+        summary[name]["curve"] = {
+            metric: [
+                _mean(values)
+                for values in zip(*(getattr(clip.scores[name], metric) for clip in clips), strict=False)
+            ]
+            for metric in ("psnr", "ssim")
+        }
+    if "candidate" in clips[0].scores:
+        summary["drop"] = {
+            metric: _mean([drop(clip)[metric] for clip in clips]) for metric in ("psnr", "ssim")
+        }
+    return summary
+
+
+def drop(clip: ClipQuality) -> dict[str, float]:
+    """BF16 minus candidate of one clip: positive when the candidate is worse."""
+    bf16, candidate = clip.scores["bf16"].mean(), clip.scores["candidate"].mean()
+    return {metric: bf16[metric] - candidate[metric] for metric in ("psnr", "ssim")}
+
+
+def summarise_quality(clips: Sequence[ClipQuality]) -> dict[str, Any]:
+    """The quality section of a run record: over all clips and per tag."""
+    tags = sorted({clip.tag for clip in clips})
+    return {
+        "all": _summary(clips),
+        "by_tag": {tag: _summary([clip for clip in clips if clip.tag == tag]) for tag in tags},
+    }
+
+
+def clip_row(clip: ClipQuality) -> dict[str, Any]:
+    """One clip's entry of a run record: per-frame scores, their means and, with a candidate, the drop."""
+    return {
+        "clip_id": clip.clip_id,
+        "tag": clip.tag,
+        "scores": {name: {**scores.mean(), "frames": asdict(scores)} for name, scores in clip.scores.items()},
+        "drop": drop(clip) if "candidate" in clip.scores else None,
+    }
