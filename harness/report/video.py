@@ -1,0 +1,99 @@
+"""A/B videos: recording, BF16 and candidate side by side, in a file that any player opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+PANEL_HEIGHT = 320
+"""Frames are enlarged by the largest whole factor that keeps a panel within this height (at least 1)."""
+CAPTION_HEIGHT = 22
+GAP = 4
+BACKGROUND = 24
+INK = 230
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One column of the video: uint8 RGB ``frames [N, h, w, 3]`` under a caption, with a note per frame."""
+
+    caption: str
+    frames: Frames
+    notes: Sequence[str] = ()
+
+
+def _caption(text: str, width: int) -> Frames:
+    strip = Image.new("L", (width, CAPTION_HEIGHT), BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(size=13)
+    while text and draw.textlength(text, font=font) > width - 8:
+        text = text[:-1]
+    draw.text((4, 3), text, fill=INK, font=font)
+    return np.repeat(np.asarray(strip, dtype=np.uint8)[:, :, None], 3, axis=2)
+
+
+def _scale(height: int) -> int:
+    return max(1, PANEL_HEIGHT // height)
+
+
+def compose_frame(panels: Sequence[Panel], index: int) -> Frames:
+    """Frame ``index`` of all panels side by side under their captions, uint8 RGB with even sides."""
+    columns: list[Frames] = []
+    for panel in panels:
+        image = panel.frames[index]
+        scale = _scale(image.shape[0])
+        image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+        note = panel.notes[index] if panel.notes else ""
+        captioned = np.concatenate((_caption(f"{panel.caption}  {note}".rstrip(), image.shape[1]), image))
+        if columns:
+            columns.append(np.full((captioned.shape[0], GAP, 3), BACKGROUND, dtype=np.uint8))
+        columns.append(captioned)
+    picture = np.concatenate(columns, axis=1)
+    odd_height, odd_width = picture.shape[0] % 2, picture.shape[1] % 2
+    # yuv420p halves both sides, so players refuse odd ones.
+    return np.pad(picture, ((0, odd_height), (0, odd_width), (0, 0)), mode="edge")
+
+
+def write_comparison(path: Path, panels: Sequence[Panel], fps: float) -> None:
+    """Write the panels as H.264 (yuv420p, MP4), complete or not at all.
+
+    Raises:
+        ValueError: if the panels are empty or differ in their number of frames or in height.
+        OSError: if the file cannot be written.
+    """
+    shapes = {panel.frames.shape[:2] for panel in panels}
+    if len(shapes) != 1 or not next(iter(shapes))[0]:
+        raise ValueError(f"panels need the same number of frames and height, given [N, h] = {sorted(shapes)}")
+    (frames, _) = shapes.pop()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        _encode(partial, panels, frames, fps)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _encode(path: Path, panels: Sequence[Panel], frames: int, fps: float) -> None:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        first = compose_frame(panels, 0)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = first.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        # One frame after another is noise to a codec: high quality, or its artefacts would pass for the
+        # model's.
+        stream.options = {"crf": "17", "preset": "fast"}
+        for index in range(frames):
+            picture = av.VideoFrame.from_ndarray(compose_frame(panels, index), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
