@@ -9,11 +9,6 @@ writes 12 clips (see `harness/data/clips.py`) of 100 frames, three of four of th
 for training.
 
 **Actions.** One row a frame: what is held while that frame is produced. `buttons [n,11]` 0/1 in the order
-GAME_INPUTS = (
-    *("MOVE_FORWARD", "MOVE_LEFT", "MOVE_BACKWARD", "MOVE_RIGHT", "SPEED", "JUMP", "RELOAD", "ZOOM", "USE"),
-    *("ATTACK", "ALTATTACK", "TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA"),
-)
-POSE = ("POSITION_X", "POSITION_Y", "ANGLE", "PITCH")
 W, A, S, D, LSHIFT, SPACE, R, F, E, LMB, RMB: W/S/A/D move forward, back, left, right, LSHIFT runs, SPACE
 jumps, E uses, LMB attacks. R, F and RMB have no use in these scenarios and are always 0. `mouse [n,2]` is
 `(dx, dy)` in degrees of view rotation per recorded frame: dx > 0 turns right (typically 2 to 6, at most 9),
@@ -45,6 +40,11 @@ if TYPE_CHECKING:
     import vizdoom
 
 BUTTON_NAMES = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
+GAME_INPUTS = (
+    *("MOVE_FORWARD", "MOVE_LEFT", "MOVE_BACKWARD", "MOVE_RIGHT", "SPEED", "JUMP", "RELOAD", "ZOOM", "USE"),
+    *("ATTACK", "ALTATTACK", "TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA"),
+)
+POSE = ("POSITION_X", "POSITION_Y", "ANGLE", "PITCH")
 W, A, S, D, LSHIFT, SPACE, E, LMB = 0, 1, 2, 3, 4, 5, 8, 9
 TICS_PER_SECOND = 35
 HELD_OUT_SEEDS = 1_000_000
@@ -87,7 +87,7 @@ class Walls:
         self.origin, self.edge = lines[:, :2], lines[:, 2:] - lines[:, :2]
 
     def distance(self, x: float, y: float, headings: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Distance to the nearest wall along each heading (degrees from east to north); inf if there is none."""
+        """Distance to the nearest wall along each heading (degrees from east to north); inf without one."""
         radians = np.radians(headings)[:, None]
         ray_x, ray_y = np.cos(radians), np.sin(radians)
         to_x, to_y = self.origin[:, 0] - x, self.origin[:, 1] - y
@@ -325,7 +325,7 @@ _WALLS: dict[str, Walls] = {}
 
 
 def _walls(scenario: str) -> Walls:
-    """The scenario's blocking lines, read once from a game of its own: describing them every frame is slow."""
+    """The scenario's blocking lines, read once from a game of its own: describing them every frame costs."""
     if scenario not in _WALLS:
         game = _start(scenario, seed=0, sectors=True)
         lines = {
@@ -414,8 +414,8 @@ def record_many(
     """Record at least `n_total` frames of all scenarios with `workers` processes, as .npy shards.
 
     Shard k is one game with seed `seed + k`: `shard_{k:05d}.{frames,buttons,mouse,segment}.npy`, as
-    `record_arrays` gives them. `index.json` lists the shards (stem, scenario, seed, frames). Calling code needs the usual
-    `if __name__ == "__main__":` guard, since workers are spawned.
+    `record_arrays` gives them. `index.json` lists the shards (stem, scenario, seed, frames). Calling code needs
+    the usual `if __name__ == "__main__":` guard, since workers are spawned.
 
     Raises:
         ValueError: the seeds would reach into those of held-out clips.
