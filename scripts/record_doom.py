@@ -136,7 +136,7 @@ class Player:
         for name in self.timers:
             self.timers[name] -= 1
         reach = np.minimum(self.walls.distance(view.x, view.y, view.heading - RAYS), 1000)
-        ahead = float(reach[:3].min())
+        ahead = float(min(reach[0], 1.8 * reach[1], 1.8 * reach[2]))  # walls beside a corridor may be nearer
         buttons = np.zeros(len(BUTTON_NAMES), np.uint8)
         if self.pauses:
             self._plan_bout(ahead)
@@ -174,20 +174,20 @@ class Player:
         self.keys = (*keys, LSHIFT) if keys and self.rng.random() < 0.25 else keys
         if not keys:  # turning on the spot: never a pause in disguise
             self._turn_at(self._sign() * self.rng.uniform(2.5, 6), self.timers["keys"])
+        if self.rng.random() < 0.35:
+            self.target_pitch = self.rng.normal(0, 4)
         if self.armed and self.rng.random() < 0.3:
             self.timers["fire"] = int(self.rng.integers(4, 16))
 
     def _plan_turn(self, view: View, reach: NDArray[np.float64], ahead: float) -> None:
         if self._stuck(view) or (ahead < 130 and self.goal is None):
-            self._head_for(view, np.where(np.abs(RAYS) < 35, 0, reach))
+            self._head_for(view, np.where(np.abs(RAYS) < 20, 0, reach))
         elif self.goal is not None:
             off = (view.heading - self.goal + 180) % 360 - 180
             self.target_rate = float(np.clip(0.2 * off, -6.5, 6.5))
             if abs(off) < 4:
                 self._turn_at(self.rng.normal(0, 0.4), int(self.rng.integers(4, 30)))
         elif self.timers["turn"] <= 0:
-            if self.rng.random() < 0.3:
-                self.target_pitch = self.rng.normal(0, 4)
             if ahead > 250 and self.rng.random() < 0.6:
                 self._turn_at(self._sign() * self.rng.uniform(1.5, 6), int(self.rng.integers(10, 40)))
             else:
@@ -414,8 +414,8 @@ def record_many(
     """Record at least `n_total` frames of all scenarios with `workers` processes, as .npy shards.
 
     Shard k is one game with seed `seed + k`: `shard_{k:05d}.{frames,buttons,mouse,segment}.npy`, as
-    `record_arrays` gives them. `index.json` lists the shards (stem, scenario, seed, frames). Calling code needs
-    the usual `if __name__ == "__main__":` guard, since workers are spawned.
+    `record_arrays` gives them. `index.json` lists the shards (stem, scenario, seed, frames). Callers need the
+    usual `if __name__ == "__main__":` guard, since workers are spawned.
 
     Raises:
         ValueError: the seeds would reach into those of held-out clips.
