@@ -1,0 +1,124 @@
+"""What a user may ask of the MX Linears. Standard library only: composing a config imports no torch."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ScaleMode(StrEnum):
+    """How a block's scale is derived from amax, the largest magnitude in it. Names and results as in torchao.
+
+    With emax the exponent of the largest element (E4M3 8, E5M2 15, E2M1 2) and max its value:
+
+    * `floor`: 2^(floor(log2 amax) - emax), the rule of the MX specification; amax may saturate.
+    * `rceil`: 2^ceil(log2(amax / max)), the smallest scale that never saturates; the rule of NVIDIA's cuBLAS.
+    * `ceil`: 2^(ceil(log2 amax) - emax); never saturates, up to one step coarser than `rceil`.
+    * `even`: `floor` after rounding amax to the element's mantissa; saturates less than `floor`.
+    """
+
+    floor = "floor"
+    rceil = "rceil"
+    ceil = "ceil"
+    even = "even"
+
+
+class Scope(StrEnum):
+    """Which Linears of the transformer blocks: one category, or all of them."""
+
+    mlp = "mlp"
+    attn = "attn"
+    modulation = "modulation"
+    all = "all"
+
+
+class Activation(StrEnum):
+    """What enters the product: BF16 as it is, or MX blocks encoded on the fly in the weights' format."""
+
+    bf16 = "bf16"
+    mx = "mx"
+
+
+class KernelChoice(StrEnum):
+    """What computes the product. `auto` takes the fastest that can run and reports which one it was.
+
+    `cutlass`: the GPU's native MX path through torchao (Blackwell, activation `mx`). `triton`: this package's
+    own kernels. `emulated`: BF16 arithmetic on decoded values, any device; its speed says nothing about MX.
+    """
+
+    auto = "auto"
+    cutlass = "cutlass"
+    triton = "triton"
+    emulated = "emulated"
+
+
+class Element8Bit(StrEnum):
+    """Element format at 8 bits. At 4 bits it is always E2M1."""
+
+    e4m3 = "e4m3"
+    e5m2 = "e5m2"
+
+
+@dataclass
+class MXConf:
+    """MX Linears as config: simple field types, so that it serves as a Hydra structured config.
+
+    `scale_mode` defaults to `rceil`, the default of torchao's `MXDynamicActivationMXWeightConfig`.
+    `late_layers`: only the last so many blocks (more than there are means all); None means all.
+    `include` and `exclude` are glob patterns over module names; see `harness.mx.select`.
+    """
+
+    enabled: bool = False
+    bits: int = 8
+    scope: Scope = Scope.mlp
+    kernel: KernelChoice = KernelChoice.auto
+    activation: Activation = Activation.bf16
+    scale_mode: ScaleMode = ScaleMode.rceil
+    late_layers: int | None = None
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    element_8bit: Element8Bit = Element8Bit.e4m3
+
+
+def validate(conf: MXConf) -> None:
+    """Raise ValueError listing every field of `conf` with a value that is not allowed, and what is.
+
+    Depends on the config alone. Whether a kernel can run on this machine and whether the patterns match a
+    model is checked by `harness.mx.transform.apply_mx`.
+    """
+    problems = []
+    if conf.bits not in (4, 8):
+        problems.append(f"bits={conf.bits}: allowed are 8 and 4")
+    for name, choices in _CHOICES.items():
+        if getattr(conf, name) not in list(choices):
+            problems.append(f"{name}={getattr(conf, name)}: allowed are {', '.join(choices)}")
+    if conf.late_layers is not None and conf.late_layers < 1:
+        problems.append(f"late_layers={conf.late_layers}: must be at least 1, or null for every layer")
+    for name in ("include", "exclude"):
+        if any(not isinstance(p, str) or not p for p in getattr(conf, name)):
+            problems.append(f"{name}={list(getattr(conf, name))}: must be a list of non-empty patterns")
+    if not problems:
+        problems = _combination_problems(conf)
+    if problems:
+        raise ValueError("quant config: " + "; ".join(problems))
+
+
+_CHOICES: dict[str, type[StrEnum]] = {
+    "scope": Scope,
+    "kernel": KernelChoice,
+    "activation": Activation,
+    "scale_mode": ScaleMode,
+    "element_8bit": Element8Bit,
+}
+
+
+def _combination_problems(conf: MXConf) -> list[str]:
+    if conf.kernel != KernelChoice.cutlass:
+        return []
+    problems = []
+    if conf.activation != Activation.mx:
+        problems.append(
+            "kernel=cutlass multiplies MX by MX and needs activation=mx; for activation=bf16 use "
+            "kernel=auto, triton or emulated"
+        )
+    if conf.bits == 8 and conf.element_8bit != Element8Bit.e4m3:
+        problems.append("kernel=cutlass has E4M3 elements only; use element_8bit=e4m3 or kernel=emulated")
+    return problems
