@@ -53,13 +53,16 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: refused: it is not a plain file of tensors, and loading it could run code ({reason}). "
+            f"{path}: refused: it is not a plain file of tensors, and loading it could run code ({_first_line(error)}). "
             "Save a state dict of tensors with torch.save, or convert it to .safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:

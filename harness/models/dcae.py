@@ -7,6 +7,7 @@ Checkpoints weight-normalise every convolution; here convolutions are plain and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class DCAEConfig:
         widths = [self.ch_max, *self.widths(len(self.decoder_blocks_per_stage))]
         problems += [
             f"a stage from {wide} to {narrow} channels: each stage must halve them or keep them"
-            for wide, narrow in zip(widths, widths[1:], strict=False)
+            for wide, narrow in pairwise(widths)
             if wide not in (narrow, 2 * narrow)
         ]
         if any(2 * width % GROUP_CHANNELS for width in widths):

@@ -60,7 +60,9 @@ class GameRFTConfig:
         """Raise ``ValueError`` listing every field that describes a model this package cannot build."""
         problems = []
         positive = ("n_layers", "n_heads", "d_model", "channels", "sample_size", "n_frames", "local_idx")
-        problems += [f"{name}={getattr(self, name)}: must be at least 1" for name in positive if getattr(self, name) < 1]
+        problems += [
+            f"{name}={getattr(self, name)}: must be at least 1" for name in positive if getattr(self, name) < 1
+        ]
         problems += [
             f"{name}={value}: must be at least 1 frame, or null for no limit"
             for name in ("local_window", "global_window")
@@ -86,9 +88,7 @@ class GameRFTConfig:
         elif self.head_dim % 8:
             problems.append(f"head size {self.head_dim} (d_model/n_heads) is not divisible by 8, as RoPE needs")
         if self.tokens_per_frame != self.sample_size**2:
-            problems.append(
-                f"tokens_per_frame={self.tokens_per_frame} is not sample_size² = {self.sample_size**2}"
-            )
+            problems.append(f"tokens_per_frame={self.tokens_per_frame} is not sample_size² = {self.sample_size**2}")
         return problems
 
 

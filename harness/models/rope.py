@@ -70,9 +70,7 @@ class OrthoRotary(nn.Module):
         self.n_frames = n_frames
         grid = torch.linspace(-1, 1, side + 1)[:side]
         self.register_buffer("freqs", math.pi * torch.linspace(1, 128, head_dim // 8), persistent=False)
-        self.register_buffer(
-            "space", torch.stack((grid.repeat_interleave(side), grid.repeat(side))), persistent=False
-        )
+        self.register_buffer("space", torch.stack((grid.repeat_interleave(side), grid.repeat(side))), persistent=False)
 
     def time_position(self, frames: Tensor) -> Tensor:
         """Position of each frame index, float32: ``linspace(-1, 1, n_frames)``, continued without end.

@@ -1,0 +1,1 @@
+"""Training of the Doom demo model: data bank, autoencoder, world model."""

@@ -1,0 +1,136 @@
+"""Training the DCAE: L1 and gradient loss on pixels, unit-variance latents, noise on the latent."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder
+
+
+def time_cosine(elapsed: float, budget: float, warmup: float = 0.02, floor: float = 0.02) -> float:
+    """Learning-rate factor after ``elapsed`` of ``budget`` seconds: linear warm-up, then a half cosine to ``floor``."""
+    done = min(elapsed / budget, 1.0)
+    if done < warmup:
+        return done / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+class TimedModule(LightningModule):
+    """Trains for a budget of seconds, its learning rate following the clock, with an EMA of the weights.
+
+    The clock starts after the third step, so that compilation costs no schedule.
+    """
+
+    def __init__(self, seconds: float, lr: float, ema_decay: float = 0.999) -> None:
+        super().__init__()
+        self.seconds, self.lr, self.ema_decay = seconds, lr, ema_decay
+        self.started: float | None = None
+        self.steps = 0
+
+    def make_ema(self, module: nn.Module) -> AveragedModel:
+        """An exponential moving average of ``module``'s weights."""
+
+        def average(averaged: list[Tensor], current: list[Tensor], _: object) -> None:
+            decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))  # short memory while everything moves
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+
+        return AveragedModel(module, multi_avg_fn=average)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters to optimise; overridden where not all are."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW on :meth:`trainable`."""
+        fused = next(self.parameters()).device.type == "cuda"
+        return torch.optim.AdamW(self.trainable(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> int | None:
+        """Set the learning rate by the clock; end the fit when the budget is spent."""
+        self.steps += 1
+        if self.steps == 4:
+            self.started = time.monotonic()
+        elapsed = time.monotonic() - self.started if self.started else 0.0
+        if elapsed > self.seconds:
+            self.trainer.should_stop = True
+            return -1
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.lr * max(time_cosine(elapsed, self.seconds), 1e-3)
+        return None
+
+    def report(self, every: int = 200, **values: Tensor | float) -> None:
+        """Print a line of figures now and then."""
+        if self.steps % every == 0 or self.steps < 3:
+            elapsed = time.monotonic() - self.started if self.started else 0.0
+            text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+            print(f"[{type(self).__name__}] step {self.steps}  {elapsed:.0f} s  {text}", flush=True)
+
+
+class AutoencoderTask(TimedModule):
+    """Fits encoder and decoder on single frames.
+
+    The latent is pushed to zero mean and unit variance per channel, and noised before decoding, so that the decoder
+    forgives the world model's small errors.
+    """
+
+    def __init__(self, cfg: DCAEConfig, frames: Tensor, seconds: float, batch: int = 256, lr: float = 2e-3) -> None:
+        super().__init__(seconds, lr)
+        self.encoder, self.decoder = DCAEEncoder(cfg), DCAEDecoder(cfg)
+        for module in (self.encoder, self.decoder):
+            for layer in module.modules():
+                if isinstance(layer, nn.Conv2d):
+                    weight_norm(layer)
+        self.ema = self.make_ema(nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder}))
+        self.frames, self.batch = frames, batch
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Encoder and decoder, not their average."""
+        return [*self.encoder.parameters(), *self.decoder.parameters()]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One step on random frames."""
+        index = torch.randint(len(self.frames), (self.batch,), device=self.frames.device)
+        x = (self.frames[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        z = self.encoder(x).float()
+        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3))
+        scale_loss = (mean.square() + (var - 1).square()).mean()
+        sigma = 0.15 * torch.rand(len(z), 1, 1, 1, device=z.device)
+        y = self.decoder(z + sigma * torch.randn_like(z)).float()
+        error = y - x
+        pixel = error.abs().mean() + 2 * error.square().mean()
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        psnr = -10 * torch.log10((error / 2).square().mean())
+        self.report(psnr=psnr, edges=edges, scale=scale_loss, std=z.std())
+        return pixel + 0.5 * edges + 0.05 * scale_loss
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Fold the new weights into the average."""
+        self.ema.update_parameters(nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder}))
+
+
+@torch.no_grad()
+def encode_all(encoder: nn.Module, frames: Tensor, batch: int = 512) -> Tensor:
+    """Latents of every frame, ``[T, Cz, s, s]`` BF16; ``frames`` uint8 ``[T, 3, h, w]``."""
+    out = []
+    for chunk in frames.split(batch):
+        x = (chunk.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(frames.device.type, torch.bfloat16):
+            out.append(encoder(x).to(torch.bfloat16))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def reconstruction_psnr(encoder: nn.Module, decoder: nn.Module, frames: Tensor) -> float:
+    """Mean PSNR in dB of decoded against recorded frames (clamped, data range 1)."""
+    z = encode_all(encoder, frames).float()
+    rgb = torch.cat([decoder(part) for part in z.split(64)])
+    error = ((rgb.float() + 1) / 2).clamp(0, 1) - frames.float() / 255
+    return float((-10 * torch.log10(error.square().mean((1, 2, 3)).clamp_min(1e-10))).mean())

@@ -1,0 +1,128 @@
+"""Does the model predict play? PSNR on held-out play, beside two things it must beat."""
+
+from __future__ import annotations
+
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness.kv import KVCache, KVConf
+from harness.models.dcae import to_frames
+from harness.models.gamerft import GameRFTCore
+from harness.rollout import Rollout, SamplerConf
+from scripts.doom_world.autoencoder import encode_all
+from scripts.doom_world.world_model import layer_windows
+from scripts.record_doom import HELD_OUT_SEEDS, SCENARIOS, record_arrays
+
+
+def _play(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first unbroken stretch of motion in one held-out game."""
+    scenario, seed, length = job
+    frames, buttons, mouse, segment = record_arrays(scenario, seed, 8 * length)
+    moving = (buttons.any(1) | (np.abs(mouse).sum(1) > 0)).astype(np.float64)
+    for start in range(0, len(frames) - length, 16):
+        stop = start + length
+        if segment[start] == segment[stop - 1] and moving[start:stop].mean() > 0.9:
+            return frames[start:stop], buttons[start:stop], mouse[start:stop]
+    return frames[:length], buttons[:length], mouse[:length]
+
+
+def held_out_play(clips: int, length: int, workers: int) -> dict[str, Tensor]:
+    """Held-out motion: ``frames`` uint8 ``[clips, length, 3, h, w]``, ``btn``, ``mouse``."""
+    names = list(SCENARIOS)
+    jobs = [(names[i % len(names)], HELD_OUT_SEEDS + 500_000 + i, length) for i in range(clips)]
+    with get_context("spawn").Pool(workers) as pool:
+        parts = pool.map(_play, jobs)
+    frames, btn, mouse = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
+    return {"frames": frames.permute(0, 1, 4, 2, 3).contiguous(), "btn": btn.float(), "mouse": mouse.float()}
+
+
+def psnr(prediction: Tensor, reference: Tensor) -> Tensor:
+    """PSNR in dB per frame, ``[B, F]``, of frames ``[B, F, 3, h, w]`` in [0, 1]."""
+    return -10 * torch.log10((prediction - reference).square().mean((2, 3, 4)).clamp_min(1e-10))
+
+
+@torch.no_grad()
+def roll_out(
+    core: GameRFTCore, history: Tensor, mouse: Tensor, btn: Tensor, frames: int, sampler: SamplerConf
+) -> Tensor:
+    """Generated latents ``[B, frames, C, S, S]`` after ``history [B, W, C, S, S]``; controls cover both."""
+    cfg, batch, window = core.cfg, len(history), sampler.window
+    cache = KVCache(
+        layers=cfg.n_layers,
+        batch=batch,
+        heads=cfg.n_heads,
+        head_dim=cfg.head_dim,
+        tokens=cfg.tokens_per_frame,
+        windows=layer_windows(core, window),
+        conf=KVConf(),
+        dtype=core.dtype,
+        device=history.device,
+    )
+    roll = Rollout(core, cache, sampler)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch, window + frames, *history.shape[2:], generator=generator).to(history.device)
+    roll.prefill(history, mouse[:, :window], btn[:, :window], noise[:, :window])
+    out = []
+    for i in range(window, window + frames):
+        out.append(roll.next_frame(noise[:, i], mouse[:, i], btn[:, i]).clone())
+    return torch.stack(out, dim=1)
+
+
+@torch.no_grad()
+def evaluate(
+    core: GameRFTCore,
+    encoder: nn.Module,
+    decoder: nn.Module,
+    play: dict[str, Tensor],
+    sampler: SamplerConf,
+    vae_scale: float,
+    device: torch.device,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Mean PSNR over the first 16 and over all generated frames: model, baselines and the autoencoder's own bound."""
+    window = sampler.window
+    frames, btn, mouse = (play[key].to(device) for key in ("frames", "btn", "mouse"))
+    future = frames.shape[1] - window
+    reference = frames[:, window:].float() / 255
+    z = torch.stack([encode_all(encoder, clip).float() for clip in frames])
+
+    def decode(latents: Tensor) -> Tensor:
+        return torch.stack([to_frames(decoder(clip.float())) for clip in latents])
+
+    history = z[:, :window] / vae_scale
+    shuffled_btn, shuffled_mouse = btn.clone(), mouse.clone()
+    shuffled_btn[:, window:], shuffled_mouse[:, window:] = btn[:, window:].roll(1, 0), mouse[:, window:].roll(1, 0)
+    generated = decode(roll_out(core, history, mouse, btn, future, sampler) * vae_scale)
+    shuffled = decode(roll_out(core, history, shuffled_mouse, shuffled_btn, future, sampler) * vae_scale)
+    arms = {
+        "model": generated,
+        "repeat": frames[:, window - 1 : window].float().div(255).expand_as(reference),
+        "shuffled": shuffled,
+        "autoencoder": decode(z[:, window:]),
+    }
+    figures = {}
+    for name, arm in arms.items():
+        curve = psnr(arm, reference)
+        figures[f"{name}_16"] = round(float(curve[:, :16].mean()), 3)
+        figures[f"{name}_all"] = round(float(curve.mean()), 3)
+        # sharpness: mean absolute pixel gradient, to compare with the recording's
+        figures[f"{name}_gradient"] = round(float(arm.diff(dim=-1).abs().mean()), 5)
+    figures["recording_gradient"] = round(float(reference.diff(dim=-1).abs().mean()), 5)
+    return figures, {"recording": reference, **arms}
+
+
+def contact_sheet(pictures: dict[str, Tensor], path: Path, clips: int = 6) -> None:
+    """A PNG: per clip a row of recorded frames over a row of generated ones."""
+    from PIL import Image
+
+    columns = [0, 3, 7, 15, 23, 31, 47, 63]
+    rows = []
+    for clip in range(min(clips, len(pictures["recording"]))):
+        for name in ("recording", "model"):
+            picked = [pictures[name][clip, i] for i in columns if i < pictures[name].shape[1]]
+            rows.append(torch.cat(picked, dim=-1))
+    sheet = (torch.cat(rows, dim=-2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    Image.fromarray(sheet).save(path)

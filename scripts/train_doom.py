@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Train the Doom demo model: record play, fit the autoencoder, then the world model in two phases.
+
+    python scripts/train_doom.py --work outputs/doom record autoencoder flow rollout evaluate export
+
+Stages run in the order given and leave their result in ``--work``; a later call goes on from what is there, so that
+training can be cut up at will. Each training stage runs for its number of minutes (see ``--help``).
+
+* ``record``: play of VizDoom's Freedom scenarios as arrays (needs the ``doom`` extra).
+* ``autoencoder``: DCAE for 128×128 frames, 8×8 latents.
+* ``flow``: GameRFT by rectified flow with an independent time per frame.
+* ``rollout``: the two-step sampler's own states (see ``doom_world/world_model.py``).
+* ``evaluate``: PSNR over held-out play against "repeat the last frame" and shuffled actions; a contact sheet.
+* ``export``: BF16 safetensors and YAML, as ``assets/doom`` ships them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from lightning import Trainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
+from harness.models.dcae import DCAEConfig
+from harness.models.gamerft import GameRFTConfig, GameRFTCore
+from harness.rollout import SamplerConf
+from scripts.doom_world.autoencoder import AutoencoderTask, TimedModule, encode_all, reconstruction_psnr
+from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
+from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
+from scripts.doom_world.world_model import FlowTask, RolloutTask
+from scripts.record_doom import record_many
+
+DCAE = DCAEConfig(
+    sample_size=[128, 128],
+    latent_size=8,
+    latent_channels=32,
+    ch_0=32,
+    ch_max=256,
+    encoder_blocks_per_stage=[2, 2, 2, 2],
+    decoder_blocks_per_stage=[2, 2, 2, 2],
+)
+GAMERFT = GameRFTConfig(
+    n_layers=12,
+    n_heads=6,
+    d_model=192,
+    channels=32,
+    sample_size=8,
+    tokens_per_frame=64,
+    n_frames=1024,
+    local_window=8,
+    rope_impl="motion",
+    rope_ats_delta=2.0,
+)
+SAMPLER = SamplerConf(window=24, timesteps=[1.0, 0.25], context_noise=0.25)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = ["record", "autoencoder", "flow", "rollout", "evaluate", "export"]
+    parser.add_argument("stages", nargs="+", choices=stages)
+    parser.add_argument("--work", type=Path, required=True, help="folder of recordings and checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("assets/doom"), help="where export writes")
+    parser.add_argument("--frames", type=int, default=300_000, help="frames to record")
+    parser.add_argument("--workers", type=int, default=16, help="recording processes")
+    parser.add_argument("--autoencoder-minutes", type=float, default=3.0)
+    parser.add_argument("--flow-minutes", type=float, default=4.0)
+    parser.add_argument("--rollout-minutes", type=float, default=6.0)
+    parser.add_argument("--horizon", type=int, default=16, help="generated frames per training rollout")
+    parser.add_argument("--batch", type=int, default=64, help="sequences per step (autoencoder: four times as many)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of flow; rollout uses 0.4 of it")
+    parser.add_argument("--eval-clips", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+class Workshop:
+    """The state of a training: recordings, latents and weights, each loaded once and when first needed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work: Path = args.work
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._frames: tuple[Tensor, Controls] | None = None
+        self._latents: Tensor | None = None
+
+    def frames(self) -> tuple[Tensor, Controls]:
+        """Recorded frames and controls."""
+        if self._frames is None:
+            self._frames = load_shards(self.work / "recorded", self.device)
+            print(f"{len(self._frames[0])} frames on {self.device}", flush=True)
+        return self._frames
+
+    def vae_scale(self) -> float:
+        """Standard deviation of the latents: the model sees latents divided by it."""
+        return float(json.loads((self.work / "autoencoder.json").read_text())["vae_scale"])
+
+    def latents(self) -> Tensor:
+        """Every recorded frame's latent, in the model's scale, BF16 ``[T, C, S, S]``."""
+        if self._latents is None:
+            encoder = load_encoder(self.work / "encoder.safetensors", DCAE).to(self.device)
+            self._latents = encode_all(encoder, self.frames()[0]) / self.vae_scale()
+        return self._latents
+
+    def core(self) -> GameRFTCore:
+        """The world model so far: the last phase's weights, or fresh ones."""
+        path = self.work / "dit.safetensors"
+        return load_gamerft(path, GAMERFT) if path.is_file() else random_gamerft(GAMERFT, self.args.seed)
+
+    def fit(self, task: TimedModule) -> None:
+        """Run Lightning's fit loop until the task's time is up."""
+        torch.manual_seed(self.args.seed)
+        torch.set_float32_matmul_precision("high")
+        trainer = Trainer(
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_epochs=1,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        begin = time.monotonic()
+        trainer.fit(task, ticks())
+        task.to(self.device)
+        print(f"{type(task).__name__}: {task.steps} steps in {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def save(module: nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a module's state dict as safetensors, atomically."""
+    state = {key: value.detach().to(dtype).contiguous().cpu() for key, value in module.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    save_file(state, partial)
+    partial.replace(path)
+
+
+def stage_record(shop: Workshop) -> None:
+    begin = time.monotonic()
+    index = record_many(shop.args.frames, shop.args.workers, shop.args.seed, shop.work / "recorded")
+    total = sum(shard["frames"] for shard in index)
+    print(f"recorded {total} frames in {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def stage_autoencoder(shop: Workshop) -> None:
+    frames, _ = shop.frames()
+    task = AutoencoderTask(DCAE, frames, 60 * shop.args.autoencoder_minutes, batch=4 * shop.args.batch)
+    shop.fit(task)
+    encoder, decoder = task.ema.module["encoder"], task.ema.module["decoder"]
+    save(encoder, shop.work / "encoder.safetensors")
+    save(decoder, shop.work / "decoder.safetensors")
+    some = torch.randint(len(frames), (512,), device=frames.device)
+    scale = float(encode_all(encoder, frames[some]).float().std())
+    psnr = reconstruction_psnr(encoder, decoder, frames[some])
+    (shop.work / "autoencoder.json").write_text(json.dumps({"vae_scale": round(scale, 4), "train_psnr": psnr}))
+    print(f"autoencoder: latent std {scale:.3f}, reconstruction {psnr:.2f} dB", flush=True)
+
+
+def stage_flow(shop: Workshop) -> None:
+    bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + 8)
+    task = FlowTask(shop.core(), bank, SAMPLER, 60 * shop.args.flow_minutes, shop.args.batch, shop.args.lr)
+    shop.fit(task)
+    save(task.ema.module, shop.work / "dit.safetensors")
+
+
+def stage_rollout(shop: Workshop) -> None:
+    bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + shop.args.horizon)
+    seconds, lr = 60 * shop.args.rollout_minutes, 0.4 * shop.args.lr
+    task = RolloutTask(shop.core(), bank, SAMPLER, seconds, shop.args.batch, lr)
+    shop.fit(task)
+    save(task.ema.module, shop.work / "dit.safetensors")
+
+
+def stage_evaluate(shop: Workshop) -> None:
+    encoder = load_encoder(shop.work / "encoder.safetensors", DCAE).to(shop.device)
+    decoder = load_decoder(shop.work / "decoder.safetensors", DCAE).to(shop.device)
+    core = shop.core().to(shop.device, torch.bfloat16)
+    cache = shop.work / "held_out.pt"
+    if not cache.is_file():
+        torch.save(held_out_play(shop.args.eval_clips, SAMPLER.window + 64, shop.args.workers), cache)
+    play = torch.load(cache, weights_only=True)
+    figures, pictures = evaluate(core, encoder, decoder, play, SAMPLER, shop.vae_scale(), shop.device)
+    (shop.work / "evaluation.json").write_text(json.dumps(figures, indent=1))
+    contact_sheet(pictures, shop.work / "evaluation.png")
+    print(json.dumps(figures, indent=1), flush=True)
+
+
+def stage_export(shop: Workshop) -> None:
+    out: Path = shop.args.out
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("dit", "encoder", "decoder"):
+        state = load_file(shop.work / f"{name}.safetensors")
+        save_file({key: value.to(torch.bfloat16) for key, value in state.items()}, out / f"{name}.safetensors")
+    train = {"vae_scale": shop.vae_scale()}
+    for name, config in (("config", GAMERFT), ("dcae", DCAE)):
+        content = {"model": dataclasses.asdict(config), "train": train}
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    print(f"exported to {out}", flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    shop = Workshop(args)
+    for stage in args.stages:
+        print(f"== {stage}", flush=True)
+        globals()[f"stage_{stage}"](shop)
+
+
+if __name__ == "__main__":
+    main()
