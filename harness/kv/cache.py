@@ -1,0 +1,216 @@
+"""The KV cache: which frames a layer keeps and where; how a frame is stored is the storage's business."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harness.kv.conf import KVConf, validate
+from harness.kv.storage import FrameRing, RingShape, Scratch, build_ring
+
+
+class KVBytes(NamedTuple):
+    """Size of a cache in bytes.
+
+    ``computed`` by formula and ``allocated`` in fact, over all layers; ``scratch``: allocated to dequantise
+    into; ``plain``: the same windows unquantised; ``dequantised_per_step``: what one denoising step
+    dequantises; ``by_format``: ``allocated`` by element format.
+    """
+
+    computed: int
+    allocated: int
+    scratch: int
+    plain: int
+    dequantised_per_step: int
+    by_format: dict[str, int]
+
+
+class KVCache:
+    """Rings of the newest K and V of every layer, in fixed buffers that are only ever written in place.
+
+    Frame f of layer l lives in slot ``f % R_l``, so writing it overwrites frame ``f - R_l``, the one that
+    leaves the window: nothing is rolled or concatenated. Attention over a whole ring needs no mask and does
+    not care about the order of its frames. The slot is a device tensor, so no call here makes the host wait
+    (``ordered`` and the byte counts aside), and all of them compile and can be captured in a CUDA graph.
+
+    One frame is: :meth:`advance`; :meth:`window` once per layer and denoising step; :meth:`store` once per
+    layer, at the last step.
+
+    Args:
+        layers: number of layers.
+        batch: clips B.
+        heads: attention heads H.
+        head_dim: size of a head Dh.
+        tokens: tokens per frame P.
+        windows: frames R_l that each layer keeps, the current one included.
+        conf: how K and V are stored.
+        dtype: dtype of attention, and of whatever is stored unquantised.
+        device: where the buffers live.
+
+    Raises:
+        ValueError: if a size is not positive, ``windows`` does not have one entry per layer, or ``conf``
+            does not fit (see :func:`harness.kv.conf.validate`).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        tokens: int,
+        windows: list[int],
+        conf: KVConf,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        _check_sizes(layers, batch, heads, head_dim, tokens, windows)
+        validate(conf, head_dim=head_dim, layers=layers)
+        self.conf, self.dtype, self.device = conf, dtype, torch.device(device)
+        self.layers, self.batch, self.tokens, self.windows = layers, batch, tokens, list(windows)
+        with torch.inference_mode(False):  # buffers outlive the mode they are made in
+            self.scratch = Scratch(dtype, self.device)
+            shapes = [RingShape(batch, heads, frames, tokens, head_dim) for frames in windows]
+            self.rings = [self._layer_rings(layer, shape) for layer, shape in enumerate(shapes)]
+            self.frame = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+            """Absolute index of the current frame, int64 ``[1]`` on the device; -1 before :meth:`load`."""
+            self._slots = {r: torch.zeros_like(self.frame) for r in sorted(set(windows))}
+
+    def _layer_rings(self, layer: int, shape: RingShape) -> dict[str, FrameRing]:
+        return {
+            name: build_ring(
+                name,
+                shape,
+                self.conf,
+                self.conf.quantises(name, layer, self.layers),
+                self.dtype,
+                self.device,
+                self.scratch,
+            )
+            for name in ("k", "v")
+        }
+
+    @property
+    def store_is_free(self) -> bool:
+        """Whether :meth:`store` has nothing to do, since :meth:`window` writes all there is to keep."""
+        return all(ring.store_is_free for ring in self._all_rings())
+
+    def load(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Fill a layer from a prefill over frames 0 … N-1, ``k, v [B, H, N*P, Dh]``, oldest first.
+
+        The newest R_l frames are kept (quantised where the storage says so). The current frame becomes N-1,
+        so the next :meth:`advance` begins frame N. May be called again at any time: a new prefill reuses
+        the buffers.
+
+        Raises:
+            ValueError: if N < R_l: the window would hold frames that never were.
+        """
+        keep, frames = self.windows[layer], k.shape[2] // self.tokens
+        if frames < keep:
+            raise ValueError(
+                f"prefill of {frames} frames: layer {layer} keeps a window of {keep}; prefill at least that many "
+                "frames or lower the sampler's window"
+            )
+        # Frame f goes to slot f % R: the newest R frames, rotated so that this holds.
+        first = frames - keep
+        slots = [f % keep for f in range(first, frames)]
+        order = torch.tensor(sorted(range(keep), key=slots.__getitem__), device=self.device)
+        for name, x in (("k", k), ("v", v)):
+            newest = x.unflatten(2, (frames, self.tokens))[:, :, first:]
+            self.rings[layer][name].load(newest.index_select(2, order))
+        self.frame.fill_(frames - 1)
+        self._locate()
+
+    def advance(self) -> None:
+        """Begin the next frame: its slot is the oldest frame's."""
+        self.frame.add_(1)
+        self._locate()
+
+    def _locate(self) -> None:
+        for frames, slot in self._slots.items():
+            slot.copy_(self.frame % frames)
+
+    def window(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V that the current frame attends to, ``[B, H, R_l*P, Dh]`` each, in slot order.
+
+        The frame's own ``k, v [B, H, P, Dh]`` stand unquantised beside the R_l - 1 newest earlier frames.
+        The result is valid until the next call: it may be the ring itself or the scratch buffer shared by
+        all layers.
+        """
+        ring, slot = self.rings[layer], self._slots[self.windows[layer]]
+        return ring["k"].window(slot, k), ring["v"].window(slot, v)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep the frame's ``k, v [B, H, P, Dh]``, those last given to :meth:`window`, for the frames to come."""
+        ring, slot = self.rings[layer], self._slots[self.windows[layer]]
+        ring["k"].store(slot, k)
+        ring["v"].store(slot, v)
+
+    def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Stored K and V, dequantised, oldest frame first, ``[B, H, R_l*P, Dh]`` each.
+
+        Fresh tensors, for tests and parity; waits for the device.
+        """
+        keep, newest = self.windows[layer], int(self.frame.item())
+        slots = torch.tensor([f % keep for f in range(newest - keep + 1, newest + 1)], device=self.device)
+        ring = self.rings[layer]
+        k, v = (ring[name].read().index_select(2, slots).flatten(2, 3) for name in ("k", "v"))
+        return k, v
+
+    def count_blocks(self) -> None:
+        """From now on count saturation and scales of all that is quantised (costs time: not for timed runs)."""
+        for ring in self._all_rings():
+            ring.count()
+
+    def stats(self) -> list[dict[str, float | int | str | None]]:
+        """Counts since :meth:`count_blocks` or :meth:`reset`, one entry per quantised ring.
+
+        Waits for the device. Each entry has ``layer``, ``tensor`` ("k" or "v"), ``format`` and what
+        :meth:`harness.kv.stats.BlockStats.report` gives.
+        """
+        return [
+            {"layer": layer, "tensor": name, "format": ring.format_name, **ring.stats.report()}
+            for layer, rings in enumerate(self.rings)
+            for name, ring in rings.items()
+            if ring.stats is not None
+        ]
+
+    def nbytes(self) -> KVBytes:
+        """Sizes of the stored windows and of the scratch."""
+        rings = self._all_rings()
+        by_format: dict[str, int] = {}
+        for ring in rings:
+            size = sum(buffer.nbytes for buffer in ring.buffers())
+            by_format[ring.format_name] = by_format.get(ring.format_name, 0) + size
+        itemsize = self.frame.new_empty((), dtype=self.dtype).element_size()
+        return KVBytes(
+            computed=sum(ring.computed_bytes() for ring in rings),
+            allocated=sum(by_format.values()),
+            scratch=self.scratch.nbytes,
+            plain=sum(ring.shape.numel for ring in rings) * itemsize,
+            dequantised_per_step=sum(ring.shape.numel for ring in rings if not ring.store_is_free) * itemsize,
+            by_format=by_format,
+        )
+
+    def reset(self) -> None:
+        """Forget every frame and every statistic; buffers stay where they are."""
+        self.frame.fill_(-1)
+        for slot in self._slots.values():
+            slot.zero_()
+        for ring in self._all_rings():
+            ring.reset()
+
+    def _all_rings(self) -> list[FrameRing]:
+        return [ring for layer in self.rings for ring in layer.values()]
+
+
+def _check_sizes(layers: int, batch: int, heads: int, head_dim: int, tokens: int, windows: list[int]) -> None:
+    sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim, "tokens": tokens}
+    problems = [f"{name}={size}: must be at least 1" for name, size in sizes.items() if size < 1]
+    if len(windows) != layers:
+        problems.append(f"{len(windows)} windows for {layers} layers: give one per layer")
+    problems += [f"windows[{i}]={frames}: must be at least 1 frame" for i, frames in enumerate(windows) if frames < 1]
+    if problems:
+        raise ValueError("KV cache: " + "; ".join(problems))
