@@ -81,8 +81,8 @@ class MXConf:
 def validate(conf: MXConf) -> None:
     """Raise ValueError listing every field of `conf` with a value that is not allowed, and what is.
 
-    Depends on the config alone. Whether a kernel can run on this machine and whether the patterns match a
-    model is checked by `harness.mx.transform.apply_mx`.
+    Depends on the config alone. Whether the kernel can run on a device is for `harness.mx.dispatch.resolve_kernel`,
+    whether the patterns match a model for `harness.mx.transform.apply_mx`.
     """
     problems = []
     if conf.bits not in (4, 8):
@@ -95,8 +95,6 @@ def validate(conf: MXConf) -> None:
     for name in ("include", "exclude"):
         if any(not isinstance(p, str) or not p for p in getattr(conf, name)):
             problems.append(f"{name}={list(getattr(conf, name))}: must be a list of non-empty patterns")
-    if not problems:
-        problems = _combination_problems(conf)
     if problems:
         raise ValueError("quant config: " + "; ".join(problems))
 
@@ -108,17 +106,3 @@ _CHOICES: dict[str, type[StrEnum]] = {
     "scale_mode": ScaleMode,
     "element_8bit": Element8Bit,
 }
-
-
-def _combination_problems(conf: MXConf) -> list[str]:
-    if conf.kernel != KernelChoice.cutlass:
-        return []
-    problems = []
-    if conf.activation != Activation.mx:
-        problems.append(
-            "kernel=cutlass multiplies MX by MX and needs activation=mx; for activation=bf16 use "
-            "kernel=auto, triton or emulated"
-        )
-    if conf.bits == 8 and conf.element_8bit != Element8Bit.e4m3:
-        problems.append("kernel=cutlass has E4M3 elements only; use element_8bit=e4m3 or kernel=emulated")
-    return problems

@@ -144,8 +144,8 @@ def _check_blocks(blocks: MXBlocks, fmt: ElementFormat) -> None:
     expected = (*scales.shape[:-1], scales.shape[-1] * per_block)
     if tuple(elements.shape) != expected or elements.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise ValueError(
-            f"{fmt.name} blocks with scales {tuple(scales.shape)} need uint8 elements of shape {expected} and "
-            f"uint8 scales, got elements {tuple(elements.shape)} {elements.dtype} and scales {scales.dtype}"
+            f"{fmt.name} blocks with scales {tuple(scales.shape)} need uint8 elements of shape {expected} "
+            f"and uint8 scales, got elements {tuple(elements.shape)} {elements.dtype} and scales {scales.dtype}"
         )
 
 

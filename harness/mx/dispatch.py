@@ -1,0 +1,99 @@
+"""The one place that decides which kernel computes an MX Linear.
+
+A kernel is an entry of `KERNELS`: when it can run, which Linears it fits, and what it puts in the place of an
+`nn.Linear`. To add one, put its device code into `harness/mx/kernels/` and its entry here; `auto`, the errors and the
+run record follow.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.mx.conf import Activation, KernelChoice
+from harness.mx.formats import E5M2
+from harness.mx.kernels import native
+from harness.mx.linear import LinearFormat, MXLinear, MXModule, TorchaoMXLinear
+
+AVAILABLE = "ok"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an MX Linear.
+
+    `unavailable(device, format)` and `unfit(linear)` give a reason, or None when all is well. `build(linear, format)`
+    returns the module that takes the place of `linear`. `emulated` marks kernels whose speed says nothing about MX.
+    """
+
+    name: KernelChoice
+    unavailable: Callable[[torch.device, LinearFormat], str | None]
+    unfit: Callable[[nn.Linear], str | None]
+    build: Callable[[nn.Linear, LinearFormat], MXModule]
+    emulated: bool = False
+
+
+def _cutlass_unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
+    reason = native.unavailable(device, fmt.element.bits)
+    if reason is None and fmt.activation != Activation.mx:
+        return "the native MX path multiplies MX by MX only; it needs activation=mx"
+    if reason is None and fmt.element is E5M2:
+        return "torchao's native MX path has E4M3 and E2M1 elements, not E5M2"
+    return reason
+
+
+def _build_emulated(linear: nn.Linear, fmt: LinearFormat) -> MXModule:
+    if fmt.activation == Activation.bf16:
+        return MXLinear.from_linear(linear, fmt)
+    return TorchaoMXLinear.from_linear(linear, fmt, native=False)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        KernelChoice.cutlass,
+        unavailable=_cutlass_unavailable,
+        unfit=native.unfit,
+        build=lambda linear, fmt: TorchaoMXLinear.from_linear(linear, fmt, native=True),
+    ),
+    Kernel(
+        KernelChoice.emulated,
+        unavailable=lambda device, fmt: None,
+        unfit=lambda linear: None,
+        build=_build_emulated,
+        emulated=True,
+    ),
+)
+"""Every kernel of this version, fastest first: `auto` takes the first that is available."""
+
+
+def available_kernels(device: torch.device, fmt: LinearFormat) -> dict[str, str]:
+    """For each kernel a user can name, `"ok"` or the reason why it cannot run on `device` for this format."""
+    verdicts = {str(k.name): k.unavailable(device, fmt) or AVAILABLE for k in KERNELS}
+    missing = [str(name) for name in KernelChoice if name != KernelChoice.auto and name not in verdicts]
+    return verdicts | {name: f"this version has no {name} kernel for MX Linears" for name in missing}
+
+
+def resolve_kernel(choice: KernelChoice, device: torch.device, fmt: LinearFormat) -> Kernel:
+    """The kernel `choice` names, or for `auto` the fastest one that can run.
+
+    Raises ValueError when it cannot run here, with the reason for each kernel that cannot and the ones that can.
+    """
+    verdicts = available_kernels(device, fmt)
+    for kernel in KERNELS:
+        if choice in (KernelChoice.auto, kernel.name) and verdicts[kernel.name] == AVAILABLE:
+            return kernel
+    runnable = [name for name, verdict in verdicts.items() if verdict == AVAILABLE]
+    refused = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != AVAILABLE)
+    raise ValueError(
+        f"kernel={choice} cannot run {fmt.numeric_path} on {describe_device(device)} "
+        f"({refused}). Use kernel={' or '.join(runnable)}, or kernel=auto"
+    )
+
+
+def describe_device(device: torch.device) -> str:
+    """Such as `cpu` or `NVIDIA H200 (sm_90)`."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"

@@ -1,0 +1,138 @@
+"""Turns the selected Linears of a model into MX Linears, all of them or none."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from harness.mx.conf import MXConf, validate
+from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
+from harness.mx.formats import BLOCK
+from harness.mx.linear import LinearFormat
+from harness.mx.select import Candidate, MXTransformError, select
+
+
+@dataclass(frozen=True)
+class TransformSummary:
+    """What was transformed, and the numeric path it now takes. `to_dict()` is ready for JSON.
+
+    `kernel` is the kernel in use, `kernel_asked` the one in the config. `emulated` says that the speed is none of
+    MX's. `kept_bf16` maps Linears in scope that stay BF16 to the reason. Bytes count weights, scales and biases of
+    the transformed Linears.
+    """
+
+    enabled: bool
+    numeric_path: str
+    architecture: str
+    bits: int = 16
+    element: str = "bf16"
+    scale_mode: str | None = None
+    activation: str = "bf16"
+    scope: str | None = None
+    late_layers: int | None = None
+    kernel: str = "torch"
+    kernel_asked: str = "torch"
+    emulated: bool = False
+    count: int = 0
+    categories: dict[str, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    kept_bf16: dict[str, str] = field(default_factory=dict)
+    weight_bytes_before: int = 0
+    weight_bytes_after: int = 0
+
+    def to_dict(self) -> dict:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
+    """Replace the Linears of `model` that `conf` selects by MX Linears, in place, and say what was done.
+
+    `model` is a GameRFT core or a module that holds one, in BF16, on the device it will run on. With
+    `conf.enabled` false nothing changes. Every check precedes the first change.
+
+    Raises ValueError for a bad config or a kernel that cannot run on the model's device, MXTransformError (a
+    ValueError) when nothing or something unsuitable is selected, with every such Linear named.
+    """
+    validate(conf)
+    device = _device(model)
+    if not conf.enabled:
+        return TransformSummary(enabled=False, numeric_path="BF16", architecture=describe_device(device))
+    selection = select(model, conf)
+    fmt = LinearFormat.of(conf)
+    kernel = resolve_kernel(conf.kernel, device, fmt)
+    _check_all(selection.chosen, kernel)
+    before = after = 0
+    for candidate in selection.chosen:
+        linear = candidate.module
+        assert isinstance(linear, nn.Linear)
+        before += sum(p.nbytes for p in linear.parameters())
+        replacement = kernel.build(linear, fmt).train(linear.training)
+        after += replacement.weight_bytes()
+        _replace(model, candidate.name, replacement)
+    return TransformSummary(
+        enabled=True,
+        numeric_path=f"{fmt.numeric_path}, {kernel.name}",
+        architecture=describe_device(device),
+        bits=conf.bits,
+        element=fmt.element.name,
+        scale_mode=str(fmt.scale_mode),
+        activation=str(fmt.activation),
+        scope=str(conf.scope),
+        late_layers=conf.late_layers,
+        kernel=str(kernel.name),
+        kernel_asked=str(conf.kernel),
+        emulated=kernel.emulated,
+        count=len(selection.chosen),
+        categories=dict(Counter(c.category for c in selection.chosen)),
+        names=[c.name for c in selection.chosen],
+        kept_bf16=selection.kept_bf16,
+        weight_bytes_before=before,
+        weight_bytes_after=after,
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    if first is None:
+        raise MXTransformError(f"{type(model).__name__} has no parameters, so no Linear to transform")
+    return first.device
+
+
+def _check_all(chosen: list[Candidate], kernel: Kernel) -> None:
+    """Raise one MXTransformError that names every chosen module that cannot be transformed, and why."""
+    times = Counter(id(c.module) for c in chosen)
+    problems = []
+    for candidate in chosen:
+        reason = _unsuitable(candidate.module, kernel)
+        if reason is None and times[id(candidate.module)] > 1:
+            reason = "the same module is used under several names"
+        if reason is not None:
+            problems.append(f"{candidate.name}: {reason}")
+    if problems:
+        raise MXTransformError(
+            f"{len(problems)} of {len(chosen)} selected Linears cannot become MX (nothing was changed):\n  "
+            + "\n  ".join(problems)
+            + "\nFix the model, or name them in exclude."
+        )
+
+
+def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not a plain nn.Linear"
+    weight = module.weight
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is already a {type(weight.data).__name__}"
+    if weight.dtype != torch.bfloat16 or (module.bias is not None and module.bias.dtype != torch.bfloat16):
+        return f"its weight is {weight.dtype}, MX Linears take bfloat16 models; convert the model first"
+    if module.in_features % BLOCK:
+        return f"in_features={module.in_features} is not a multiple of {BLOCK}, the MX block"
+    if not weight.isfinite().all():
+        return "its weight holds NaN or infinity"
+    return kernel.unfit(module)
+
+
+def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, replacement)
