@@ -10,6 +10,7 @@ training can be cut up at will. Each training stage runs for its number of minut
 * ``autoencoder``: DCAE for 128×128 frames, 8×8 latents.
 * ``flow``: GameRFT by rectified flow with an independent time per frame.
 * ``rollout``: the two-step sampler's own states (see ``doom_world/world_model.py``).
+* ``sharpen``: the same beside a discriminator, for detail.
 * ``evaluate``: PSNR over held-out play against "repeat the last frame" and shuffled actions; a contact sheet.
 * ``export``: BF16 safetensors and YAML, as ``assets/doom`` ships them.
 """
@@ -38,7 +39,7 @@ from harness.rollout import SamplerConf
 from scripts.doom_world.autoencoder import AutoencoderTask, TimedModule, encode_all, reconstruction_psnr
 from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
 from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
-from scripts.doom_world.world_model import FlowTask, RolloutTask
+from scripts.doom_world.world_model import FlowTask, RolloutTask, SharpenTask
 from scripts.record_doom import record_many
 
 DCAE = DCAEConfig(
@@ -67,7 +68,7 @@ SAMPLER = SamplerConf(window=24, timesteps=[1.0, 0.25], context_noise=0.25)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["record", "autoencoder", "flow", "rollout", "evaluate", "export"]
+    stages = ["record", "autoencoder", "flow", "rollout", "sharpen", "evaluate", "export"]
     parser.add_argument("stages", nargs="+", choices=stages)
     parser.add_argument("--work", type=Path, required=True, help="folder of recordings and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("assets/doom"), help="where export writes")
@@ -76,7 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autoencoder-minutes", type=float, default=3.0)
     parser.add_argument("--flow-minutes", type=float, default=4.0)
     parser.add_argument("--rollout-minutes", type=float, default=6.0)
+    parser.add_argument("--sharpen-minutes", type=float, default=3.0)
     parser.add_argument("--horizon", type=int, default=16, help="generated frames per training rollout")
+    parser.add_argument("--weight", type=float, default=0.03, help="of the adversarial term when sharpening")
     parser.add_argument("--batch", type=int, default=64, help="sequences per step (autoencoder: four times as many)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of flow; rollout uses 0.4 of it")
     parser.add_argument("--eval-clips", type=int, default=24)
@@ -126,7 +129,7 @@ class Workshop:
             devices=1,
             precision="bf16-mixed",
             max_epochs=1,
-            gradient_clip_val=1.0,
+            gradient_clip_val=1.0 if task.automatic_optimization else None,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -157,7 +160,8 @@ def stage_autoencoder(shop: Workshop) -> None:
     frames, _ = shop.frames()
     task = AutoencoderTask(DCAE, frames, 60 * shop.args.autoencoder_minutes, batch=4 * shop.args.batch)
     shop.fit(task)
-    encoder, decoder = task.ema.module["encoder"], task.ema.module["decoder"]
+    average = dict(task.ema.module.named_children())
+    encoder, decoder = average["encoder"], average["decoder"]
     save(encoder, shop.work / "encoder.safetensors")
     save(decoder, shop.work / "decoder.safetensors")
     some = torch.randint(len(frames), (512,), device=frames.device)
@@ -171,15 +175,21 @@ def stage_flow(shop: Workshop) -> None:
     bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + 8)
     task = FlowTask(shop.core(), bank, SAMPLER, 60 * shop.args.flow_minutes, shop.args.batch, shop.args.lr)
     shop.fit(task)
-    save(task.ema.module, shop.work / "dit.safetensors")
+    save(task.averaged(), shop.work / "dit.safetensors")
 
 
-def stage_rollout(shop: Workshop) -> None:
+def stage_rollout(shop: Workshop, cls: type[RolloutTask] = RolloutTask, minutes: float | None = None) -> None:
     bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + shop.args.horizon)
-    seconds, lr = 60 * shop.args.rollout_minutes, 0.4 * shop.args.lr
-    task = RolloutTask(shop.core(), bank, SAMPLER, seconds, shop.args.batch, lr)
+    seconds = 60 * (shop.args.rollout_minutes if minutes is None else minutes)
+    task = cls(shop.core(), bank, SAMPLER, seconds, shop.args.batch, 0.4 * shop.args.lr)
+    if isinstance(task, SharpenTask):
+        task.weight = shop.args.weight
     shop.fit(task)
-    save(task.ema.module, shop.work / "dit.safetensors")
+    save(task.averaged(), shop.work / "dit.safetensors")
+
+
+def stage_sharpen(shop: Workshop) -> None:
+    stage_rollout(shop, SharpenTask, shop.args.sharpen_minutes)
 
 
 def stage_evaluate(shop: Workshop) -> None:

@@ -245,9 +245,9 @@ class GameRFTCore(nn.Module):
             self.rotary = OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> list[Block]:
         """The transformer blocks, first to last."""
-        return self.transformer.blocks
+        return list(self.transformer.blocks)  # type: ignore[arg-type]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -35,8 +35,8 @@ class MotionRotary(nn.Module):
     def __init__(self, head_dim: int, side: int, delta: float) -> None:
         super().__init__()
         self.delta = delta
-        self.half = head_dim // 2
-        self.n_space = 3 * self.half // 4
+        self.pairs = head_dim // 2
+        self.n_space = 3 * self.pairs // 4
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         grid = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
         self.register_buffer("freqs", 1.0 / 10000.0**exponent, persistent=False)
@@ -48,7 +48,7 @@ class MotionRotary(nn.Module):
         time = frames.to(torch.float32)[:, None] * self.delta
         x, y = time + self.cols, time + self.rows
         time = time.expand_as(x)
-        index = torch.arange(self.half, device=frames.device)
+        index = torch.arange(self.pairs, device=frames.device)
         is_time, is_x = index >= self.n_space, index % 2 == 0
         position = torch.where(is_time, time[..., None], torch.where(is_x, x[..., None], y[..., None]))
         angle = (position * self.freqs).flatten(0, 1)

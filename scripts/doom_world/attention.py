@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 class StreamAttention:
-    """An ``Attend`` over ``streams`` (1 or 2) copies of ``frames`` frames: FlexAttention on CUDA, masked SDPA elsewhere.
+    """An ``Attend`` over 1 or 2 streams of frames: FlexAttention on CUDA, masked SDPA elsewhere.
 
     Args:
         windows: per layer, in frames, the current one included.
@@ -56,5 +56,5 @@ class StreamAttention:
         mask = self.masks[self.windows[layer]]
         q, k = q.to(v.dtype), k.to(v.dtype)
         if self.flex:
-            return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value, arg-type]
+            return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value, call-overload]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -37,7 +38,7 @@ class TimedModule(LightningModule):
     def make_ema(self, module: nn.Module) -> AveragedModel:
         """An exponential moving average of ``module``'s weights."""
 
-        def average(averaged: list[Tensor], current: list[Tensor], _: object) -> None:
+        def average(averaged: Any, current: Any, _: object) -> None:
             decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))  # short memory while everything moves
             torch._foreach_lerp_(averaged, current, 1 - decay)
 
@@ -61,8 +62,9 @@ class TimedModule(LightningModule):
         if elapsed > self.seconds:
             self.trainer.should_stop = True
             return -1
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.lr * max(time_cosine(elapsed, self.seconds), 1e-3)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * max(time_cosine(elapsed, self.seconds), 1e-3)
         return None
 
     def report(self, every: int = 200, **values: Tensor | float) -> None:

@@ -1,14 +1,16 @@
-"""Training the world model: rectified flow with per-frame times, then the sampler's own two steps on its own rollouts."""
+"""Training the world model: rectified flow with per-frame times, then the sampler's two steps on its own rollouts."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.kv import KVCache, KVConf
-from harness.models.gamerft import GameRFTConfig, GameRFTCore
+from harness.models.gamerft import GameRFTCore
 from harness.rollout import Rollout, SamplerConf
 from scripts.doom_world.attention import StreamAttention
 from scripts.doom_world.autoencoder import TimedModule
@@ -37,8 +39,14 @@ class WorldModelTask(TimedModule):
         """The model, not its average."""
         return list(self.core.parameters())
 
+    def averaged(self) -> GameRFTCore:
+        """The model with averaged weights."""
+        core = self.ema.module
+        assert isinstance(core, GameRFTCore)
+        return core
+
     def velocity(self, x: Tensor, t: Tensor, mouse: Tensor, btn: Tensor, streams: int) -> Tensor:
-        """Velocity of ``x [B, streams*N, C, S, S]`` at ``t [B, streams*N]``; controls ``[B, N, …]`` repeat per stream."""
+        """Velocity of ``x [B, streams*N, C, S, S]`` at ``t [B, streams*N]``; controls ``[B, N, …]`` repeat."""
         frames = x.shape[1] // streams
         if streams not in self._attention:
             windows = layer_windows(self.core, self.sampler.window)
@@ -84,7 +92,8 @@ class FlowTask(WorldModelTask):
         level = t[:, :, None, None, None]
         v = self.velocity((1 - level) * x0 + level * noise, t, mouse, btn, streams=1)
         error = (v - (noise - x0)).square().mean((2, 3, 4))
-        self.report(loss=error.mean(), loss_t1=error[t == 1].mean())
+        start = (t == 1).float()
+        self.report(loss=error.mean(), loss_t1=(error * start).sum() / start.sum())
         return error.mean()
 
 
@@ -135,9 +144,9 @@ class RolloutTask(WorldModelTask):
         self.pool = list(zip(*(part.split(self.batch) for part in (x0, mouse, btn, noise, states)), strict=True))
 
     def _rollout(self, batch: int) -> Rollout:
-        core = copy.deepcopy(self.ema.module).to(torch.bfloat16).eval().requires_grad_(False)
+        core = copy.deepcopy(self.averaged()).to(torch.bfloat16).eval().requires_grad_(False)
         if self._roll is None:
-            cfg: GameRFTConfig = core.cfg
+            cfg = core.cfg
             cache = KVCache(
                 layers=cfg.n_layers,
                 batch=batch,
@@ -154,19 +163,95 @@ class RolloutTask(WorldModelTask):
             self._roll.core.load_state_dict(core.state_dict())
         return self._roll
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One two-stream step: context and step 2 in the first stream, step 1 in the second."""
+    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Recorded latents and both steps' estimates of them, ``[B, N, C, S, S]``: ``(x0, step 1, step 2)``.
+
+        One two-stream pass: context and step 2 in the first stream, step 1 in the second.
+        """
         if not self.pool:
             self.collect()
         x0, mouse, btn, noise, states = self.pool.pop()
         first, middle = self.sampler.timesteps
         frames = x0.shape[1]
-        t = torch.cat((torch.full_like(x0[:, :, 0, 0, 0], middle), torch.full_like(x0[:, :, 0, 0, 0], first)), dim=1)
+        t = x0.new_tensor([middle, first]).repeat_interleave(frames).expand(len(x0), -1)
         v = self.velocity(torch.cat((states, noise), dim=1), t, mouse, btn, streams=2)
-        refined, guess = states - middle * v[:, :frames], noise - first * v[:, frames:]
-        window = self.sampler.window
-        step1 = (guess - x0)[:, window // 2 :].square().mean()
-        step2 = (refined - x0)[:, window // 2 :].square().mean()
-        own = (refined - x0)[:, window:].square().mean()
-        self.report(every=50, step1=step1, step2=step2, generated=own)
-        return step1 + 2 * step2
+        return x0, noise - first * v[:, frames:], states - middle * v[:, :frames]
+
+    def regression(self, x0: Tensor, step1: Tensor, step2: Tensor) -> Tensor:
+        """Squared error of both steps, over frames with at least half a window behind them."""
+        judged = slice(self.sampler.window // 2, None)
+        error1, error2 = ((step - x0)[:, judged].square().mean() for step in (step1, step2))
+        own = (step2 - x0)[:, self.sampler.window :].square().mean()
+        self.report(every=50, step1=error1, step2=error2, generated=own)
+        return error1 + 2 * error2
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        """One step of regression to the recording."""
+        return self.regression(*self.estimates())
+
+
+class SharpenTask(RolloutTask):
+    """Phase 3: phase 2 beside a discriminator of single latent frames, for detail that regression averages away.
+
+    Relativistic paired loss per latent cell; the discriminator is kept smooth by asking for the same answer under a
+    little noise (an R1 penalty by finite differences).
+
+    Args:
+        weight: of the adversarial term beside the regression.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, *args: Any, weight: float = 0.03, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight = weight
+        self.judge = FrameJudge(self.core.cfg.channels)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        """One optimiser for the model, one for the discriminator."""
+        judge = torch.optim.AdamW(self.judge.parameters(), lr=self.lr, betas=(0.5, 0.95), weight_decay=0.01)
+        return [super().configure_optimizers(), judge]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One step of the model, then one of the discriminator, on the generated frames."""
+        model_opt, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
+        x0, step1, step2 = self.estimates()
+        loss = self.regression(x0, step1, step2)
+        real, fake = (x[:, self.sampler.window :].flatten(0, 1) for x in (x0, step2))
+        with torch.no_grad():
+            real_score = self.judge(real)
+        realism = F.softplus(real_score - self.judge(fake)).mean()
+        self._step(model_opt, loss + self.weight * realism, self.core)
+        fake, noise = fake.detach(), 0.1 * torch.randn_like(real)
+        real_score, fake_score = self.judge(real), self.judge(fake)
+        rough = (real_score - self.judge(real + noise)).square().mean()
+        rough = rough + (fake_score - self.judge(fake + noise)).square().mean()
+        verdict = F.softplus(fake_score - real_score).mean()
+        self._step(judge_opt, verdict + 10 * rough, self.judge)
+        self.report(every=50, realism=realism, verdict=verdict, rough=rough)
+
+    def _step(self, optimizer: Any, loss: Tensor, module: nn.Module) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+
+class FrameJudge(nn.Module):
+    """A small residual convolutional discriminator of latent frames ``[B, C, S, S]``, one score per cell."""
+
+    def __init__(self, channels: int, width: int = 192, depth: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.body = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(depth)
+        )
+        self.head = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores ``[B, 1, S, S]``; higher = more like a recording."""
+        x = self.stem(x)
+        for layer in self.body:
+            x = x + layer(x)
+        return self.head(x)
