@@ -1,0 +1,262 @@
+"""Clips as predict batches for a Lightning ``Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from harness.data.clips import TAGS, ClipError
+from harness.data.conf import DataConf, Source, validate
+from harness.data.sources import ClipEntry, ClipShape, ClipSource, Excerpt, open_source
+
+Encoder = Callable[[Tensor], Tensor]
+"""RGB ``[M,3,h,w]`` in [-1, 1] to latents ``[M,C,S,S]`` at the decoder's scale: a ``DCAEEncoder``, or alike."""
+
+ENCODER_BATCH = 32
+"""Frames encoded at once."""
+LISTED_ERRORS = 10
+
+BatchT = TypeVar("BatchT", bound="_Movable")
+
+
+class _Movable:
+    """A dataclass whose tensors move together, which is what Lightning asks of a batch."""
+
+    def to(self: BatchT, device: torch.device | str, non_blocking: bool = False) -> BatchT:
+        """A copy with every tensor on ``device``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=non_blocking)
+        return type(self)(**values)
+
+
+@dataclass
+class RecordedBatch(_Movable):
+    """Excerpts of B clips, stacked, before encoding. Fields as in :class:`harness.data.sources.Excerpt`."""
+
+    clip_ids: list[str]
+    tags: list[str]
+    fps: list[float]
+    mouse: Tensor
+    btn: Tensor
+    frames: Tensor | None
+    latents: Tensor | None
+
+
+@dataclass
+class ClipBatch(_Movable):
+    """B clips as a rollout needs them: W context frames, then F future ones.
+
+    Attributes:
+        clip_ids: of the B clips. tags: ``motion`` or ``stand_still`` each. fps: frames a second of each.
+        latents_context: float32 ``[B,W,C,S,S]`` at the model's scale (decoder's latents / ``vae_scale``).
+        mouse: float32 ``[B,W+F,2]``. btn: float32 ``[B,W+F,K]`` of 0 and 1. Row i is what is held while frame i is
+            produced.
+        frames: float32 ``[B,F,3,h,w]`` in [0, 1], the recorded future, or None if the source has no frames.
+        latents_future: float32 ``[B,F,C,S,S]`` at the model's scale where the source has latents only: decoded,
+            they are the reference. None where frames were recorded, and for synthetic clips, which have no reference.
+    """
+
+    clip_ids: list[str]
+    tags: list[str]
+    fps: list[float]
+    latents_context: Tensor
+    mouse: Tensor
+    btn: Tensor
+    frames: Tensor | None
+    latents_future: Tensor | None
+
+
+class ClipDataset(Dataset[Excerpt]):
+    """Excerpts of ``count`` frames from ``first`` on, one per clip; any sampler may shard them by index."""
+
+    def __init__(self, source: ClipSource, entries: Sequence[ClipEntry], first: int, count: int) -> None:
+        self.source, self.entries, self.first, self.count = source, entries, first, count
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Excerpt:
+        return self.source.read(self.entries[index], self.first, self.count)
+
+
+def collate(excerpts: Sequence[Excerpt]) -> RecordedBatch:
+    """Stack excerpts of equal shapes."""
+    frames = [excerpt.frames for excerpt in excerpts if excerpt.frames is not None]
+    latents = [excerpt.latents for excerpt in excerpts if excerpt.latents is not None]
+    return RecordedBatch(
+        clip_ids=[excerpt.clip_id for excerpt in excerpts],
+        tags=[excerpt.tag for excerpt in excerpts],
+        fps=[excerpt.fps for excerpt in excerpts],
+        mouse=torch.stack([excerpt.mouse for excerpt in excerpts]),
+        btn=torch.stack([excerpt.btn for excerpt in excerpts]),
+        frames=torch.stack(frames) if frames else None,
+        latents=torch.stack(latents) if latents else None,
+    )
+
+
+def alternate_tags(entries: Sequence[ClipEntry]) -> list[ClipEntry]:
+    """Motion, stand-still, motion, ... while both last, then the rest; within a tag the given order.
+
+    So the first few clips of a mixed set hold both tags.
+    """
+    queues = [[entry for entry in entries if entry.tag == tag] for tag in TAGS]
+    return [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
+
+
+class ClipDataModule(LightningDataModule):
+    """Predict batches of clips.
+
+    Args:
+        conf: which clips and frames.
+        shape: what the model expects.
+        encoder: encodes the context frames of recorded clips; runs where its parameters are, without gradients.
+
+    Raises:
+        ValueError: ``conf`` is not valid, or recorded clips without an encoder.
+    """
+
+    def __init__(self, conf: DataConf, shape: ClipShape, encoder: Encoder | None = None) -> None:
+        super().__init__()
+        validate(conf)
+        if conf.source == Source.clips and encoder is None:
+            raise ValueError("source=clips: recorded frames must be encoded; give an encoder, or use source=owl_cache")
+        self.conf, self.shape, self.encoder = conf, shape, encoder
+        self.source = open_source(conf, shape)
+        self.entries: list[ClipEntry] = []
+
+    def check(self) -> None:
+        """List the clips and really read each one that will be used, so that a bad clip stops the run at its start.
+
+        Raises:
+            ClipError: naming every clip that is unusable, and why; or no clip is left by ``tag``.
+        """
+        entries = alternate_tags(self.source.entries())
+        chosen = [entry for entry in entries if self.conf.tag in (None, entry.tag)][: self.conf.limit]
+        if not chosen:
+            raise ClipError(f"tag={self.conf.tag}: none of {len(entries)} clips has it; use another tag, or null")
+        problems = []
+        frame_sizes: dict[torch.Size, str] = {}
+        for entry in chosen:
+            try:
+                excerpt = self._read_checked(entry)
+            except ClipError as error:
+                problems.append(str(error))
+                continue
+            if excerpt.frames is not None:
+                frame_sizes.setdefault(excerpt.frames.shape[2:], entry.origin)
+        if len(frame_sizes) > 1:
+            sizes = ", ".join(f"{origin} {h}×{w}" for (h, w), origin in frame_sizes.items())
+            problems.append(f"clips of different frame sizes: {sizes}")
+        if problems:
+            more = [f"and {len(problems) - LISTED_ERRORS} more"] if len(problems) > LISTED_ERRORS else []
+            raise ClipError("\n".join(problems[:LISTED_ERRORS] + more))
+        self.entries = chosen
+
+    def _read_checked(self, entry: ClipEntry) -> Excerpt:
+        conf, shape = self.conf, self.shape
+        needed = conf.start + shape.window + conf.future_frames
+        if entry.frames < needed:
+            raise ClipError(
+                f"{entry.origin}: has {entry.frames} frames, but start {conf.start} + window {shape.window} + "
+                f"{conf.future_frames} future frames need {needed}; use a shorter window or fewer future_frames"
+            )
+        excerpt = self.source.read(entry, conf.start, shape.window + conf.future_frames)
+        if excerpt.btn.shape[1] != shape.buttons:
+            raise ClipError(f"{entry.origin}: {excerpt.btn.shape[1]} buttons; the model has {shape.buttons}")
+        if excerpt.latents is not None and excerpt.latents.shape[1:] != (shape.channels, shape.side, shape.side):
+            wanted = f"{shape.channels}×{shape.side}×{shape.side}"
+            given = "×".join(map(str, excerpt.latents.shape[1:]))
+            raise ClipError(f"{entry.origin}: latents of {given}; the model has {wanted}")
+        if (
+            excerpt.frames is not None
+            and shape.frame_size
+            and tuple(excerpt.frames.shape[2:]) != tuple(shape.frame_size)
+        ):
+            wanted, given = ("×".join(map(str, size)) for size in (shape.frame_size, excerpt.frames.shape[2:]))
+            raise ClipError(f"{entry.origin}: frames of {given}; the decoder makes {wanted}")
+        return excerpt
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check the clips, once."""
+        if not self.entries:
+            self.check()
+
+    def predict_dataloader(self) -> DataLoader[Excerpt]:
+        """Batches of clips in the order of ``alternate_tags``."""
+        count = self.shape.window + self.conf.future_frames
+        return DataLoader(
+            ClipDataset(self.source, self.entries, self.conf.start, count),
+            batch_size=self.conf.batch_size,
+            num_workers=self.conf.num_workers,
+            collate_fn=collate,
+        )
+
+    def on_after_batch_transfer(self, batch: RecordedBatch, dataloader_idx: int = 0) -> ClipBatch:
+        """Encode the context where the clips are frames (a hook of Lightning's)."""
+        return self.encode(batch)
+
+    def encode(self, batch: RecordedBatch) -> ClipBatch:
+        """Split a batch into context and future, and encode the context frames.
+
+        Raises:
+            ValueError: the encoder's latents do not have the model's shape.
+        """
+        window = self.shape.window
+        if batch.latents is not None:
+            context, future = batch.latents[:, :window], batch.latents[:, window:]
+            frames = None
+        elif batch.frames is not None:
+            context, future = self._encode_frames(batch.frames[:, :window]), None
+            frames = batch.frames[:, window:].float() / 255
+        else:
+            raise ValueError("a batch needs frames or latents; this one has neither")
+        return ClipBatch(
+            clip_ids=batch.clip_ids,
+            tags=batch.tags,
+            fps=batch.fps,
+            latents_context=context,
+            mouse=batch.mouse,
+            btn=batch.btn,
+            frames=frames,
+            latents_future=future if self.source.reference == "decoded latents" else None,
+        )
+
+    @torch.no_grad()
+    def _encode_frames(self, frames: Tensor) -> Tensor:
+        """uint8 ``[B,W,3,h,w]`` to float32 ``[B,W,C,S,S]`` at the model's scale, on the frames' device."""
+        if self.encoder is None:
+            raise ValueError("recorded frames must be encoded; give an encoder")
+        where, dtype = frames.device, torch.float32
+        if isinstance(self.encoder, nn.Module) and (weight := next(self.encoder.parameters(), None)) is not None:
+            where, dtype = weight.device, weight.dtype
+        parts = [
+            self.encoder(part.to(where).to(dtype) / 127.5 - 1) for part in frames.flatten(0, 1).split(ENCODER_BATCH)
+        ]
+        latents = torch.cat(parts).to(frames.device, torch.float32)
+        shape = self.shape
+        if latents.shape[1:] != (shape.channels, shape.side, shape.side):
+            raise ValueError(
+                f"the encoder gives latents of {list(latents.shape[1:])}; the model has "
+                f"{[shape.channels, shape.side, shape.side]}: use the encoder of the model's own autoencoder"
+            )
+        return latents.unflatten(0, frames.shape[:2]) / shape.vae_scale
+
+    def describe(self) -> dict[str, Any]:
+        """For the run record: where the clips come from and what rollouts are compared with."""
+        return {
+            "source": str(self.conf.source),
+            "reference": self.source.reference,
+            "quality_is_meaningful": self.conf.source != Source.synthetic,
+            "clips": [{"id": entry.id, "tag": entry.tag} for entry in self.entries],
+            "start": self.conf.start,
+            "context_frames": self.shape.window,
+            "future_frames": self.conf.future_frames,
+        }
