@@ -1,0 +1,18 @@
+"""The sampler: prefill, few-step rollout, compilation and CUDA graphs."""
+
+from harness.rollout.attention import FRAME_ATTENTION, AttentionKind
+from harness.rollout.compile import CompileConf, CompileCounters, compile_decoder
+from harness.rollout.sampler import Frame, Rollout, SamplerConf, Warmup, make_cache
+
+__all__ = [
+    "FRAME_ATTENTION",
+    "AttentionKind",
+    "CompileConf",
+    "CompileCounters",
+    "Frame",
+    "Rollout",
+    "SamplerConf",
+    "Warmup",
+    "compile_decoder",
+    "make_cache",
+]

@@ -1,0 +1,147 @@
+"""Compiling the parts of a frame, capturing a whole frame in a CUDA graph, and counting what compilation did."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
+BACKENDS = ("inductor", "aot_eager", "eager")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+
+@dataclass
+class CompileConf:
+    """How a frame runs. Fits an OmegaConf structured config.
+
+    Attributes:
+        enabled: compile the denoising steps and the decoder with ``torch.compile``: fixed shapes, no graph breaks
+            allowed.
+        mode: ``torch.compile`` mode: default, reduce-overhead (its own CUDA graphs) or
+            max-autotune-no-cudagraphs.
+        cuda_graph: capture one whole frame in a CUDA graph and replay it; null = where compiled code runs on a GPU
+            in a mode that captures nothing by itself.
+        backend: inductor, or aot_eager / eager to trace without generating code (debugging).
+    """
+
+    enabled: bool = False
+    mode: str = "default"
+    cuda_graph: bool | None = None
+    backend: str = "inductor"
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether a frame on ``device`` is captured in our CUDA graph."""
+        if self.cuda_graph is not None:
+            return self.cuda_graph
+        return self.enabled and device.type == "cuda" and self.mode != "reduce-overhead"
+
+
+def validate(conf: CompileConf, device: torch.device) -> None:
+    """Check ``conf`` against the device that frames will run on.
+
+    Raises:
+        ValueError: naming every field that is out of range, contradicts another or cannot run on ``device``.
+    """
+    problems = []
+    if conf.mode not in MODES:
+        problems.append(f"mode={conf.mode!r}: allowed are {', '.join(MODES)}")
+    if conf.backend not in BACKENDS:
+        problems.append(f"backend={conf.backend!r}: allowed are {', '.join(BACKENDS)}")
+    if conf.cuda_graph and device.type != "cuda":
+        problems.append(f"cuda_graph=true on {device.type}: CUDA graphs need a CUDA device; use cuda_graph=null")
+    if conf.cuda_graph and conf.enabled and conf.mode == "reduce-overhead":
+        problems.append("cuda_graph=true with mode=reduce-overhead, which captures graphs itself; choose one of them")
+    if problems:
+        raise ValueError("compile config: " + "; ".join(problems))
+
+
+def compile_function(function: Function, conf: CompileConf) -> Function:
+    """``function`` compiled as ``conf`` says (itself if compilation is off); a graph break is an error.
+
+    ``function`` is a plain Python function. Its code object is copied first: the compiler keeps its results per code
+    object and gives up after a few, so that two arms of a run, or a sweep in one process, would count as recompiles
+    of one another.
+    """
+    if not conf.enabled:
+        return function
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    mode = conf.mode if conf.backend == "inductor" else None
+    return torch.compile(own, fullgraph=True, dynamic=False, mode=mode, backend=conf.backend)  # type: ignore[return-value]
+
+
+def compile_decoder(decoder: nn.Module, conf: CompileConf) -> Callable[[Tensor], Tensor]:
+    """The frame decoder ``latent [B, C, s, s] -> RGB [B, 3, h, w]``, compiled as ``conf`` says."""
+
+    def decode(latent: Tensor) -> Tensor:
+        return decoder(latent)
+
+    return compile_function(decode, conf)
+
+
+class CompileCounters:
+    """Graphs compiled and graph breaks in this process since the object was made.
+
+    Made after warm-up, its ``graphs`` are recompiles.
+    """
+
+    def __init__(self) -> None:
+        self._graphs, self._breaks = _compiled_so_far()
+
+    @property
+    def graphs(self) -> int:
+        """Graphs compiled since."""
+        return _compiled_so_far()[0] - self._graphs
+
+    @property
+    def graph_breaks(self) -> int:
+        """Graph breaks since."""
+        return _compiled_so_far()[1] - self._breaks
+
+
+def _compiled_so_far() -> tuple[int, int]:
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+class CapturedGraph(Generic[Result]):
+    """A function of no arguments, captured once in a CUDA graph and replayed.
+
+    It must read and write fixed buffers only, and never wait for the device. Construction runs it ``warmups`` times
+    for real, outside the graph (compilation, autotuning and library workspaces may not happen inside); capturing
+    itself executes nothing.
+
+    Args:
+        function: what to capture.
+        device: the CUDA device it runs on.
+        warmups: runs before the capture.
+    """
+
+    def __init__(self, function: Callable[[], Result], device: torch.device, warmups: int = 3) -> None:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(warmups):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = function()
+
+    def replay(self) -> Result:
+        """Run once more; the result's tensors are the same ones every time, valid until the next replay."""
+        self._graph.replay()
+        return self._result

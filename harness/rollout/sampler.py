@@ -1,0 +1,293 @@
+"""Rolling a world model out: prefill a window of frames, then denoise one new frame at a time against the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harness.kv import KVCache, KVConf
+from harness.models.gamerft import GameRFTCore, Modulation
+from harness.rollout.attention import AttentionKind, PrefillAttention, RingAttention, check_attention
+from harness.rollout.compile import CapturedGraph, CompileConf, CompileCounters, compile_function
+from harness.rollout.compile import validate as validate_compile
+
+Rotary = tuple[Tensor, Tensor]
+Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class SamplerConf:
+    """How frames are sampled. Fits an OmegaConf structured config.
+
+    Attributes:
+        window: frames W that a new frame sees, itself included; also the length of the history.
+        timesteps: noise levels at which the model is evaluated, from the first (1 = pure noise) down; a last step
+            to 0 is implied.
+        context_noise: noise level a of the history in prefill, ``x(1-a) + a*noise``.
+        seed: seed of all noise.
+    """
+
+    window: int = 60
+    timesteps: list[float] = field(default_factory=lambda: [1.0, 0.25])
+    context_noise: float = 0.25
+    seed: int = 0
+
+
+def validate(conf: SamplerConf) -> None:
+    """Raise ``ValueError`` naming every field of ``conf`` that is out of range."""
+    problems = []
+    times = list(conf.timesteps)
+    if conf.window < 1:
+        problems.append(f"window={conf.window}: must be at least 1 frame")
+    falling = all(a > b for a, b in pairwise(times))
+    if not times or not falling or not 0 < times[-1] <= times[0] <= 1:
+        problems.append(f"timesteps={times}: give at least one, falling, each above 0 and at most 1")
+    if not 0 <= conf.context_noise <= 1:
+        problems.append(f"context_noise={conf.context_noise}: must lie between 0 and 1")
+    if problems:
+        raise ValueError("sampler config: " + "; ".join(problems))
+
+
+class Frame(NamedTuple):
+    """A new frame: its latent ``[B, C, S, S]`` and each step's velocity, all float32."""
+
+    latent: Tensor
+    velocities: tuple[Tensor, ...]
+
+
+class Warmup(NamedTuple):
+    """What :meth:`Rollout.warmup` took: wall time in seconds, graphs compiled, graph breaks, CUDA graph or not."""
+
+    seconds: float
+    graphs: int
+    graph_breaks: int
+    cuda_graph: bool
+
+
+def make_cache(core: GameRFTCore, sampler: SamplerConf, conf: KVConf, batch: int) -> KVCache:
+    """A cache for ``batch`` clips of ``core``, in its dtype and on its device.
+
+    Layer l keeps R_l frames: the sampler's window, or the layer's own if that is shorter. Raises ``ValueError`` if
+    ``conf`` does not fit the model.
+    """
+    cfg = core.cfg
+    limits = [core.layer_window(layer) for layer in range(cfg.n_layers)]
+    windows = [sampler.window if limit is None else min(sampler.window, limit) for limit in limits]
+    device = core.proj_in.weight.device
+    sizes = (cfg.n_layers, batch, cfg.n_heads, cfg.head_dim, cfg.tokens_per_frame)
+    return KVCache(*sizes, windows, conf, core.dtype, device)
+
+
+class Rollout:
+    """The sampler over a model and its cache.
+
+    A frame is: its noise, one evaluation of the model per timestep against the cached window and the frame's own K
+    and V, ``x -= (t_i - t_{i+1}) * velocity`` after each, K and V kept at the last. Conditioning and modulation
+    depend on time and controls alone and are computed once for all steps. The latent stays float32 between the
+    steps and is cast to the model's dtype on the way in, so that BF16 rounds what the model sees, not the state it
+    refines. Frame positions keep counting for as long as the rollout lasts; the counter is the cache's.
+
+    Everything runs in inference mode and on fixed buffers, so that whoever calls, nothing is compiled twice.
+
+    Args:
+        core: the model, on the device and in the dtype it runs in.
+        cache: made for it by :func:`make_cache`.
+        sampler: timesteps, window and noise level of the history.
+        attention: how a frame attends to its window.
+        compile: compile the steps, capture the frame.
+
+    Raises:
+        ValueError: if a config is out of range, or does not fit the device.
+    """
+
+    def __init__(
+        self,
+        core: GameRFTCore,
+        cache: KVCache,
+        sampler: SamplerConf,
+        attention: AttentionKind = AttentionKind.sdpa,
+        compile: CompileConf | None = None,
+    ) -> None:
+        self.compile = CompileConf() if compile is None else compile
+        validate(sampler)
+        validate_compile(self.compile, cache.device)
+        check_attention(attention, cache.device)
+        self.core, self.cache, self.sampler, self.attention = core, cache, sampler, attention
+        self.cuda_graph = self.compile.captures(cache.device)
+        self._make_buffers()
+        self._prepare = compile_function(self._prepare_function(), self.compile)
+        self._steps = self._compile_steps()
+        self._graph: CapturedGraph[Frame] | None = None
+        self._prefilled = False
+
+    def _make_buffers(self) -> None:
+        cfg, batch, device = self.core.cfg, self.cache.batch, self.cache.device
+        times = [*self.sampler.timesteps, 0.0]
+        with torch.inference_mode(False):  # buffers outlive the mode they are made in
+            self._noise = torch.zeros(batch, cfg.channels, cfg.sample_size, cfg.sample_size, device=device)
+            self._mouse = torch.zeros(batch, cfg.n_mouse_axes, device=device)
+            self._btn = torch.zeros(batch, cfg.n_buttons, device=device)
+            self._times = torch.tensor(times[:-1], device=device).repeat(batch, 1)
+            drops = [a - b for a, b in pairwise(times)]
+            self._drops = [torch.tensor(drop, device=device) for drop in drops]
+
+    def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[Modulation], Rotary]]:
+        core, cache, times, steps = self.core, self.cache, self._times, len(self._drops)
+
+        def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[Modulation], Rotary]:
+            cache.advance()
+            mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
+            modulation = core.modulation(core.conditioning(times, mouse, btn))
+            return [modulation.frames(i, i + 1) for i in range(steps)], core.rotary(cache.frame)
+
+        return prepare
+
+    def _step_function(self, store: bool) -> Step:
+        core, attend = self.core, RingAttention(self.cache, self.attention, store)
+
+        def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
+            velocity = core.denoise(x[:, None], modulation, rotary, attend)[:, 0].float()
+            return x - drop * velocity, velocity
+
+        return step
+
+    def _compile_steps(self) -> list[Step]:
+        last = compile_function(self._step_function(store=True), self.compile)
+        if len(self._drops) == 1 or self.cache.store_is_free:
+            return [last] * len(self._drops)  # where nothing is left to store, all steps are the same code
+        earlier = compile_function(self._step_function(store=False), self.compile)
+        return [earlier] * (len(self._drops) - 1) + [last]
+
+    def _frame(self) -> Frame:
+        """One whole frame from the input buffers; waits for nothing, so it can be captured."""
+        modulations, rotary = self._prepare(self._mouse, self._btn)
+        x, velocities = self._noise, []
+        for step, modulation, drop in zip(self._steps, modulations, self._drops, strict=True):
+            x, velocity = step(x, modulation, rotary, drop)
+            velocities.append(velocity)
+        return Frame(x, tuple(velocities))
+
+    @torch.inference_mode()
+    def warmup(self, frames: int = 2) -> Warmup:
+        """Compile, capture and run a few frames on zeros, so that no later frame pays for it.
+
+        Leaves an empty cache behind, so call it before :meth:`prefill`. Required before the first frame when a CUDA
+        graph is used; otherwise the first frame compiles.
+        """
+        start, counted = time.perf_counter(), CompileCounters()
+        for buffer in (self._noise, self._mouse, self._btn):
+            buffer.zero_()
+        self.cache.reset()
+        for _ in range(frames):
+            self._frame()
+        if self.cuda_graph:
+            self._graph = CapturedGraph(self._frame, self.cache.device)
+        self.cache.reset()
+        self._prefilled = False
+        if self.cache.device.type == "cuda":
+            torch.cuda.synchronize(self.cache.device)
+        return Warmup(time.perf_counter() - start, counted.graphs, counted.graph_breaks, self.cuda_graph)
+
+    @torch.inference_mode()
+    def prefill(
+        self, history: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Start a rollout from W known frames, which become frames 0 … W-1; any earlier rollout is forgotten.
+
+        Args:
+            history: latents ``[B, W, C, S, S]``, oldest first.
+            mouse: ``[B, W, 2]``; unconditional models take None.
+            btn: ``[B, W, n_buttons]``, likewise.
+            noise: noise of the history, of its shape; may be None if ``context_noise`` is 0.
+
+        Returns:
+            The model's velocity of the noised history, ``[B, W, C, S, S]``.
+
+        Raises:
+            ValueError: if a shape does not fit the model, the window or the cache's number of clips.
+        """
+        a, window = self.sampler.context_noise, self.sampler.window
+        if noise is None:
+            if a:
+                raise ValueError(f"context_noise={a}: prefill needs the history's noise")
+            noise = torch.zeros_like(history)
+        self._check("history", history, (window, *self._noise.shape[1:]))
+        self._check("noise", noise, (window, *self._noise.shape[1:]))
+        mouse, btn = self._checked_controls(mouse, btn, (window,))
+        device = self.cache.device
+        x = history.to(device, torch.float32) * (1 - a) + a * noise.to(device, torch.float32)
+        times = torch.full(x.shape[:2], a, device=device)
+        modulation = self.core.modulation(self.core.conditioning(times, mouse, btn))
+        rotary = self.core.rotary(torch.arange(window, device=device))
+        attend = PrefillAttention(self.cache, self.core.full_attention())
+        velocity = self.core.denoise(x, modulation, rotary, attend)
+        self._prefilled = True
+        return velocity
+
+    @torch.inference_mode()
+    def next_frame(self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
+        """Roll out one more frame.
+
+        Args:
+            noise: ``[B, C, S, S]``.
+            mouse: ``[B, 2]``; unconditional models take None.
+            btn: ``[B, n_buttons]``, likewise.
+
+        Returns:
+            The new latent, float32 ``[B, C, S, S]``.
+
+        Raises:
+            RuntimeError: before :meth:`prefill`, or before :meth:`warmup` if a CUDA graph is used.
+            ValueError: if a shape does not fit.
+        """
+        return self._next(noise, mouse, btn).latent.clone()
+
+    @torch.inference_mode()
+    def next_frame_with_velocities(
+        self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None
+    ) -> Frame:
+        """:meth:`next_frame` that also returns the velocity of every step, each float32 ``[B, C, S, S]``."""
+        frame = self._next(noise, mouse, btn)
+        return Frame(frame.latent.clone(), tuple(velocity.clone() for velocity in frame.velocities))
+
+    def _next(self, noise: Tensor, mouse: Tensor | None, btn: Tensor | None) -> Frame:
+        if not self._prefilled:
+            raise RuntimeError(
+                "no frames to go on from: call prefill() first (after warmup(), which empties the cache)"
+            )
+        self._check("noise", noise, self._noise.shape[1:])
+        mouse, btn = self._checked_controls(mouse, btn, ())
+        self._noise.copy_(noise)
+        if mouse is not None and btn is not None:
+            self._mouse.copy_(mouse)
+            self._btn.copy_(btn)
+        if not self.cuda_graph:
+            return self._frame()
+        if self._graph is None:
+            raise RuntimeError("this rollout replays a CUDA graph: call warmup() before prefill() to capture it")
+        return self._graph.replay()
+
+    def _checked_controls(
+        self, mouse: Tensor | None, btn: Tensor | None, frames: tuple[int, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.core.cfg.uncond:
+            return None, None
+        if mouse is None or btn is None:
+            raise ValueError("this model is conditioned on controls: pass mouse and btn")
+        self._check("mouse", mouse, (*frames, self._mouse.shape[1]))
+        self._check("btn", btn, (*frames, self._btn.shape[1]))
+        return mouse.to(self.cache.device), btn.to(self.cache.device)
+
+    def _check(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        expected = (self.cache.batch, *shape)
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, this rollout takes {expected} "
+                f"({self.cache.batch} clips, window {self.sampler.window})"
+            )
