@@ -17,6 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 PSNR_CAP = 100.0
 """dB given to identical frames, whose PSNR is infinite and could be neither averaged nor written as JSON."""
+METRICS = ("psnr", "ssim")
 CHUNK = 16
 """Frames scored at once: SSIM needs several float32 copies of what it scores."""
 
@@ -34,7 +35,7 @@ class FrameScores:
 
     def mean(self) -> dict[str, float]:
         """The clip's PSNR and SSIM: means over frames."""
-        return {"psnr": _mean(self.psnr), "ssim": _mean(self.ssim)}
+        return {metric: _mean(getattr(self, metric)) for metric in METRICS}
 
 
 @dataclass(frozen=True)
@@ -91,30 +92,32 @@ def _summary(clips: Sequence[ClipQuality]) -> dict[str, Any]:
     """Means, drop, fidelity and per-frame curves over ``clips``, which all hold the same score names."""
     summary: dict[str, Any] = {"clips": len(clips)}
     for name in clips[0].scores:
-        means = [clip.scores[name].mean() for clip in clips]
-        summary[name] = {metric: _mean([mean[metric] for mean in means]) for metric in ("psnr", "ssim")}
+        scores = [clip.scores[name] for clip in clips]
+        means = [score.mean() for score in scores]
+        summary[name] = {metric: _mean([mean[metric] for mean in means]) for metric in METRICS}
+        # Clips of one run have equally many frames, so frame i of the curve is a mean over all of them.
         summary[name]["curve"] = {
-            metric: [
-                _mean(values)
-                for values in zip(*(getattr(clip.scores[name], metric) for clip in clips), strict=False)
-            ]
-            for metric in ("psnr", "ssim")
+            metric: [_mean(frame) for frame in zip(*(getattr(score, metric) for score in scores), strict=True)]
+            for metric in METRICS
         }
-    if "candidate" in clips[0].scores:
-        summary["drop"] = {
-            metric: _mean([drop(clip)[metric] for clip in clips]) for metric in ("psnr", "ssim")
-        }
+    drops = [dropped for clip in clips if (dropped := drop(clip)) is not None]
+    if drops:
+        summary["drop"] = {metric: _mean([dropped[metric] for dropped in drops]) for metric in METRICS}
     return summary
 
 
-def drop(clip: ClipQuality) -> dict[str, float]:
-    """BF16 minus candidate of one clip: positive when the candidate is worse."""
+def drop(clip: ClipQuality) -> dict[str, float] | None:
+    """BF16 minus candidate of one clip, positive when the candidate is worse; ``None`` unless both were scored."""
+    if not {"bf16", "candidate"} <= clip.scores.keys():
+        return None
     bf16, candidate = clip.scores["bf16"].mean(), clip.scores["candidate"].mean()
-    return {metric: bf16[metric] - candidate[metric] for metric in ("psnr", "ssim")}
+    return {metric: bf16[metric] - candidate[metric] for metric in METRICS}
 
 
-def summarise_quality(clips: Sequence[ClipQuality]) -> dict[str, Any]:
-    """The quality section of a run record: over all clips and per tag."""
+def summarise_quality(clips: Sequence[ClipQuality]) -> dict[str, Any] | None:
+    """The quality section of a run record, over all clips and per tag; ``None`` where nothing was scored."""
+    if not any(clip.scores for clip in clips):
+        return None
     tags = sorted({clip.tag for clip in clips})
     return {
         "all": _summary(clips),
@@ -128,5 +131,5 @@ def clip_row(clip: ClipQuality) -> dict[str, Any]:
         "clip_id": clip.clip_id,
         "tag": clip.tag,
         "scores": {name: {**scores.mean(), "frames": asdict(scores)} for name, scores in clip.scores.items()},
-        "drop": drop(clip) if "candidate" in clip.scores else None,
+        "drop": drop(clip),
     }

@@ -128,13 +128,15 @@ def _quality_rows(record: RunRecord) -> Iterator[Row]:
     if len(record.quality["by_tag"]) > 1:
         sections |= record.quality["by_tag"]
     for name, section in sections.items():
-        rows, where = _Rows(section), f"{name} ({section['clips']})"
-        yield rows.row(f"PSNR dB, {where}", "psnr", _number(2), _difference(2))
-        yield rows.row(f"SSIM, {where}", "ssim", _number(4), _difference(4))
-        if "drop" in section:
-            drop, fidelity = section["drop"], section["fidelity"]
+        where = f"{name} ({section['clips']})"
+        if "bf16" in section:
+            rows = _Rows(section)
+            yield rows.row(f"PSNR dB, {where}", "psnr", _number(2), _difference(2))
+            yield rows.row(f"SSIM, {where}", "ssim", _number(4), _difference(4))
+        if "fidelity" in section:
+            fidelity, drop = section["fidelity"], section.get("drop")
             shown = f"{fidelity['psnr']:.2f} dB / {fidelity['ssim']:.4f}"
-            yield "fidelity; drop", "", shown, f"drop {drop['psnr']:+.2f} dB"
+            yield f"fidelity, {where}", "", shown, f"drop {drop['psnr']:+.2f} dB" if drop else ""
 
 
 def _path_text(arm: ArmRecord) -> str:
@@ -152,7 +154,7 @@ def _notes(record: RunRecord) -> Iterator[str]:
     parts = record.arms["bf16"].parts
     if parts:
         yield f"Parts: {parts['method']}."
-    if record.quality and candidate:
+    if candidate is not None:
         yield "Drop = BF16 - candidate, paired clip by clip; fidelity = candidate against BF16, PSNR / SSIM."
     yield from record.notes
     for incident in record.incidents:

@@ -70,6 +70,14 @@ def test_drop_is_paired_and_tags_are_apart():
     json.dumps(summary, allow_nan=False)
 
 
+def test_without_a_recording_only_fidelity_remains():
+    scores = {"fidelity": FrameScores([50.0], [0.9])}
+    summary = summarise_quality([ClipQuality("a", "motion", scores)])
+    assert summary["all"]["fidelity"]["psnr"] == 50
+    assert "drop" not in summary["all"]
+    assert summarise_quality([ClipQuality("a", "motion", {})]) is None
+
+
 def test_a_lone_baseline_has_no_drop():
     lone = ClipQuality("a", "motion", {"bf16": FrameScores([30.0], [0.9])})
     assert "drop" not in summarise_quality([lone])["all"]

@@ -105,7 +105,7 @@ def test_the_table_shows_both_arms_the_drop_and_what_the_speed_means():
     assert "Linears in MX: 8 (4 mlp, 4 attn)" in text
     assert "0.50x" in next(line for line in text.splitlines() if "FPS, pipeline" in line)
     assert "-0.50" in next(line for line in text.splitlines() if "PSNR dB" in line)
-    fidelity = next(line for line in text.splitlines() if "fidelity;" in line)
+    fidelity = next(line for line in text.splitlines() if "fidelity," in line)
     assert "38.25 dB / 0.9800" in fidelity
     assert "drop +0.50 dB" in fidelity
     assert max(map(len, text.splitlines())) <= 100

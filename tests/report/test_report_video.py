@@ -6,9 +6,7 @@ from harness.report.video import CAPTION_HEIGHT, GAP, Panel, compose_frame, writ
 
 
 def panel(caption, value, frames=3, size=(31, 33)):
-    return Panel(
-        caption, np.full((frames, *size, 3), value, dtype=np.uint8), [f"{i} dB" for i in range(frames)]
-    )
+    return Panel(caption, np.full((frames, *size, 3), value, dtype=np.uint8), [f"{i} dB" for i in range(frames)])
 
 
 def test_video_is_h264_yuv420p_with_even_sides_and_all_frames(tmp_path):
