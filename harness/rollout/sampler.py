@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from harness.rollout.attention import AttentionKind, PrefillAttention, RingAtten
 from harness.rollout.compile import CapturedGraph, CompileConf, CompileCounters, compile_function
 from harness.rollout.compile import validate as validate_compile
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
 
@@ -84,6 +87,17 @@ def make_cache(core: GameRFTCore, sampler: SamplerConf, conf: KVConf, batch: int
     return KVCache(*sizes, windows, conf, core.dtype, device)
 
 
+def _without_grad(method: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Run ``method`` without gradients, but not in inference mode, whose tensors compiled code tells from others."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
 class Rollout:
     """The sampler over a model and its cache.
 
@@ -93,7 +107,8 @@ class Rollout:
     steps and is cast to the model's dtype on the way in, so that BF16 rounds what the model sees, not the state it
     refines. Frame positions keep counting for as long as the rollout lasts; the counter is the cache's.
 
-    Everything runs in inference mode and on fixed buffers, so that whoever calls, nothing is compiled twice.
+    Whatever mode the caller is in (gradients on, off, inference mode), everything here runs without gradients, on
+    ordinary tensors and fixed buffers: so nothing is compiled twice, and results may be used anywhere.
 
     Args:
         core: the model, on the device and in the dtype it runs in.
@@ -173,7 +188,7 @@ class Rollout:
             velocities.append(velocity)
         return Frame(x, tuple(velocities))
 
-    @torch.inference_mode()
+    @_without_grad
     def warmup(self, frames: int = 2) -> Warmup:
         """Compile, capture and run a few frames on zeros, so that no later frame pays for it.
 
@@ -194,7 +209,7 @@ class Rollout:
             torch.cuda.synchronize(self.cache.device)
         return Warmup(time.perf_counter() - start, counted.graphs, counted.graph_breaks, self.cuda_graph)
 
-    @torch.inference_mode()
+    @_without_grad
     def prefill(
         self, history: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
@@ -230,7 +245,7 @@ class Rollout:
         self._prefilled = True
         return velocity
 
-    @torch.inference_mode()
+    @_without_grad
     def next_frame(self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
         """Roll out one more frame.
 
@@ -248,7 +263,7 @@ class Rollout:
         """
         return self._next(noise, mouse, btn).latent.clone()
 
-    @torch.inference_mode()
+    @_without_grad
     def next_frame_with_velocities(
         self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None
     ) -> Frame:
