@@ -35,7 +35,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
-from harness.rollout import SamplerConf
+from harness.rollout.sampler import SamplerConf
 from scripts.doom_world.autoencoder import AutoencoderTask, TimedModule, encode_all, reconstruction_psnr
 from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
 from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
@@ -124,6 +124,7 @@ class Workshop:
         """Run Lightning's fit loop until the task's time is up."""
         torch.manual_seed(self.args.seed)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
         trainer = Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,

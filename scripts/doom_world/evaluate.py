@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.kv import KVCache, KVConf
+from harness.kv import KVConf
 from harness.models.dcae import to_frames
 from harness.models.gamerft import GameRFTCore
-from harness.rollout import Rollout, SamplerConf
+from harness.rollout.sampler import Rollout, SamplerConf, make_cache
 from scripts.doom_world.autoencoder import encode_all
-from scripts.doom_world.world_model import layer_windows
 from scripts.record_doom import HELD_OUT_SEEDS, SCENARIOS, record_arrays
 
 
@@ -50,25 +49,14 @@ def roll_out(
     core: GameRFTCore, history: Tensor, mouse: Tensor, btn: Tensor, frames: int, sampler: SamplerConf
 ) -> Tensor:
     """Generated latents ``[B, frames, C, S, S]`` after ``history [B, W, C, S, S]``; controls cover both."""
-    cfg, batch, window = core.cfg, len(history), sampler.window
-    cache = KVCache(
-        layers=cfg.n_layers,
-        batch=batch,
-        heads=cfg.n_heads,
-        head_dim=cfg.head_dim,
-        tokens=cfg.tokens_per_frame,
-        windows=layer_windows(core, window),
-        conf=KVConf(),
-        dtype=core.dtype,
-        device=history.device,
-    )
-    roll = Rollout(core, cache, sampler)
+    batch, window = len(history), sampler.window
+    roll = Rollout(core, make_cache(core, sampler, KVConf(), batch), sampler)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, window + frames, *history.shape[2:], generator=generator).to(history.device)
     roll.prefill(history, mouse[:, :window], btn[:, :window], noise[:, :window])
     out = []
     for i in range(window, window + frames):
-        out.append(roll.next_frame(noise[:, i], mouse[:, i], btn[:, i]).clone())
+        out.append(roll.next_frame(noise[:, i], mouse[:, i], btn[:, i]))
     return torch.stack(out, dim=1)
 
 

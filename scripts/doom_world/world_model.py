@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.kv import KVCache, KVConf
+from harness.kv import KVConf
 from harness.models.gamerft import GameRFTCore
-from harness.rollout import Rollout, SamplerConf
+from harness.rollout.sampler import Rollout, SamplerConf, make_cache
 from scripts.doom_world.attention import StreamAttention
 from scripts.doom_world.autoencoder import TimedModule
 from scripts.doom_world.bank import SequenceBank
-
-
-def layer_windows(core: GameRFTCore, window: int) -> list[int]:
-    """Frames each layer attends to when the sampler's window is ``window``."""
-    return [min(window, core.layer_window(i) or window) for i in range(core.cfg.n_layers)]
 
 
 class WorldModelTask(TimedModule):
@@ -49,7 +44,8 @@ class WorldModelTask(TimedModule):
         """Velocity of ``x [B, streams*N, C, S, S]`` at ``t [B, streams*N]``; controls ``[B, N, …]`` repeat."""
         frames = x.shape[1] // streams
         if streams not in self._attention:
-            windows = layer_windows(self.core, self.sampler.window)
+            limits = [self.core.layer_window(layer) for layer in range(self.core.cfg.n_layers)]
+            windows = [min(self.sampler.window, limit or self.sampler.window) for limit in limits]
             tokens = self.core.cfg.tokens_per_frame
             self._attention[streams] = StreamAttention(windows, frames, tokens, streams, x.device)
         mouse, btn = mouse.repeat(1, streams, 1), btn.repeat(1, streams, 1)
@@ -139,25 +135,14 @@ class RolloutTask(WorldModelTask):
             roll.prefill(x0[:, history], mouse[:, history], btn[:, history], noise[:, history])
             first = self.sampler.timesteps[0]
             for i in range(window, x0.shape[1]):
-                _, velocities = roll.next_frame(noise[:, i], mouse[:, i], btn[:, i], return_velocities=True)
-                states[:, i] = noise[:, i] - (first - middle) * velocities[0].float()
+                frame = roll.next_frame_with_velocities(noise[:, i], mouse[:, i], btn[:, i])
+                states[:, i] = noise[:, i] - (first - middle) * frame.velocities[0]
         self.pool = list(zip(*(part.split(self.batch) for part in (x0, mouse, btn, noise, states)), strict=True))
 
     def _rollout(self, batch: int) -> Rollout:
         core = copy.deepcopy(self.averaged()).to(torch.bfloat16).eval().requires_grad_(False)
         if self._roll is None:
-            cfg = core.cfg
-            cache = KVCache(
-                layers=cfg.n_layers,
-                batch=batch,
-                heads=cfg.n_heads,
-                head_dim=cfg.head_dim,
-                tokens=cfg.tokens_per_frame,
-                windows=layer_windows(core, self.sampler.window),
-                conf=KVConf(),
-                dtype=torch.bfloat16,
-                device=self.device,
-            )
+            cache = make_cache(core, self.sampler, KVConf(), batch)
             self._roll = Rollout(core, cache, self.sampler)
         else:
             self._roll.core.load_state_dict(core.state_dict())
