@@ -26,9 +26,11 @@ same maps in other play (other spawn points, routes, fights), not other maps.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +38,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from harness.data.conf import BUTTON_NAMES
+
 if TYPE_CHECKING:
     import vizdoom
 
-BUTTON_NAMES = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
+    from harness.data.clips import Clip
+
 GAME_INPUTS = (
     *("MOVE_FORWARD", "MOVE_LEFT", "MOVE_BACKWARD", "MOVE_RIGHT", "SPEED", "JUMP", "RELOAD", "ZOOM", "USE"),
     *("ATTACK", "ALTATTACK", "TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA"),
@@ -47,6 +55,7 @@ GAME_INPUTS = (
 POSE = ("POSITION_X", "POSITION_Y", "ANGLE", "PITCH")
 W, A, S, D, LSHIFT, SPACE, E, LMB = 0, 1, 2, 3, 4, 5, 8, 9
 TICS_PER_SECOND = 35
+SIZES = (32, 64, 128, 256)
 HELD_OUT_SEEDS = 1_000_000
 EPISODE_TICS = 1400
 SETTLE_TICS = 14  # the first tics of an episode ignore input while the weapon rises
@@ -131,15 +140,21 @@ class Player:
     blocked: int = 0
     last_xy: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        self.timers["bout"] = int(self.rng.integers(50, 300))
+
+    def stand(self) -> None:
+        """Let go of everything, for good."""
+        self.standing, self.timers["bout"] = True, sys.maxsize
+
     def act(self, view: View) -> tuple[NDArray[np.uint8], float, float]:
         """Buttons [11], dx, dy (degrees) to hold during the next recorded frame."""
         for name in self.timers:
             self.timers[name] -= 1
-        reach = np.minimum(self.walls.distance(view.x, view.y, view.heading - RAYS), 1000)
-        ahead = float(min(reach[0], 1.8 * reach[1], 1.8 * reach[2]))  # walls beside a corridor may be nearer
+        reach, ahead = self._room(view)
         buttons = np.zeros(len(BUTTON_NAMES), np.uint8)
-        if self.pauses:
-            self._plan_bout(ahead)
+        if self.pauses or self.standing:
+            self._plan_bout(view)
         if self.standing:
             self.rate, self.last_xy = 0.0, None
             return buttons, 0.0, 0.0
@@ -152,11 +167,20 @@ class Player:
         buttons[E] = self.rng.random() < 0.004
         buttons[LMB] = self.armed and self.timers["fire"] > 0
         dy = float(np.clip(0.15 * (self.target_pitch - view.pitch), -1.5, 1.5))
-        return buttons, float(np.clip(self.rate, -9, 9)), dy
+        return buttons, round(float(np.clip(self.rate, -9, 9)), 3), round(dy, 3)
 
-    def _plan_bout(self, ahead: float) -> None:
-        if self.timers["bout"] > 0 or (not self.standing and ahead < 150):
-            return  # not done yet, or nothing to look at here but a wall
+    def _room(self, view: View) -> tuple[NDArray[np.float64], float]:
+        """Distance to a wall along each of `RAYS`, and ahead, in map units (at most 1000)."""
+        reach = np.minimum(self.walls.distance(view.x, view.y, view.heading - RAYS), 1000)
+        return reach, float(min(reach[0], 1.8 * reach[1], 1.8 * reach[2]))  # beside a corridor walls may be nearer
+
+    def hemmed_in(self, view: View) -> bool:
+        """Is there nothing to look at here but a wall?"""
+        return self._room(view)[1] < 150
+
+    def _plan_bout(self, view: View) -> None:
+        if self.timers["bout"] > 0 or (not self.standing and self.hemmed_in(view)):
+            return
         self.standing = not self.standing
         if not self.standing:
             self.timers["bout"] = int(self.rng.integers(100, 420))
@@ -239,11 +263,11 @@ class Game:
     def __init__(self, scenario: str, seed: int, size: int, frame_skip: int):
         if scenario not in SCENARIOS:
             raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
-        if size not in (32, 64, 128, 256):
-            raise ValueError(f"size {size}: frames are averaged from 256 x 256, choose 32, 64, 128 or 256")
+        if size not in SIZES:
+            raise ValueError(f"size {size}: frames are averaged from 256 x 256, choose one of {SIZES}")
         if frame_skip < 1:
             raise ValueError(f"frame_skip {frame_skip}: at least one tic a frame")
-        self.size, self.frame_skip = size, frame_skip
+        self.size, self.frame_skip, self.episode = size, frame_skip, 0
         self.walls = _walls(scenario)
         self.game = _start(scenario, seed)
         self.reset(first=True)
@@ -257,6 +281,7 @@ class Game:
     def reset(self, first: bool = False) -> None:
         """Begin a new episode, unhurtable, with the weapon up."""
         if not first:
+            self.episode += 1
             self.game.new_episode()
         self.game.send_game_command("god")
         self.game.make_action([0.0] * self.game.get_available_buttons_size(), SETTLE_TICS)
@@ -360,24 +385,75 @@ def record_arrays(scenario: str, seed: int, frames: int, size: int = 128, frame_
     Raises:
         ValueError: an unknown scenario, size or frame_skip.
     """
-    pictures = np.empty((frames, size, size, 3), np.uint8)
+    with Game(scenario, seed, size, frame_skip) as game:
+        player = Player(np.random.default_rng(seed), game.walls, SCENARIOS[scenario].armed, pauses=True)
+        return _play(game, player, frames)
+
+
+def _play(game: Game, player: Player, frames: int) -> Arrays:
+    """The next `frames` frames of a game; see `record_arrays`."""
+    pictures = np.empty((frames, game.size, game.size, 3), np.uint8)
     buttons = np.zeros((frames, len(BUTTON_NAMES)), np.uint8)
     mouse = np.zeros((frames, 2), np.float32)
     segment = np.zeros(frames, np.int32)
-    episode = 0
-    with Game(scenario, seed, size, frame_skip) as game:
-        player = Player(np.random.default_rng(seed), game.walls, SCENARIOS[scenario].armed, pauses=True)
-        for i in range(frames):
-            buttons[i], mouse[i, 0], mouse[i, 1] = player.act(game.view())
+    for i in range(frames):
+        buttons[i], mouse[i, 0], mouse[i, 1] = player.act(game.view())
+        game.step(buttons[i], *map(float, mouse[i]))
+        if game.finished:  # there is no picture of this step: repeat it from the new start
+            game.reset()
+            player.last_xy = None
             game.step(buttons[i], *map(float, mouse[i]))
-            if game.finished:  # there is no picture of this step: repeat it from the new start
-                game.reset()
-                episode += 1
-                player.last_xy = None
-                game.step(buttons[i], *map(float, mouse[i]))
-            pictures[i] = game.frame()
-            segment[i] = episode
+        pictures[i] = game.frame()
+        segment[i] = game.episode
     return pictures, buttons, mouse, segment
+
+
+def record_clip(scenario: str, seed: int, frames: int, tag: str, size: int = 128, frame_skip: int = 2) -> Clip:
+    """One clip of a player that moves in all of it (`motion`) or stands in all of it (`stand_still`).
+
+    Play goes on unrecorded for a while first. The clip is the first stretch in which no episode ends and, for
+    `motion`, every frame is acted in and most pictures change; it is chosen by nothing else.
+
+    Raises:
+        ValueError: an unknown scenario, size or frame_skip, or a seed of the training range.
+        RuntimeError: no such stretch in 20 attempts.
+    """
+    import torch  # here and below: recording arrays for training needs neither torch nor a video library
+
+    from harness.data.clips import Clip
+
+    if seed < HELD_OUT_SEEDS:
+        raise ValueError(f"seed {seed}: clips are held out, and seeds below {HELD_OUT_SEEDS} are for training")
+    with Game(scenario, seed, size, frame_skip) as game:
+        for attempt in range(20):
+            rng = np.random.default_rng([seed, attempt])
+            player = Player(rng, game.walls, SCENARIOS[scenario].armed, pauses=False)
+            game.reset()
+            _play(game, player, int(rng.integers(60, 240)))
+            if tag == "stand_still":
+                while player.hemmed_in(game.view()):
+                    _play(game, player, 1)
+                player.stand()
+                _play(game, player, 12)  # until the player has slid to a halt
+            pictures, buttons, mouse, segment = _play(game, player, frames)
+            if segment[0] == segment[-1] and (tag == "stand_still" or _moves(pictures, buttons, mouse)):
+                return Clip(
+                    id=f"{scenario}_{seed}_{tag}",
+                    frames=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+                    buttons=torch.from_numpy(buttons),
+                    mouse=torch.from_numpy(mouse),
+                    fps=TICS_PER_SECOND / frame_skip,
+                    tag=tag,
+                    scenario=scenario,
+                    seed=seed,
+                )
+    raise RuntimeError(f"{scenario}, seed {seed}: no {tag} clip of {frames} frames in 20 attempts; try fewer frames")
+
+
+def _moves(pictures: NDArray[np.uint8], buttons: NDArray[np.uint8], mouse: NDArray[np.float32]) -> bool:
+    acted = buttons[:, [W, A, S, D]].any(1) | (np.abs(mouse[:, 0]) > 0.5)
+    change = np.abs(np.diff(pictures.astype(np.int16), axis=0)).mean((1, 2, 3))
+    return bool(acted.all() and np.mean(change > 2) > 0.95)
 
 
 def _schedule(jobs: int) -> list[str]:
@@ -433,3 +509,39 @@ def record_many(
         index = list(pool.imap(_record_shard, work))
     (out / "index.json").write_text(json.dumps(index, indent=1))
     return index
+
+
+def record_clips(args: argparse.Namespace) -> None:
+    """Record `args.clips` clips into `args.out`, each with its own seed, and say what each is like."""
+    from harness.data.clips import read_clip, write_clip
+
+    names = list(args.scenarios)
+    for k in range(args.clips):
+        tag = "stand_still" if k % 4 == 3 else "motion"
+        clip = record_clip(names[k % len(names)], args.seed + k, args.frames, tag, args.size, args.frame_skip)
+        video = write_clip(args.out, clip, args.crf)
+        stored = read_clip(video).frames
+        error = (stored.double() - clip.frames.double()).square().mean((1, 2, 3)).clamp_min(1e-3)
+        size = video.stat().st_size / 1024
+        psnr = float((10 * (255**2 / error).log10()).mean())
+        print(f"{video}  {len(stored)} frames  {size:.0f} KB  stored at {psnr:.1f} dB PSNR", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record clips of VizDoom's bundled scenarios with a scripted player.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the clips to")
+    parser.add_argument("--clips", type=int, default=12, help="how many; every fourth one stands still")
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEEDS, help=f"of the first clip, from {HELD_OUT_SEEDS} on")
+    parser.add_argument("--frames", type=int, default=100, help="frames a clip")
+    parser.add_argument("--size", type=int, default=128, choices=SIZES, help="side of the square frames, in pixels")
+    parser.add_argument("--frame-skip", type=int, default=2, help="game tics (1/35 s) a frame")
+    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    parser.add_argument("--crf", type=int, default=24, help="quality of the video (x264): lower is better and larger")
+    try:
+        record_clips(parser.parse_args())
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"record_doom: {error}")
+
+
+if __name__ == "__main__":
+    main()

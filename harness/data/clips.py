@@ -30,10 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.data.conf import BUTTON_NAMES, Tag
+
 FORMAT = "mx-world-harness clip"
 VERSION = 1
-BUTTON_NAMES = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
-TAGS = ("motion", "stand_still")
+TAGS = tuple(tag.value for tag in Tag)
 STILL_MOUSE = 0.05
 """Largest mouse movement on either axis, in the clip's own unit, of a clip that counts as standing still."""
 SMALL_SIDE = 256
@@ -124,7 +125,7 @@ def check_actions(origin: str | Path, frames: int, buttons: Tensor, mouse: Tenso
         raise ClipError(f"{origin}: buttons of frame {frame} are {buttons[frame].tolist()}; each must be 0 or 1")
 
 
-def write_clip(folder: str | Path, clip: Clip, crf: int = 18) -> Path:
+def write_clip(folder: str | Path, clip: Clip, crf: int = 24) -> Path:
     """Write ``<folder>/<clip.id>.mp4`` and ``.json``, each complete or not at all; returns the video's path.
 
     ``crf`` is x264's constant rate factor: lower is better and larger.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+BUTTON_NAMES = ("W", "A", "S", "D", "LSHIFT", "SPACE", "R", "F", "E", "LMB", "RMB")
+"""The buttons of an action, in the order of the model's input."""
+
 
 class Source(StrEnum):
     """Where clips come from: recorded ``clips``, an upstream ``owl_cache`` of latents, or ``synthetic`` noise."""

@@ -102,6 +102,11 @@ def collate(excerpts: Sequence[Excerpt]) -> RecordedBatch:
     )
 
 
+def _shape(frames: Tensor | None) -> Sequence[int]:
+    """Shape of one frame; empty if there are none."""
+    return () if frames is None else frames.shape[1:]
+
+
 def alternate_tags(entries: Sequence[ClipEntry]) -> list[ClipEntry]:
     """Motion, stand-still, motion, ... while both last, then the rest; within a tag the given order.
 
@@ -169,19 +174,14 @@ class ClipDataModule(LightningDataModule):
                 f"{conf.future_frames} future frames need {needed}; use a shorter window or fewer future_frames"
             )
         excerpt = self.source.read(entry, conf.start, shape.window + conf.future_frames)
-        if excerpt.btn.shape[1] != shape.buttons:
-            raise ClipError(f"{entry.origin}: {excerpt.btn.shape[1]} buttons; the model has {shape.buttons}")
-        if excerpt.latents is not None and excerpt.latents.shape[1:] != (shape.channels, shape.side, shape.side):
-            wanted = f"{shape.channels}×{shape.side}×{shape.side}"
-            given = "×".join(map(str, excerpt.latents.shape[1:]))
-            raise ClipError(f"{entry.origin}: latents of {given}; the model has {wanted}")
-        if (
-            excerpt.frames is not None
-            and shape.frame_size
-            and tuple(excerpt.frames.shape[2:]) != tuple(shape.frame_size)
-        ):
-            wanted, given = ("×".join(map(str, size)) for size in (shape.frame_size, excerpt.frames.shape[2:]))
-            raise ClipError(f"{entry.origin}: frames of {given}; the decoder makes {wanted}")
+        found: dict[str, tuple[Sequence[int], Sequence[int] | None]] = {
+            "buttons": (excerpt.btn.shape[1:], [shape.buttons]),
+            "latents": (_shape(excerpt.latents), [shape.channels, shape.side, shape.side]),
+            "frames": (_shape(excerpt.frames), shape.frame_size and [3, *shape.frame_size]),
+        }
+        for name, (given, wanted) in found.items():
+            if given and wanted and list(given) != list(wanted):
+                raise ClipError(f"{entry.origin}: {name} of shape {list(given)}; the model has {list(wanted)}")
         return excerpt
 
     def setup(self, stage: str | None = None) -> None:
