@@ -14,7 +14,8 @@ from torch import nn
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.formats import E5M2
 from harness.mx.kernels import native
-from harness.mx.linear import LinearFormat, MXLinear, MXModule, TorchaoMXLinear
+from harness.mx.linear import LinearFormat, MXLinear, MXModule
+from harness.mx.torchao_linear import TorchaoMXLinear
 
 AVAILABLE = "ok"
 

@@ -1,21 +1,13 @@
-"""The modules that take the place of an `nn.Linear`: weight-only MX, and torchao's dynamic-activation MX.
-
-torchao is imported where it is used: it takes seconds to load, and weight-only MX does without it.
-"""
+"""What takes the place of an `nn.Linear`: the interface of every MX Linear, and the weight-only emulated one."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.mx.conf import Activation, MXConf, ScaleMode
 from harness.mx.formats import BLOCK, E2M1, FORMATS, ElementFormat, MXBlocks, decode, encode
-
-if TYPE_CHECKING:
-    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
 
 
 @dataclass(frozen=True)
@@ -106,62 +98,3 @@ class MXLinear(MXModule):
         """Elements, scales and bias."""
         bias = 0 if self.bias is None else self.bias.nbytes
         return self.elements.nbytes + self.scales.nbytes + bias
-
-
-class TorchaoMXLinear(MXModule):
-    """Linear with MX weights and activations: torchao's `MXTensor` weight, activations encoded at every call.
-
-    `weight` is a parameter holding a torchao MXTensor [N, K] with swizzled scales, `bias` BF16 [N] or None.
-    """
-
-    weight: Any
-
-    def __init__(self, weight: Any, bias: nn.Parameter | None, fmt: LinearFormat) -> None:
-        super().__init__()
-        self.fmt = fmt
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.bias = bias
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, native: bool) -> "TorchaoMXLinear":
-        """Quantise a BF16 `linear` with torchao: on the GPU's native MX path, or emulated in BF16."""
-        from torchao.quantization import quantize_
-
-        shell = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        shell.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        quantize_(shell, torchao_config(fmt, native))
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        return cls(shell.weight, bias, fmt)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map BF16 [..., K] to BF16 [..., N]."""
-        return F.linear(x.contiguous(), self.weight, self.bias)  # torchao encodes contiguous tensors only
-
-    def weight_blocks(self) -> MXBlocks:
-        """The weight in MX form, its scales put back in rows (torchao swizzles them for the GPU)."""
-        from torchao.prototype.mx_formats.utils import from_blocked
-
-        scales = from_blocked(self.weight.scale, self.out_features, self.in_features // BLOCK)
-        return MXBlocks(self.weight.qdata.view(torch.uint8), scales.view(torch.uint8))
-
-    def weight_bytes(self) -> int:
-        """Elements, scales (padded by the swizzle) and bias."""
-        bias = 0 if self.bias is None else self.bias.nbytes
-        return self.weight.qdata.nbytes + self.weight.scale.nbytes + bias
-
-
-def torchao_config(fmt: LinearFormat, native: bool) -> "MXDynamicActivationMXWeightConfig":
-    """The torchao `MXDynamicActivationMXWeightConfig` for `fmt`."""
-    from torchao.prototype.mx_formats.config import ScaleCalculationMode
-    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
-    from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
-
-    dtype = torch.float4_e2m1fn_x2 if fmt.element is E2M1 else fmt.element.float8
-    return MXDynamicActivationMXWeightConfig(
-        block_size=BLOCK,
-        activation_dtype=dtype,
-        weight_dtype=dtype,
-        kernel_preference=KernelPreference.AUTO if native else KernelPreference.EMULATED,
-        scaling_mode=ScaleCalculationMode(fmt.scale_mode.value),
-    )

@@ -120,7 +120,7 @@ def _check_all(chosen: list[Candidate], kernel: Kernel) -> None:
 
 def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
     if type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, not a plain nn.Linear"
+        return f"is of type {type(module).__name__}, not a plain nn.Linear"
     weight = module.weight
     if type(weight.data) is not torch.Tensor:
         return f"its weight is already a {type(weight.data).__name__}"
