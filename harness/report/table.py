@@ -140,22 +140,25 @@ def _quality_rows(record: RunRecord) -> Iterator[Row]:
 
 
 def _path_text(arm: ArmRecord) -> str:
-    return ", ".join(f"{key} {value}" for key, value in arm.numeric_path.items() if value is not None)
+    path = arm.numeric_path
+    return f"Linears {path['linears']}; KV {path['kv']}; attention {path['attention']}; on {path['architecture']}"
 
 
 def _notes(record: RunRecord) -> Iterator[str]:
-    for name, arm in record.arms.items():
-        yield f"{name}: {arm.label} ({_path_text(arm)})"
+    for arm in record.arms.values():
+        yield f"{arm.label}: {_path_text(arm)}."
     candidate = record.candidate
     if candidate is None:
         yield "The candidate is the baseline (quant=bf16 kv=bf16): one arm ran."
     elif candidate.transform:
-        yield f"Linears in MX: {candidate.transform['count']} ({candidate.transform['summary']})"
+        categories = ", ".join(f"{count} {name}" for name, count in candidate.transform["categories"].items())
+        kept = f"; {len(candidate.transform['kept_bf16'])} in scope kept BF16" * bool(candidate.transform["kept_bf16"])
+        yield f"Linears in MX: {candidate.transform['count']} ({categories}){kept}."
     parts = record.arms["bf16"].parts
     if parts:
         yield f"Parts: {parts['method']}."
     if candidate is not None:
-        yield "Drop = BF16 - candidate, paired clip by clip; fidelity = candidate against BF16, PSNR / SSIM."
+        yield "Drop = BF16 - candidate, paired clip by clip; fidelity = candidate against BF16."
     yield from record.notes
     for incident in record.incidents:
         yield f"Incident: {incident['kind']}: {incident['message']}"
@@ -164,7 +167,7 @@ def _notes(record: RunRecord) -> Iterator[str]:
 def build(record: RunRecord) -> RenderableType:
     """The table and its notes as something ``rich`` can print."""
     title = f"{record.choices.get('model', 'model')} on {record.data['name']}: {record.data['summary']}"
-    table = Table(title=title, title_justify="left", width=WIDTH)
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     candidate = record.candidate
     if candidate is None:

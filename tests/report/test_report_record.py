@@ -14,7 +14,7 @@ def arm(label, factor=1.0, meaningful=True, transform=None):
     stats = {key: value * factor for key, value in STATS.items()}
     return ArmRecord(
         label=label,
-        numeric_path={"weights": "bf16", "activations": "bf16", "kv": "bf16", "kernel": None},
+        numeric_path={"linears": "BF16", "kv": "K bf16, V bf16", "attention": "sdpa", "architecture": "cpu"},
         speed_is_meaningful=meaningful,
         transform=transform,
         speed={
@@ -68,7 +68,9 @@ def record(candidate=None):
 
 
 def test_a_record_survives_the_disk(tmp_path):
-    original = record(arm("mxfp8_all", 2.0, transform={"count": 8, "summary": "4 mlp, 4 attn"}))
+    original = record(
+        arm("mxfp8_all", 2.0, transform={"count": 8, "categories": {"mlp": 4, "attn": 4}, "kept_bf16": {}})
+    )
     path = tmp_path / "run" / "record.json"
     save_record(original, path)
     assert load_record(path) == original
@@ -97,7 +99,9 @@ def test_a_record_of_another_schema_is_refused(tmp_path):
 
 
 def test_the_table_shows_both_arms_the_drop_and_what_the_speed_means():
-    emulated = arm("mxfp8_all", 2.0, meaningful=False, transform={"count": 8, "summary": "4 mlp, 4 attn"})
+    emulated = arm(
+        "mxfp8_all", 2.0, meaningful=False, transform={"count": 8, "categories": {"mlp": 4, "attn": 4}, "kept_bf16": {}}
+    )
     text = render(record(emulated))
     assert "mxfp8_all *" in text
     assert "its speed says nothing about MX" in text
@@ -118,7 +122,10 @@ def test_a_lone_baseline_says_so():
 
 
 def test_native_speed_carries_no_mark():
-    assert "*" not in render(record(arm("mxfp8_all", 0.5, transform={"count": 1, "summary": "1 mlp"})))
+    transform = {"count": 1, "categories": {"mlp": 1}, "kept_bf16": {"mlp.fc2": "4 bit"}}
+    text = render(record(arm("mxfp4_mlp", 0.5, transform=transform)))
+    assert "*" not in text
+    assert "Linears in MX: 1 (1 mlp); 1 in scope kept BF16." in text
 
 
 def test_sizes_read_naturally():

@@ -1,0 +1,150 @@
+"""One side of the A/B: a model in its formats, its cache, its compiled rollout, and what is measured while it runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.config import RunPlan
+from harness.data.datamodule import ClipBatch
+from harness.kv import KVConf
+from harness.measure.memory import AllocationMeter, PeakProbe, module_bytes
+from harness.measure.timing import FrameTimer, PartTimer
+from harness.models.gamerft import GameRFTCore
+from harness.mx.conf import MXConf
+from harness.mx.transform import TransformSummary, apply_mx
+from harness.rollout import CompileConf, CompileCounters, Rollout, make_cache
+
+Decode = Callable[[Tensor], Tensor]
+"""Model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
+
+PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
+"""Parts of a frame in the instrumented pass; ``other`` is what remains of the frame."""
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """What an arm made of a batch, on the CPU.
+
+    ``latents`` float32 ``[B, F, C, S, S]``; ``rgb`` ``[B, F, 3, h, w]`` in [-1, 1], in the decoder's dtype;
+    ``times``: milliseconds of ``dit``, ``decoder`` and ``total`` per frame.
+    """
+
+    latents: Tensor
+    rgb: Tensor
+    times: list[dict[str, float]]
+
+
+class Arm:
+    """Sets up in the order that matters: MX Linears, then the cache, then compilation.
+
+    Args:
+        core: a BF16 model on its device; the arm owns and changes it.
+        quant: formats of its Linears.
+        kv: formats of its cache.
+        plan: everything both arms share.
+        decode: the decoder, already warm.
+
+    Raises:
+        ValueError: if the formats do not fit the model, or the kernel the device.
+    """
+
+    def __init__(self, core: GameRFTCore, quant: MXConf, kv: KVConf, plan: RunPlan, decode: Decode) -> None:
+        conf, self.device, self.decode = plan.conf, plan.device, decode
+        self.core, self.kv, self.skip_frames = core, kv, conf.measure.skip_frames
+        self.summary: TransformSummary = apply_mx(core, quant)
+        meter = AllocationMeter(self.device)
+        self.cache = make_cache(core, conf.sampler, kv, conf.data.batch_size)
+        self.rollout = Rollout(core, self.cache, conf.sampler, conf.attention.kind, conf.compile)
+        self.warmup = self.rollout.warmup(conf.measure.warmup_frames)
+        self.run_allocation = meter.taken()
+        self.probe = PeakProbe(self.device)
+        self.frame_timer = FrameTimer(self.device, ("dit", "decoder"))
+        self.prefill_timer = FrameTimer(self.device, ("prefill",))
+        self.prefill_ms: list[float] = []
+        self.timed: list[dict[str, float]] = []
+        self.recompiles = self.graph_breaks = 0
+        self.parts: list[dict[str, float]] = []
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights as stored, packed formats included."""
+        return module_bytes(self.core)
+
+    @torch.inference_mode()
+    def roll(self, batch: ClipBatch, noise: tuple[Tensor, Tensor], on_frame: Callable[[], None]) -> Rolled:
+        """Roll the clips out and time every frame; the first ``skip_frames`` of each clip are not kept.
+
+        Args:
+            batch: as many clips as the cache was made for.
+            noise: of the context and of the new frames, see :func:`harness.data.noise.batch_noise`.
+            on_frame: called after each frame, outside all timed spans.
+        """
+        counted = CompileCounters()
+        window = batch.latents_context.shape[1]
+        context_noise, frame_noise = (part.to(self.device) for part in noise)
+        latents, rgb = [], []
+        with self.probe:
+            self._prefill(batch, context_noise)
+            for index in range(frame_noise.shape[1]):
+                frame = window + index
+                self.frame_timer.start()
+                latent = self.rollout.next_frame(frame_noise[:, index], batch.mouse[:, frame], batch.btn[:, frame])
+                self.frame_timer.lap()
+                picture = self.decode(latent)
+                self.frame_timer.lap()
+                latents.append(latent.cpu())
+                rgb.append(picture.cpu())
+                on_frame()
+        self.recompiles += counted.graphs
+        self.graph_breaks += counted.graph_breaks
+        times = self.frame_timer.take()
+        self.timed += times[min(self.skip_frames, len(times) - 1) :]
+        return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times)
+
+    def _prefill(self, batch: ClipBatch, noise: Tensor) -> None:
+        window = noise.shape[1]
+        self.prefill_timer.start()
+        self.rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], noise)
+        self.prefill_timer.lap()
+        self.prefill_ms += [row["total"] for row in self.prefill_timer.take()]
+
+    @torch.inference_mode()
+    def measure_parts(self, batch: ClipBatch, noise: tuple[Tensor, Tensor], frames: int) -> None:
+        """Time the parts of ``frames`` frames, run eagerly and instrumented from outside.
+
+        A compiled frame has no parts to time: its kernels are fused across them. Needs one frame more than
+        ``frames`` in ``noise`` to warm up; uses fewer if there are fewer.
+        """
+        context_noise, frame_noise = (part.to(self.device) for part in noise)
+        rollout = Rollout(
+            self.core, self.cache, self.rollout.sampler, self.rollout.attention, CompileConf(cuda_graph=False)
+        )
+        window = context_noise.shape[1]
+        rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], context_noise)
+        timer = PartTimer(self.device)
+        with timer.installed(*self._instruments(rollout)):
+            for index in range(min(frames + 1, frame_noise.shape[1])):
+                mouse, btn = batch.mouse[:, window + index], batch.btn[:, window + index]
+                rollout.next_frame(frame_noise[:, index], mouse, btn)
+                parts = defaultdict(float, timer.frame())
+                if index:
+                    self.parts.append({part: parts[part] for part in PARTS})
+
+    def _instruments(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
+        names = {"attention": "attn", "mlp": "mlp"}
+        modules = [(part, getattr(block, name)) for block in self.core.blocks for part, name in names.items()]
+        methods = [
+            ("modulation", self.core, "conditioning"),
+            ("modulation", self.core, "modulation"),
+            ("kv_get", self.cache, "window"),
+            ("kv_update", self.cache, "store"),
+            ("kv_update", self.cache, "advance"),
+            ("other", rollout, "next_frame"),
+        ]
+        return modules, methods

@@ -1,0 +1,171 @@
+"""The LightningModule of a run: sets both arms up, and rolls each batch of clips out through each arm."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from harness.arm import Arm, Rolled
+from harness.config import RunPlan
+from harness.data.datamodule import ClipBatch
+from harness.data.noise import batch_noise
+from harness.kv import KVConf
+from harness.measure.quality import ClipQuality, FrameScores, check_finite, score_frames
+from harness.models.checkpoint import load_decoder, load_gamerft, random_decoder, random_gamerft
+from harness.models.dcae import DCAEDecoder, to_frames
+from harness.models.gamerft import GameRFTCore
+from harness.mx.conf import MXConf
+from harness.rollout import compile_decoder
+
+
+@dataclass(frozen=True)
+class ClipOutcome:
+    """One finished clip.
+
+    ``frames`` by arm, and ``recording`` where there is one: ``[F, 3, h, w]`` float in [0, 1] on the CPU.
+    """
+
+    quality: ClipQuality
+    fps: float
+    frames: dict[str, Tensor]
+    times: dict[str, list[dict[str, float]]]
+
+
+def to_bf16(module: nn.Module) -> None:
+    """Cast a module's parameters to BF16; buffers (RoPE frequencies) stay float32, as positions need."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def pad_batch(batch: ClipBatch, size: int) -> ClipBatch:
+    """Repeat the last clip until the batch holds ``size``: caches and graphs have a fixed batch."""
+    missing = size - len(batch.clip_ids)
+    if missing <= 0:
+        return batch
+
+    def pad(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat((value, value[-1:].expand(missing, *value.shape[1:])))
+        return value if value is None else value + value[-1:] * missing
+
+    return replace(batch, **{name: pad(value) for name, value in vars(batch).items()})
+
+
+class RolloutModule(LightningModule):
+    """BF16 and candidate arm over the same clips, noise, compile mode and process.
+
+    Args:
+        plan: the checked run.
+
+    After ``setup``: ``arms`` (``bf16``, and ``candidate`` unless that is BF16 too), in the order they were built.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.arms: dict[str, Arm] = {}
+        self.parameters_total = 0
+        self.decoder_cold_start_s = 0.0
+        self.on_frame: Callable[[], None] = lambda: None
+        self._first: ClipBatch | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the model; then per arm: MX Linears, KV cache, compile.
+
+        Raises:
+            ValueError: if a checkpoint does not fit, or a Linear that is to be MX cannot be.
+        """
+        conf = self.plan.conf
+        core = self._load_core()
+        self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
+        self._load_decoder()
+        candidate = None if conf.is_baseline else copy.deepcopy(core)
+        self.arms["bf16"] = Arm(core, MXConf(), KVConf(), self.plan, self.decode)
+        if candidate is not None:
+            self.arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
+
+    def _load_core(self) -> GameRFTCore:
+        conf, arch = self.plan.conf.model, self.plan.arch
+        core = load_gamerft(conf.checkpoint, arch) if conf.checkpoint else random_gamerft(arch, conf.seed)
+        to_bf16(core)
+        return core.to(self.plan.device)
+
+    def _load_decoder(self) -> None:
+        """Load and warm the decoder, which both arms share: the same frames for the same latents."""
+        conf, dcae, device = self.plan.conf.decoder, self.plan.dcae, self.plan.device
+        decoder: DCAEDecoder = (
+            load_decoder(conf.checkpoint, dcae) if conf.checkpoint else random_decoder(dcae, conf.seed)
+        )
+        to_bf16(decoder)
+        self._decoder = compile_decoder(decoder.to(device), self.plan.conf.compile)
+        start = time.perf_counter()
+        shape = self.plan.clip_shape
+        with torch.inference_mode():
+            for _ in range(2):
+                zeros = torch.zeros(self.plan.conf.data.batch_size, shape.channels, shape.side, shape.side)
+                self.decode(zeros.to(device)).cpu()
+        self.decoder_cold_start_s = time.perf_counter() - start
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1], BF16."""
+        return self._decoder((latent * self.plan.vae_scale).to(torch.bfloat16))
+
+    def noise(self, clip_ids: list[str], future: int) -> tuple[Tensor, Tensor]:
+        """The noise that every arm gets for these clips."""
+        conf, shape = self.plan.conf.sampler, self.plan.clip_shape
+        return batch_noise(conf.seed, clip_ids, conf.window, future, shape.channels, shape.side)
+
+    def predict_step(self, batch: ClipBatch, batch_idx: int) -> list[ClipOutcome]:
+        """Roll a batch out through each arm and score its frames.
+
+        Raises:
+            NonFiniteError: naming arm, clip and frame, if an arm produced NaN or Inf.
+        """
+        clips, batch = len(batch.clip_ids), pad_batch(batch, self.plan.conf.data.batch_size)
+        noise = self.noise(batch.clip_ids, self.plan.conf.data.future_frames)
+        if self._first is None:
+            self._first = batch
+        # The arms take turns at going first, so that a machine that slows down or warms up favours neither.
+        order = list(self.arms) if batch_idx % 2 == 0 else list(self.arms)[::-1]
+        rolled: dict[str, Rolled] = {}
+        for name in order:
+            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame)
+            check_finite(rolled[name].latents, name, batch.clip_ids)
+        recording = self._recording(batch)
+        return [self._outcome(batch, clip, rolled, recording) for clip in range(clips)]
+
+    def _recording(self, batch: ClipBatch) -> Tensor | None:
+        """What rollouts are compared with, ``[B, F, 3, h, w]`` in [0, 1]: recorded frames, or decoded latents."""
+        if batch.frames is not None:
+            return batch.frames.cpu()
+        if batch.latents_future is None:
+            return None
+        frames = [to_frames(self.decode(latent).cpu()) for latent in batch.latents_future.unbind(1)]
+        return torch.stack(frames, 1)
+
+    def _outcome(self, batch: ClipBatch, clip: int, rolled: dict[str, Rolled], recording: Tensor | None) -> ClipOutcome:
+        frames = {name: to_frames(rolled[name].rgb[clip]) for name in self.arms}
+        scores: dict[str, FrameScores] = {}
+        if recording is not None:
+            scores = {name: score_frames(frames[name], recording[clip]) for name in self.arms}
+            frames["recording"] = recording[clip]
+        if "candidate" in self.arms:
+            scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
+        quality = ClipQuality(batch.clip_ids[clip], batch.tags[clip], scores)
+        return ClipOutcome(quality, batch.fps[clip], frames, {name: rolled[name].times for name in self.arms})
+
+    def on_predict_epoch_end(self) -> None:
+        """Split a few frames into their parts, after all timed work."""
+        frames = self.plan.conf.measure.parts_frames
+        if not frames or self._first is None:
+            return
+        noise = self.noise(self._first.clip_ids, min(frames + 1, self.plan.conf.data.future_frames))
+        for arm in self.arms.values():
+            arm.measure_parts(self._first, noise, frames)

@@ -1,0 +1,202 @@
+"""Turns a finished (or broken off) run into its record: the one place that reads live objects for the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.conf import HydraConf
+from omegaconf import DictConfig, OmegaConf
+
+from harness.arm import PARTS, Arm
+from harness.callbacks import ClipOutputs
+from harness.config import RunPlan
+from harness.data.datamodule import ClipDataModule
+from harness.kv import KVConf
+from harness.measure.environment import environment
+from harness.measure.quality import clip_row, summarise_quality
+from harness.measure.timing import Stats, summarise
+from harness.module import RolloutModule
+from harness.report.record import ArmRecord, RunRecord
+
+RANDOM_WEIGHTS = "Random weights: speed is real, quality is not."
+
+
+def arm_labels(plan: RunPlan, choices: dict[str, str]) -> dict[str, str]:
+    """What to call each arm: the config groups that make the candidate differ."""
+    parts = []
+    if plan.conf.quant.enabled:
+        parts.append(choices.get("quant", "quant"))
+    if plan.conf.kv != KVConf():
+        parts.append(choices.get("kv", "kv"))
+    return {"bf16": "BF16", "candidate": " + ".join(parts)}
+
+
+def _stats(values: Sequence[float]) -> dict[str, float] | None:
+    stats = summarise(values)
+    return None if stats is None else asdict(stats)
+
+
+def _speed(arm: Arm, batch: int, skipped: int) -> dict[str, Any]:
+    spans: dict[str, Stats | None] = {
+        span: summarise([row[span] for row in arm.timed]) for span in ("dit", "decoder", "total")
+    }
+
+    def fps(stats: Stats | None) -> float | None:
+        return None if stats is None else batch * 1000 / stats.median
+
+    return {
+        "batch": batch,
+        "skipped_frames_per_clip": skipped,
+        "pipeline_fps": fps(spans["dit"]),
+        "total_fps": fps(spans["total"]),
+        **{f"{span}_ms": None if stats is None else asdict(stats) for span, stats in spans.items()},
+        "prefill_ms": _stats(arm.prefill_ms),
+    }
+
+
+def _parts(arm: Arm) -> dict[str, Any] | None:
+    if not arm.parts:
+        return None
+    count = len(arm.parts)
+    return {
+        "method": f"a separate, instrumented eager pass of {count} frames; inside a compiled frame there are no parts",
+        "frames": count,
+        "ms": {part: _stats([row[part] for row in arm.parts]) for part in PARTS},
+    }
+
+
+def _kv_path(arm: Arm) -> str:
+    """Such as ``K bf16, V e4m3 (8 of 12 layers)``."""
+    layers = arm.cache.layers
+    texts = []
+    for name in ("k", "v"):
+        quantised = sum(arm.kv.quantises(name, layer, layers) for layer in range(layers))
+        where = "" if quantised in (0, layers) else f" ({quantised} of {layers} layers)"
+        texts.append(f"{name.upper()} {arm.kv.element_format(name).name if quantised else 'bf16'}{where}")
+    return ", ".join(texts)
+
+
+def _memory(arm: Arm) -> dict[str, Any]:
+    cache = arm.cache.nbytes()
+    return {
+        "weight_bytes": arm.weight_bytes,
+        "kv_window_bytes": cache.allocated,
+        "kv_window_bytes_computed": cache.computed,
+        "kv_window_bytes_unquantised": cache.plain,
+        "kv_bytes_by_format": cache.by_format,
+        "kv_scratch_bytes": cache.scratch,
+        "kv_dequantised_bytes_per_step": cache.dequantised_per_step,
+        "cache_and_graph_allocated": arm.run_allocation,
+        **asdict(arm.probe.result()),
+    }
+
+
+def arm_record(arm: Arm, label: str, plan: RunPlan) -> ArmRecord:
+    """One arm's section of the record."""
+    summary, conf = arm.summary, plan.conf
+    return ArmRecord(
+        label=label,
+        numeric_path={
+            "linears": summary.numeric_path,
+            "kv": _kv_path(arm),
+            "attention": conf.attention.kind.value,
+            "architecture": summary.architecture,
+            "emulated": summary.emulated,
+        },
+        speed_is_meaningful=not summary.emulated,
+        transform=summary.to_dict() if summary.enabled else None,
+        speed=_speed(arm, conf.data.batch_size, conf.measure.skip_frames),
+        parts=_parts(arm),
+        memory=_memory(arm),
+        compile={
+            "enabled": conf.compile.enabled,
+            "mode": conf.compile.mode,
+            "cuda_graph": arm.warmup.cuda_graph,
+            "cold_start_s": arm.warmup.seconds,
+            "graphs": arm.warmup.graphs,
+            "graph_breaks": arm.warmup.graph_breaks + arm.graph_breaks,
+            "recompiles_after_warmup": arm.recompiles,
+        },
+    )
+
+
+def _model(module: RolloutModule, plan: RunPlan) -> dict[str, Any]:
+    conf = plan.conf
+    return {
+        "parameters": module.parameters_total,
+        "weights": "checkpoint" if conf.model.checkpoint else "random",
+        "checkpoint": conf.model.checkpoint,
+        "arch": asdict(plan.arch),
+        "decoder_weights": "checkpoint" if conf.decoder.checkpoint else "random",
+        "decoder_checkpoint": conf.decoder.checkpoint,
+        "decoder_arch": asdict(plan.dcae),
+        "decoder_cold_start_s": module.decoder_cold_start_s,
+        "vae_scale": plan.vae_scale,
+    }
+
+
+def _data(data: ClipDataModule, done: int) -> dict[str, Any]:
+    described = data.describe()
+    return {
+        **described,
+        "name": described["source"],
+        "summary": f"{done} of {len(described['clips'])} clips, {described['context_frames']} context + "
+        f"{described['future_frames']} generated frames, reference: {described['reference']}",
+    }
+
+
+def _notes(plan: RunPlan) -> list[str]:
+    notes = []
+    if not plan.conf.model.checkpoint:
+        notes.append(RANDOM_WEIGHTS)
+    elif not plan.conf.decoder.checkpoint:
+        notes.append("Random decoder weights: PSNR and SSIM mean nothing.")
+    if plan.device.type == "cpu":
+        notes.append("A CPU run: its times do not say which format is faster on a GPU.")
+    return notes
+
+
+def build_record(
+    plan: RunPlan,
+    cfg: DictConfig,
+    hydra: HydraConf,
+    module: RolloutModule,
+    data: ClipDataModule,
+    outputs: ClipOutputs,
+    started: datetime,
+    error: BaseException | None,
+) -> RunRecord:
+    """The record of a run; ``error`` is what broke it off, if anything did."""
+    choices = {str(group): str(choice) for group, choice in hydra.runtime.choices.items() if "hydra/" not in str(group)}
+    labels = arm_labels(plan, choices)
+    clips = [clip_row(clip) for clip in outputs.clips]
+    for row in clips:
+        video = outputs.video_path(row["clip_id"])
+        row["video"] = str(video.relative_to(outputs.folder)) if video.is_file() else None
+    incidents = [] if error is None else [{"kind": type(error).__name__, "message": str(error) or "interrupted"}]
+    now = datetime.now(UTC)
+    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(config, dict)
+    return RunRecord(
+        run_id=Path(hydra.runtime.output_dir).name,
+        started=started.isoformat(timespec="seconds"),
+        seconds=(now - started).total_seconds(),
+        status="complete" if error is None else "failed",
+        command=sys.argv,
+        overrides=list(hydra.overrides.task),
+        choices=choices,
+        config={str(key): value for key, value in config.items()},
+        environment=environment(plan.device),
+        model=_model(module, plan),
+        data=_data(data, len(clips)),
+        arms={name: arm_record(arm, labels[name], plan) for name, arm in module.arms.items()},
+        quality=summarise_quality(outputs.clips) if outputs.clips else None,
+        clips=clips,
+        notes=_notes(plan),
+        incidents=incidents,
+    )

@@ -1,0 +1,115 @@
+"""Roll clips out in BF16 and in the candidate formats, and report what it cost and what it gained.
+
+python harness/run.py quant=mxfp8_all kv=mx_v_only
+python harness/run.py -m quant=bf16,mxfp8_all,mxfp4_mlp kv=bf16,mx_v_only data.limit=2
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from lightning import Trainer
+from omegaconf import DictConfig
+from rich.console import Console
+
+from harness.callbacks import ClipOutputs, RolloutProgress
+from harness.config import ROOT, RunPlan, plan_run, register
+from harness.data.datamodule import ClipDataModule
+from harness.measure.quality import NonFiniteError
+from harness.models.checkpoint import load_encoder
+from harness.module import RolloutModule
+from harness.outcome import arm_labels, build_record
+from harness.report.record import save_record, write_atomically
+from harness.report.table import WIDTH, build, render
+
+register()
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # it advertises
+warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning against a newer torch
+
+
+class UserError(CompactHydraException):
+    """An error that the user can put right: shown as it is, without a traceback."""
+
+
+def build_data(plan: RunPlan) -> ClipDataModule:
+    """The clips of a run, every one of them read and checked.
+
+    Raises:
+        ValueError: naming each clip that cannot be used, or the encoder's checkpoint.
+    """
+    encoder = None
+    if plan.conf.data.source == "clips":
+        assert plan.encoder_file is not None
+        encoder = load_encoder(plan.encoder_file, plan.dcae).to(plan.device)
+    data = ClipDataModule(plan.conf.data, plan.clip_shape, encoder)
+    data.check()
+    return data
+
+
+def run(cfg: DictConfig) -> None:
+    """One run, from a composed config to its record, table and videos.
+
+    Raises:
+        ValueError: for anything a user can put right.
+        NonFiniteError: if an arm produced NaN or Inf; clips finished before stay recorded.
+    """
+    started, hydra_cfg = datetime.now(UTC), HydraConfig.get()
+    plan = plan_run(cfg)
+    data = build_data(plan)
+    folder = Path(hydra_cfg.runtime.output_dir)
+    labels = arm_labels(plan, hydra_cfg.runtime.choices)
+    outputs = ClipOutputs(folder, plan.conf.measure.videos, labels)
+    module = RolloutModule(plan)
+    trainer: Trainer = hydra.utils.instantiate(
+        plan.conf.trainer,
+        logger=hydra.utils.instantiate(plan.conf.logger),
+        callbacks=[outputs, RolloutProgress()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=str(folder),
+    )
+    error: BaseException | None = None
+    try:
+        trainer.predict(module, data, return_predictions=False)
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        # Whatever ended the run, Ctrl-C included: what was finished is recorded.
+        if module.arms:
+            record = build_record(plan, cfg, hydra_cfg, module, data, outputs, started, error)
+            save_record(record, folder / "record.json")
+            write_atomically(folder / "table.txt", render(record))
+            console = Console()
+            console.width = max(console.width, WIDTH)
+            console.print(build(record))
+            print(f"Record, table and videos: {folder}")
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry point; user errors end with their message and exit code 2."""
+    try:
+        run(cfg)
+    except (ValueError, OSError, NonFiniteError) as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise UserError(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
