@@ -27,10 +27,12 @@ same maps in other play (other spawn points, routes, fights), not other maps.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +87,7 @@ def _import_vizdoom() -> Any:
     try:
         import vizdoom
     except ImportError as error:
-        raise SystemExit("recording needs VizDoom: pip install '.[doom]'") from error
+        raise ImportError("recording needs VizDoom: pip install '.[doom]'") from error
     return vizdoom
 
 
@@ -269,7 +271,8 @@ class Game:
             raise ValueError(f"frame_skip {frame_skip}: at least one tic a frame")
         self.size, self.frame_skip, self.episode = size, frame_skip, 0
         self.walls = _walls(scenario)
-        self.game = _start(scenario, seed)
+        self.settings = tempfile.TemporaryDirectory()
+        self.game = _start(scenario, seed, self.settings.name)
         self.reset(first=True)
 
     def __enter__(self) -> Game:
@@ -277,6 +280,7 @@ class Game:
 
     def __exit__(self, *_: object) -> None:
         self.game.close()
+        self.settings.cleanup()
 
     def reset(self, first: bool = False) -> None:
         """Begin a new episode, unhurtable, with the weapon up."""
@@ -318,11 +322,13 @@ class Game:
         return total.astype(np.uint8)
 
 
-def _start(scenario: str, seed: int, sectors: bool = False) -> vizdoom.DoomGame:
+def _start(scenario: str, seed: int, settings: str, sectors: bool = False) -> vizdoom.DoomGame:
+    """A running game; the engine keeps its settings in the folder `settings`, a fresh one for repeatable games."""
     vzd = _import_vizdoom()
     game = vzd.DoomGame()
     game.load_config(str(Path(vzd.scenarios_path) / f"{scenario}.cfg"))
     game.set_doom_game_path(str(Path(vzd.__file__).parent / "freedoom2.wad"))
+    game.set_doom_config_path(str(Path(settings) / "vizdoom.ini"))
     game.set_mode(vzd.Mode.PLAYER)
     game.set_window_visible(False)
     game.set_sound_enabled(False)
@@ -342,7 +348,8 @@ def _start(scenario: str, seed: int, sectors: bool = False) -> vizdoom.DoomGame:
     game.set_available_game_variables([getattr(vzd.GameVariable, name) for name in POSE])
     game.add_game_args("+sv_cheats 1 +sv_infiniteammo 1 +neverswitchonpickup 1")
     game.set_seed(seed)
-    game.init()
+    with contextlib.chdir(settings):  # the engine also makes a folder where it starts
+        game.init()
     return game
 
 
@@ -352,14 +359,15 @@ _WALLS: dict[str, Walls] = {}
 def _walls(scenario: str) -> Walls:
     """The scenario's blocking lines, read once from a game of its own: describing them every frame costs."""
     if scenario not in _WALLS:
-        game = _start(scenario, seed=0, sectors=True)
-        lines = {
-            (line.x1, line.y1, line.x2, line.y2)
-            for sector in game.get_state().sectors
-            for line in sector.lines
-            if line.is_blocking
-        }
-        game.close()
+        with tempfile.TemporaryDirectory() as settings:
+            game = _start(scenario, 0, settings, sectors=True)
+            lines = {
+                (line.x1, line.y1, line.x2, line.y2)
+                for sector in game.get_state().sectors
+                for line in sector.lines
+                if line.is_blocking
+            }
+            game.close()
         _WALLS[scenario] = Walls(np.array(sorted(lines), np.float64))
     return _WALLS[scenario]
 
@@ -539,7 +547,7 @@ def main() -> None:
     parser.add_argument("--crf", type=int, default=24, help="quality of the video (x264): lower is better and larger")
     try:
         record_clips(parser.parse_args())
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         sys.exit(f"record_doom: {error}")
 
 

@@ -1,0 +1,196 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from harness.data.clips import Clip, ClipError, derive_tag, find_clips, probe_clip, read_clip, write_clip
+
+
+def play(frames: int = 6, height: int = 32, width: int = 48, clip_id: str = "play") -> Clip:
+    """A coloured square that moves over a gradient."""
+    pictures = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+    pictures[:, 2] = torch.arange(width) * 4
+    for i in range(frames):
+        pictures[i, 0, 8:16, 4 + 2 * i : 12 + 2 * i] = 220
+    buttons = torch.zeros(frames, 11, dtype=torch.uint8)
+    buttons[::2, 0] = 1
+    mouse = torch.stack((torch.arange(frames) * 0.5, torch.full((frames,), -0.125)), 1)
+    return Clip(clip_id, pictures, buttons, mouse, fps=17.5, tag="motion", scenario="drawn", seed=3)
+
+
+def change_json(path: Path, **changes: object) -> Path:
+    sidecar = path.with_suffix(".json")
+    content = json.loads(sidecar.read_text())
+    content.update(changes)
+    sidecar.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    return path
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean()))
+
+
+def test_a_clip_comes_back_as_it_was_written(tmp_path):
+    clip = play()
+    back = read_clip(write_clip(tmp_path, clip, crf=12))
+    assert back.frames.dtype == torch.uint8
+    assert psnr(back.frames, clip.frames) > 38
+    assert torch.equal(back.buttons, clip.buttons)
+    assert torch.equal(back.mouse, clip.mouse)
+    same = ("id", "fps", "tag", "scenario", "seed", "button_names")
+    assert [getattr(back, name) for name in same] == [getattr(clip, name) for name in same]
+
+
+def test_colour_keeps_its_resolution_although_the_video_is_yuv420p(tmp_path):
+    clip = play(frames=2)
+    stripes = clip.frames.clone()
+    stripes[:] = torch.tensor([200, 40, 40], dtype=torch.uint8).view(1, 3, 1, 1)
+    stripes[..., ::2] = torch.tensor([40, 40, 200], dtype=torch.uint8).view(1, 3, 1, 1)
+    video = write_clip(tmp_path, replace(clip, frames=stripes), crf=12)
+    with av.open(str(video)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    assert psnr(read_clip(video).frames, stripes) > 35
+
+
+def test_part_of_a_clip_is_that_part(tmp_path):
+    video = write_clip(tmp_path, play())
+    whole, part = read_clip(video), read_clip(video, first=2, count=3)
+    for name in ("frames", "buttons", "mouse"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[2:5])
+
+
+def test_the_same_clip_gives_the_same_files(tmp_path):
+    first, second = (write_clip(tmp_path / name, play()) for name in "ab")
+    for suffix in (".mp4", ".json"):
+        assert first.with_suffix(suffix).read_bytes() == second.with_suffix(suffix).read_bytes()
+
+
+def test_a_clip_too_short_says_what_it_has(tmp_path):
+    video = write_clip(tmp_path, play(frames=6))
+    with pytest.raises(ClipError, match=r"play\.json: has 6 frames; frames 2 to 8 were asked for"):
+        read_clip(video, first=2, count=7)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.98])
+def test_a_truncated_video_is_named(tmp_path, keep):
+    video = write_clip(tmp_path, play())
+    video.write_bytes(video.read_bytes()[: int(video.stat().st_size * keep)])
+    with pytest.raises(ClipError, match=r"play\.mp4: damaged"):
+        read_clip(video)
+    change_json(video, video_sha256=...)
+    with pytest.raises(ClipError, match=r"play\.mp4"):
+        read_clip(video)
+
+
+def test_one_flipped_bit_in_the_video_is_noticed(tmp_path):
+    video = write_clip(tmp_path, play())
+    data = bytearray(video.read_bytes())
+    data[-20] ^= 1
+    video.write_bytes(data)
+    with pytest.raises(ClipError, match=r"play\.mp4: damaged: its SHA-256"):
+        read_clip(video)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "not a clip"),
+        ({"version": 99}, "version 99; this reads version 1"),
+        ({"fps": ...}, "fps is missing"),
+        ({"fps": 0}, "fps is 0, which must be above 0"),
+        ({"tag": "running"}, "tag must be one of motion, stand_still"),
+        ({"frames": 7}, "7 frames but 6 rows of buttons"),
+        ({"frames": "6"}, "frames is '6'"),
+        ({"actions": [{"buttons": [0] * 10, "mouse": [0, 0]}] * 6}, "buttons of frame 0 must be 11 numbers"),
+        ({"actions": [{"buttons": [0] * 11, "mouse": [0, 0, 0]}] * 6}, "mouse of frame 0 must be 2 numbers"),
+        ({"actions": [{"buttons": [0] * 10 + [0.5], "mouse": [0, 0]}] * 6}, "each must be 0 or 1"),
+        ({"actions": [{"buttons": [0] * 11, "mouse": [float("nan"), 0]}] * 6}, "mouse of frame 0 is NaN"),
+        ({"actions": [{"buttons": [0] * 11, "mouse": [float("inf"), 0]}] * 6}, "mouse of frame 0 is NaN or infinite"),
+    ],
+)
+def test_a_wrong_json_is_named_with_what_is_wrong(tmp_path, changes, message):
+    video = change_json(write_clip(tmp_path, play()), **changes)
+    with pytest.raises(ClipError, match=message) as error:
+        probe_clip(video)
+    assert str(video.with_suffix(".json")) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 16}, "pictures of 64×96, but play.json says 16×48"),
+        ({"fps": 30.0}, "17.5 frames a second, but play.json says 30"),
+    ],
+)
+def test_a_video_that_is_not_what_its_json_says_is_named(tmp_path, changes, message):
+    video = change_json(write_clip(tmp_path, play()), **changes)
+    with pytest.raises(ClipError, match=message):
+        read_clip(video)
+
+
+def test_fewer_pictures_than_actions_is_named(tmp_path):
+    video = write_clip(tmp_path, play(frames=6))
+    write_clip(tmp_path / "other", play(frames=5))
+    (tmp_path / "other" / "play.mp4").replace(video)
+    change_json(video, video_sha256=...)
+    with pytest.raises(ClipError, match=r"play\.mp4: 5 frames could be decoded, but play\.json says 6"):
+        read_clip(video)
+
+
+def test_text_instead_of_json_is_named(tmp_path):
+    video = write_clip(tmp_path, play())
+    video.with_suffix(".json").write_text("not json")
+    with pytest.raises(ClipError, match=r"play\.json: not a readable JSON file"):
+        probe_clip(video)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": torch.zeros(6, 3, 8, 8)}, "float32"),
+        ({"mouse": torch.zeros(5, 2)}, "6 frames but 5 rows of mouse"),
+        ({"buttons": torch.zeros(6, 10)}, "10 buttons but 11 names"),
+        ({"tag": "still"}, "tag 'still'"),
+        ({"fps": 0.0}, "0.0 fps"),
+    ],
+)
+def test_a_clip_that_does_not_fit_together_is_not_written(tmp_path, changes, message):
+    with pytest.raises(ClipError, match=message):
+        write_clip(tmp_path, replace(play(), **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_clips_are_found_in_folders_and_by_either_file(tmp_path):
+    a = write_clip(tmp_path / "folder", play(clip_id="a"))
+    b = write_clip(tmp_path, play(clip_id="b"))
+    found = [a.with_suffix(".json"), b.with_suffix(".json")]
+    assert find_clips([tmp_path / "folder", b]) == found
+    assert find_clips([b.with_suffix(".json"), str(tmp_path / "folder"), b]) == found
+
+
+def test_half_a_clip_an_empty_folder_and_a_missing_path_are_named(tmp_path):
+    with pytest.raises(ClipError, match="no clips here"):
+        find_clips(tmp_path)
+    with pytest.raises(ClipError, match="nowhere: no such folder"):
+        find_clips(tmp_path / "nowhere")
+    write_clip(tmp_path, play()).unlink()
+    with pytest.raises(ClipError, match=r"play\.mp4: missing"):
+        find_clips(tmp_path)
+
+
+def test_two_clips_of_one_id_are_an_error(tmp_path):
+    for folder in "ab":
+        write_clip(tmp_path / folder, play())
+    with pytest.raises(ClipError, match="two clips of one id"):
+        find_clips([tmp_path / "a", tmp_path / "b"])
+
+
+def test_standing_still_is_no_button_and_hardly_any_mouse():
+    buttons, mouse = torch.zeros(4, 11), torch.full((4, 2), 0.01)
+    assert derive_tag(buttons, mouse) == "stand_still"
+    assert derive_tag(buttons, mouse + torch.tensor([0.0, 0.5])) == "motion"
+    buttons[3, 9] = 1
+    assert derive_tag(buttons, mouse) == "motion"
