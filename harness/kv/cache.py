@@ -202,6 +202,10 @@ class KVCache:
         for ring in self._all_rings():
             ring.reset()
 
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that is written in place from frame to frame; none of them ever moves."""
+        return [self.frame, *self._slots.values(), *(buffer for ring in self._all_rings() for buffer in ring.buffers())]
+
     def _all_rings(self) -> list[FrameRing]:
         return [ring for layer in self.rings for ring in layer.values()]
 

@@ -57,6 +57,8 @@ def validate(conf: CompileConf, device: torch.device) -> None:
         problems.append(f"backend={conf.backend!r}: allowed are {', '.join(BACKENDS)}")
     if conf.cuda_graph and device.type != "cuda":
         problems.append(f"cuda_graph=true on {device.type}: CUDA graphs need a CUDA device; use cuda_graph=null")
+    if conf.enabled and conf.mode == "reduce-overhead" and device.type != "cuda":
+        problems.append(f"mode=reduce-overhead on {device.type}: it is about CUDA graphs; use mode=default")
     if conf.cuda_graph and conf.enabled and conf.mode == "reduce-overhead":
         problems.append("cuda_graph=true with mode=reduce-overhead, which captures graphs itself; choose one of them")
     if problems:
@@ -90,6 +92,22 @@ def compile_decoder(decoder: nn.Module, conf: CompileConf) -> Callable[[Tensor],
         return decoder(latent)
 
     return compile_function(decode, conf)
+
+
+def keep_in_place(buffers: list[Tensor], conf: CompileConf) -> None:
+    """Tell the CUDA graphs of mode=reduce-overhead that ``buffers`` are mutated in place and never move.
+
+    Without this such code would be run without graphs, or would copy the buffers in and out every time.
+    """
+    if conf.enabled and conf.mode == "reduce-overhead":
+        for buffer in buffers:
+            torch._dynamo.mark_static_address(buffer)
+
+
+def begin_frame(conf: CompileConf) -> None:
+    """Tell the CUDA graphs of mode=reduce-overhead that the last frame's results are no longer needed."""
+    if conf.enabled and conf.mode == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 class CompileCounters:

@@ -15,7 +15,14 @@ from torch import Tensor
 from harness.kv import KVCache, KVConf
 from harness.models.gamerft import GameRFTCore, Modulation
 from harness.rollout.attention import AttentionKind, PrefillAttention, RingAttention, check_attention
-from harness.rollout.compile import CapturedGraph, CompileConf, CompileCounters, compile_function
+from harness.rollout.compile import (
+    CapturedGraph,
+    CompileConf,
+    CompileCounters,
+    begin_frame,
+    compile_function,
+    keep_in_place,
+)
 from harness.rollout.compile import validate as validate_compile
 
 Params = ParamSpec("Params")
@@ -135,6 +142,7 @@ class Rollout:
         check_attention(attention, cache.device)
         self.core, self.cache, self.sampler, self.attention = core, cache, sampler, attention
         self.cuda_graph = self.compile.captures(cache.device)
+        keep_in_place(cache.buffers(), self.compile)
         self._make_buffers()
         self._prepare = compile_function(self._prepare_function(), self.compile)
         self._steps = self._compile_steps()
@@ -181,6 +189,7 @@ class Rollout:
 
     def _frame(self) -> Frame:
         """One whole frame from the input buffers; waits for nothing, so it can be captured."""
+        begin_frame(self.compile)
         modulations, rotary = self._prepare(self._mouse, self._btn)
         x, velocities = self._noise, []
         for step, modulation, drop in zip(self._steps, modulations, self._drops, strict=True):
