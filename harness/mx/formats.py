@@ -217,7 +217,15 @@ def _element_values(elements: Tensor, fmt: ElementFormat, dtype: torch.dtype) ->
 
 
 def _scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return scales.view(torch.float8_e8m0fnu).to(dtype)
+    """2^(byte - 127), built from its bits: the byte is the exponent field, but for 2^-127, which is subnormal, and NaN.
+
+    torch's float8_e8m0fnu converts the same, but compilers for GPUs do not know it.
+    """
+    word, fraction_bits = {torch.bfloat16: (torch.int16, 7), torch.float32: (torch.int32, 23)}[dtype]
+    bits = scales.to(word) << fraction_bits
+    bits = torch.where(scales == 0, 1 << (fraction_bits - 1), bits)
+    bits = torch.where(scales == SCALE_NAN, bits | 1 << (fraction_bits - 1), bits)
+    return bits.view(dtype)
 
 
 def _decode_by_arithmetic(blocks: MXBlocks, fmt: ElementFormat, dtype: torch.dtype) -> Tensor:
@@ -241,7 +249,7 @@ def _decode_by_table(blocks: MXBlocks, fmt: ElementFormat, dtype: torch.dtype, o
         return values if out is None else out.copy_(values)
     index = elements.contiguous().view(torch.uint16).to(torch.int32)
     values = table.index_select(0, index.view(-1)).view(dtype).view(*scales.shape, BLOCK)
-    factor = _scale_values(scales, dtype).unsqueeze(-1)
+    factor = scales.view(torch.float8_e8m0fnu).to(dtype).unsqueeze(-1)
     if out is None:
         return values.mul_(factor).view(shape)
     torch.mul(values, factor, out=out.unflatten(-1, (-1, BLOCK)))

@@ -281,13 +281,13 @@ blocks_of_floats = st.lists(floats, min_size=32, max_size=32).map(lambda values:
 formats, modes = st.sampled_from(list(FORMATS.values())), st.sampled_from(list(ScaleMode))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(blocks_of_floats, formats, modes)
 def test_any_bf16_block_encodes_like_torchao(x, fmt, mode):
     assert_encodes_like_torchao(x.bfloat16(), fmt, mode)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(blocks_of_floats, formats, modes, st.integers(-20, 20))
 def test_a_power_of_two_moves_the_scale_alone(x, fmt, mode, shift):
     x = x.clamp(-(2.0**60), 2.0**60)
@@ -298,7 +298,7 @@ def test_a_power_of_two_moves_the_scale_alone(x, fmt, mode, shift):
     assert other.scales.item() - one.scales.item() == shift
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(blocks_of_floats, formats, modes)
 def test_encoding_what_was_decoded_changes_nothing(x, fmt, mode):
     x[0, 0] = 1.0  # keeps the scale inside the E8M0 range
@@ -306,7 +306,7 @@ def test_encoding_what_was_decoded_changes_nothing(x, fmt, mode):
     assert_same(decode(encode(once, fmt, mode), fmt, torch.float32), once)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(blocks_of_floats, formats)
 def test_rounding_error_stays_within_half_a_step(x, fmt):
     x[0, 0] = 1.0

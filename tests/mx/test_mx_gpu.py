@@ -1,0 +1,65 @@
+"""On a GPU the formats and the weight-only Linear give the numbers of the CPU, eager and compiled."""
+
+import pytest
+import torch
+from torch import nn
+
+from harness.mx.conf import Activation, KernelChoice, ScaleMode
+from harness.mx.dispatch import available_kernels, resolve_kernel
+from harness.mx.formats import E2M1, E4M3, FORMATS, MXBlocks, decode, encode
+from harness.mx.linear import LinearFormat, MXLinear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def every_scale(fmt) -> MXBlocks:
+    elements = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    blocks = 256 * 8 // fmt.bits // 32
+    return MXBlocks(elements, torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, blocks))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_every_code_point_decodes_as_on_the_cpu(fmt, compiled):
+    blocks = every_scale(fmt)
+
+    def on_gpu(elements, scales):
+        return decode(MXBlocks(elements, scales), fmt)
+
+    run = torch.compile(on_gpu, fullgraph=True) if compiled else on_gpu
+    got = run(*(t.cuda() for t in blocks)).cpu()
+    rows = slice(16, 240)  # the ends of the range are subnormal or overflow, where compilers may flush
+    torch.testing.assert_close(got[rows], decode(blocks, fmt)[rows], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("mode", "compiled"), [*((m, False) for m in ScaleMode), (ScaleMode.rceil, True)])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_encoding_gives_the_bytes_of_the_cpu(fmt, mode, compiled):
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0, :3] = torch.tensor([torch.nan, torch.inf, 0.0])
+    x[1] = 0
+
+    def on_gpu(x):
+        return encode(x, fmt, mode)
+
+    run = torch.compile(on_gpu, fullgraph=True) if compiled else on_gpu
+    got, want = run(x.cuda()), encode(x, fmt, mode)
+    assert torch.equal(got.scales.cpu(), want.scales)
+    assert torch.equal(got.elements.cpu()[1:], want.elements[1:])  # elements of the NaN block mean nothing
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E2M1], ids=lambda f: f.name)
+def test_weight_only_linear_compiles_to_one_graph(fmt):
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 512).bfloat16().cuda().requires_grad_(False)
+    mx = MXLinear.from_linear(linear, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+    x = torch.randn(64, 256, device="cuda").bfloat16()
+    torch.testing.assert_close(torch.compile(mx, fullgraph=True)(x), mx(x), rtol=2**-7, atol=2**-7)
+
+
+def test_auto_never_takes_a_native_kernel_before_blackwell():
+    device = torch.device("cuda", 0)
+    fmt = LinearFormat(E4M3, ScaleMode.rceil, Activation.mx)
+    blackwell = torch.cuda.get_device_capability(device)[0] >= 10
+    assert (available_kernels(device, fmt)["cutlass"] == "ok") == blackwell
+    assert (resolve_kernel(KernelChoice.auto, device, fmt).name == "cutlass") == blackwell
