@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 BACKENDS = ("inductor", "aot_eager", "eager")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
@@ -65,6 +67,17 @@ def validate(conf: CompileConf, device: torch.device) -> None:
         raise ValueError("compile config: " + "; ".join(problems))
 
 
+def without_grad(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Run ``function`` without gradients, but not in inference mode, whose tensors compiled code tells from others."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def compile_function(function: Function, conf: CompileConf) -> Function:
     """``function`` compiled as ``conf`` says (itself if compilation is off); a graph break is an error.
 
@@ -86,12 +99,19 @@ def compile_function(function: Function, conf: CompileConf) -> Function:
 
 
 def compile_decoder(decoder: nn.Module, conf: CompileConf) -> Callable[[Tensor], Tensor]:
-    """The frame decoder ``latent [B, C, s, s] -> RGB [B, 3, h, w]``, compiled as ``conf`` says."""
+    """The frame decoder ``latent [B, C, s, s] -> RGB [B, 3, h, w]``, compiled as ``conf`` says, without gradients."""
 
     def decode(latent: Tensor) -> Tensor:
         return decoder(latent)
 
-    return compile_function(decode, conf)
+    compiled = compile_function(decode, conf)
+
+    @without_grad
+    def run(latent: Tensor) -> Tensor:
+        # Whatever mode the latent was made in, compiled code sees an ordinary tensor.
+        return compiled(latent.clone() if latent.is_inference() else latent)
+
+    return run
 
 
 def keep_in_place(buffers: list[Tensor], conf: CompileConf) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +21,10 @@ from harness.rollout.compile import (
     begin_frame,
     compile_function,
     keep_in_place,
+    without_grad,
 )
 from harness.rollout.compile import validate as validate_compile
 
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
 
@@ -92,17 +90,6 @@ def make_cache(core: GameRFTCore, sampler: SamplerConf, conf: KVConf, batch: int
     device = core.proj_in.weight.device
     sizes = (cfg.n_layers, batch, cfg.n_heads, cfg.head_dim, cfg.tokens_per_frame)
     return KVCache(*sizes, windows, conf, core.dtype, device)
-
-
-def _without_grad(method: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Run ``method`` without gradients, but not in inference mode, whose tensors compiled code tells from others."""
-
-    @functools.wraps(method)
-    def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return wrapped
 
 
 class Rollout:
@@ -197,7 +184,7 @@ class Rollout:
             velocities.append(velocity)
         return Frame(x, tuple(velocities))
 
-    @_without_grad
+    @without_grad
     def warmup(self, frames: int = 2) -> Warmup:
         """Compile, capture and run a few frames on zeros, so that no later frame pays for it.
 
@@ -218,7 +205,7 @@ class Rollout:
             torch.cuda.synchronize(self.cache.device)
         return Warmup(time.perf_counter() - start, counted.graphs, counted.graph_breaks, self.cuda_graph)
 
-    @_without_grad
+    @without_grad
     def prefill(
         self, history: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
@@ -254,7 +241,7 @@ class Rollout:
         self._prefilled = True
         return velocity
 
-    @_without_grad
+    @without_grad
     def next_frame(self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
         """Roll out one more frame.
 
@@ -272,7 +259,7 @@ class Rollout:
         """
         return self._next(noise, mouse, btn).latent.clone()
 
-    @_without_grad
+    @without_grad
     def next_frame_with_velocities(
         self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None
     ) -> Frame:
