@@ -160,7 +160,10 @@ class KVCache:
         return k, v
 
     def count_blocks(self) -> None:
-        """From now on count saturation and scales of all that is quantised (costs time: not for timed runs)."""
+        """From now on count saturation and scales of all that is quantised.
+
+        Costs time, so not for timed runs; call it before anything is compiled, since it changes the code that runs.
+        """
         for ring in self._all_rings():
             ring.count()
 
