@@ -6,6 +6,7 @@ python harness/run.py -m quant=bf16,mxfp8_all,mxfp4_mlp kv=bf16,mx_v_only data.l
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import warnings
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -101,15 +103,29 @@ def run(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry point; user errors end with their message and exit code 2."""
+    """One job of Hydra's: errors that the user can put right end with their message, not a traceback."""
     try:
         run(cfg)
     except (ValueError, OSError, NonFiniteError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise UserError(f"error: {error}") from error
+            raise UserError(f"error: {error}") from error  # Hydra goes on with the other jobs and ends with this
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+    finally:
+        # A sweep runs its jobs in one process: hand back what this one held.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def cli() -> None:
+    """The command. Exit code 0: done; 1: the run broke; 2: something in the command, config or files is wrong."""
+    try:
+        main()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, CompactHydraException):
+            sys.exit(2)
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    cli()

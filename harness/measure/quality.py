@@ -66,7 +66,8 @@ def score_frames(frames: Tensor, reference: Tensor) -> FrameScores:
     psnr: list[float] = []
     ssim: list[float] = []
     for ours, theirs in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
-        ours, theirs = ours.float(), theirs.float()
+        # SSIM's blur is a depthwise convolution, four times as fast on a CPU in this memory format.
+        ours, theirs = (x.float().contiguous(memory_format=torch.channels_last) for x in (ours, theirs))
         decibels = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
         similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
         assert isinstance(similarity, Tensor)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -32,10 +33,15 @@ class Panel:
     notes: Sequence[str] = ()
 
 
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=13)
+
+
 def _caption(text: str, width: int) -> Frames:
     strip = Image.new("L", (width, CAPTION_HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(size=13)
+    font = _font()
     while text and draw.textlength(text, font=font) > width - 8:
         text = text[:-1]
     draw.text((4, 3), text, fill=INK, font=font)

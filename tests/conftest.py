@@ -1,0 +1,113 @@
+"""Composing and running whole configs inside the test process: importing torch anew takes longer than a smoke run."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+from safetensors.torch import save_file
+
+from harness.config import ROOT, register
+from harness.data.clips import Clip, write_clip
+from harness.models.checkpoint import random_decoder, random_gamerft
+from harness.models.config_io import dcae_config, gamerft_config
+from harness.models.dcae import DCAEEncoder
+
+register()
+TINY_MODEL = {
+    "n_layers": 2,
+    "n_heads": 1,
+    "d_model": 32,
+    "channels": 8,
+    "sample_size": 4,
+    "n_buttons": 11,
+    "local_window": 2,
+    "local_idx": 2,
+}
+TINY_DCAE = {
+    "sample_size": 32,
+    "latent_size": 4,
+    "latent_channels": 8,
+    "ch_0": 8,
+    "ch_max": 16,
+    "encoder_blocks_per_stage": [1, 1, 1],
+    "decoder_blocks_per_stage": [1, 1, 1],
+}
+
+
+@pytest.fixture
+def composed(tmp_path):
+    """Compose overrides as the command line would, with outputs in ``tmp_path``."""
+
+    def compose_run(*overrides):
+        folder = f"hydra.runtime.output_dir={tmp_path / 'run'}"
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("run", [*overrides, folder], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+    yield compose_run
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(scope="session")
+def game(tmp_path_factory):
+    """A tiny model, its autoencoder and four recorded clips, as a user would bring them: overrides that name them."""
+    folder = tmp_path_factory.mktemp("game")
+    model, dcae = gamerft_config(TINY_MODEL), dcae_config(TINY_DCAE)
+    torch.manual_seed(0)
+    modules = {"dit": random_gamerft(model, 1), "decoder": random_decoder(dcae, 1), "encoder": DCAEEncoder(dcae)}
+    for name, module in modules.items():
+        save_file(
+            {key: value.contiguous() for key, value in module.state_dict().items()}, folder / f"{name}.safetensors"
+        )
+    for name, config in (("config", model), ("dcae", dcae)):
+        content = {"model": dataclasses.asdict(config), "train": {"vae_scale": 0.5}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    for number, tag in enumerate(("motion", "motion", "motion", "stand_still")):
+        write_game_clip(folder / "clips", f"clip_{number}", tag)
+    return {
+        "model.config_file": folder / "config.yaml",
+        "model.checkpoint": folder / "dit.safetensors",
+        "model.window": 3,
+        "decoder.config_file": folder / "dcae.yaml",
+        "decoder.checkpoint": folder / "decoder.safetensors",
+        "decoder.encoder": folder / "encoder.safetensors",
+        "data.paths": f"[{folder / 'clips'}]",
+        "data.future_frames": 4,
+        "data.limit": 2,
+        "measure.videos": "false",
+        "measure.parts_frames": 0,
+    }
+
+
+def write_game_clip(folder, name, tag, frames=10):
+    """A clip of ``frames`` frames of smooth noise, 32×32."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    coarse = torch.rand(frames, 3, 4, 4, generator=generator)
+    pictures = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
+    buttons = torch.zeros(frames, 11, dtype=torch.uint8)
+    buttons[:, 0] = int(tag == "motion")
+    write_clip(
+        folder,
+        Clip(
+            id=name,
+            frames=(pictures * 255).byte(),
+            buttons=buttons,
+            mouse=torch.zeros(frames, 2),
+            fps=10.0,
+            tag=tag,
+            scenario="noise",
+        ),
+    )
+
+
+@pytest.fixture
+def overrides():
+    """Turn a mapping of overrides into the command line's words."""
+    return lambda mapping, **changed: [f"{key}={value}" for key, value in {**mapping, **changed}.items()]

@@ -1,0 +1,130 @@
+import itertools
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from harness.config import ROOT, ConfigError, RunConf, plan_run
+
+GROUPS = {
+    path.name: sorted(option.stem for option in path.glob("*.yaml"))
+    for path in sorted((ROOT / "conf").iterdir())
+    if path.is_dir()
+}
+CASES = list(itertools.chain.from_iterable([(group, option) for option in GROUPS[group]] for group in GROUPS))
+
+
+@pytest.mark.parametrize(("group", "option"), CASES, ids=[f"{g}={o}" for g, o in CASES])
+def test_every_option_of_every_group_composes_into_the_schema(composed, group, option):
+    conf = OmegaConf.to_object(composed("model=smoke", f"{group}={option}"))
+    assert isinstance(conf, RunConf)
+
+
+@pytest.mark.parametrize("option", GROUPS["quant"])
+def test_every_quant_option_can_run_on_a_cpu(composed, option):
+    plan = plan_run(composed("model=smoke", f"quant={option}"))
+    assert plan.conf.quant.enabled == (option != "bf16")
+
+
+@pytest.mark.parametrize("option", GROUPS["kv"])
+def test_every_kv_option_fits_the_smoke_model(composed, option):
+    assert plan_run(composed("model=smoke", f"kv={option}")).conf.is_baseline == (option == "bf16")
+
+
+def test_the_groups_a_user_is_promised_exist():
+    assert {"doom", "smoke", "dit_v4", "dit_v4_5b"} <= set(GROUPS["model"]) == set(GROUPS["decoder"])
+    assert {"bf16", "mxfp8_mlp", "mxfp8_attn", "mxfp8_all", "mxfp4_mlp"} <= set(GROUPS["quant"])
+    assert {"bf16", "mx_v_only"} <= set(GROUPS["kv"])
+    assert set(GROUPS["compile"]) == {"on", "off"}
+    assert {"doom", "owl_cache"} <= set(GROUPS["data"])
+    assert set(GROUPS["logger"]) == {"csv", "tensorboard"}
+
+
+def test_dit_v4_runs_without_further_words_on_synthetic_clips(composed):
+    plan = plan_run(composed("model=dit_v4", "quant=mxfp8_all", "compile=on"))
+    assert plan.conf.data.source == "synthetic"
+    assert plan.conf.model.checkpoint is None
+    assert plan.clip_shape.window == 60
+    assert plan.clip_shape.frame_size == (360, 640)
+    assert (plan.arch.n_layers, plan.arch.d_model, plan.arch.channels) == (16, 1536, 128)
+
+
+def test_dit_v4_5b_is_the_same_but_for_its_size(composed):
+    plan = plan_run(composed("model=dit_v4_5b"))
+    assert (plan.arch.n_layers, plan.arch.d_model, plan.arch.head_dim) == (36, 2560, 128)
+    assert plan.arch.local_window == 16
+
+
+def test_a_users_choice_of_data_beats_the_models(composed):
+    cfg = composed("model=dit_v4", "data=owl_cache", "data.paths=[somewhere]")
+    assert plan_run(cfg).conf.data.source == "owl_cache"
+
+
+def test_the_window_follows_the_model_and_the_seed_reaches_everyone(composed):
+    conf = plan_run(composed("model=smoke", "model.window=9", "seed=5")).conf
+    assert (conf.sampler.window, conf.sampler.seed, conf.data.seed) == (9, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("quant=mxfp5", "mxfp8_mlp"),
+        ("kv=int4", "mx_v_only"),
+        ("quant.scope=everything", "expected one of [mlp, attn, modulation, all]"),
+        ("quant.kernel=cuda", "expected one of [auto, cutlass, triton, emulated]"),
+        ("kv.storage=fp8", "expected one of [bf16"),
+        ("attention.kind=flash", "expected one of [sdpa, flex]"),
+        ("data.limit=many", "could not be converted to Integer"),
+        ("quant.bitz=8", "Key 'bitz' not in 'MXConf'"),
+        ("unknown=1", "Key 'unknown' is not in struct"),
+    ],
+)
+def test_wrong_names_and_types_fail_while_composing(composed, override, said):
+    with pytest.raises(HydraException) as caught:
+        composed("model=smoke", override)
+    assert said in f"{caught.value} {caught.value.__cause__}".replace("'unknown' not in", "'unknown' is not in struct")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quant.bits=3"], "bits=3: allowed are 8 and 4"),
+        (["quant=mxfp8_mlp", "quant.activation=mx", "quant.kernel=cutlass"], "Use kernel=emulated"),
+        (["kv=mx_kv", "kv.late_layers=13"], "late_layers=13: give 1 to 12"),
+        (["kv=mx_v_only", "model.arch.n_heads=4"], "head size 16 is not divisible by 32"),
+        (["sampler.timesteps=[0.2,0.5]"], "timesteps=[0.2, 0.5]"),
+        (["data=owl_cache"], "paths is empty"),
+        (["+model.arch.depth=3"], "unknown depth; allowed are"),
+        (["model.arch.d_model=65"], "d_model=65 is not divisible by n_heads=2"),
+        (["model.arch.channels=8"], "the decoder takes 16×4×4"),
+        (["model.checkpoint=/no/such/file.pt"], "model.checkpoint=/no/such/file.pt: no such file"),
+        (["decoder.vae_scale=null"], "decoder.vae_scale is not given"),
+        (["compile.mode=fast"], "mode='fast': allowed are"),
+        (["compile.cuda_graph=true"], "CUDA graphs need a CUDA device"),
+        (["measure.warmup_frames=0"], "measure.warmup_frames=0: must be at least 1"),
+        (["trainer.accelerator=tpu"], "allowed are cpu, gpu"),
+    ],
+)
+def test_values_that_cannot_run_are_refused_with_what_can(composed, words, said):
+    with pytest.raises(ConfigError) as caught:
+        plan_run(composed("model=smoke", *words))
+    assert said in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(composed):
+    with pytest.raises(ConfigError) as caught:
+        plan_run(composed("model=smoke", "quant.bits=3", "sampler.window=0", "data.batch_size=0"))
+    assert all(name in str(caught.value) for name in ("bits=3", "window=0", "batch_size=0"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")
+def test_a_missing_gpu_is_said_before_anything_is_loaded(composed):
+    with pytest.raises(ConfigError, match="trainer=gpu: no CUDA GPU"):
+        plan_run(composed("model=smoke", "trainer=gpu"))
+
+
+def test_fields_of_a_config_file_can_be_replaced(composed, game, overrides):
+    plan = plan_run(composed(*overrides(game), "+model.arch.local_window=3"))
+    assert (plan.arch.local_window, plan.arch.d_model) == (3, 32)
+    assert plan.vae_scale == 0.5

@@ -1,0 +1,101 @@
+"""The command itself: one real process, and the rest in this one."""
+
+import os
+import subprocess
+import sys
+
+import av
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from harness.config import ROOT
+from harness.report.record import load_record
+from harness.run import cli
+
+COMMAND = [sys.executable, str(ROOT / "harness" / "run.py")]
+QUICK = ["model=smoke", "model.arch.n_layers=2", "data.limit=2", "data.future_frames=3", "measure.parts_frames=1"]
+
+
+def test_one_command_leaves_table_record_figures_and_videos(tmp_path):
+    """From any folder, with nothing installed and nothing on PYTHONPATH."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [*QUICK, "quant=mxfp8_all", "kv=mx_v_only"]
+    done = subprocess.run(
+        [*COMMAND, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name.endswith("_smoke_mxfp8_all_mx_v_only")
+    record = load_record(folder / "record.json")
+    assert record.status == "complete"
+    assert record.overrides == words
+    assert len(record.clips) == 2
+    table = (folder / "table.txt").read_text()
+    for text in ("FPS, pipeline", "fidelity", "Random weights", "emulated", "mxfp8_all + mx_v_only"):
+        assert text in table
+        assert text in done.stdout
+    assert "clips 2/2" in done.stdout
+    assert "Traceback" not in done.stderr
+    for clip in record.clips:
+        with av.open(str(folder / clip["video"])) as video:
+            assert video.streams.video[0].codec_context.name == "h264"
+    assert {file.name for file in folder.iterdir()} >= {"frames.csv", "log", "videos", ".hydra"}
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capfd):
+    """Run the command's function with these words; returns its exit code and what it wrote to stderr."""
+
+    def run_words(*words):
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        monkeypatch.chdir(tmp_path)
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            cli()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capfd.readouterr().err
+
+    return run_words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quant=mxfp5"], "mxfp4_mlp"),
+        (["quant.scope=heads"], "expected one of [mlp, attn, modulation, all]"),
+        (["quant=mxfp8_mlp", "quant.kernel=triton", "quant.element_8bit=e5m2", "quant.bits=5"], "bits=5: allowed"),
+        (["model.checkpoint=missing.pt"], "model.checkpoint=missing.pt: no such file"),
+        (["data.limit=0"], "limit=0: must be at least 1"),
+    ],
+)
+def test_what_a_user_got_wrong_is_one_message_and_exit_code_2(command, words, said):
+    code, err = command("model=smoke", *words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(command, game, overrides, tmp_path):
+    import torch
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"model": Payload()}, tmp_path / "evil.pt")
+    code, err = command(*overrides(game, **{"model.checkpoint": tmp_path / "evil.pt"}))
+    assert code == 2
+    assert "evil.pt: refused" in err
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_sweep_goes_on_after_a_job_that_cannot_run(command, tmp_path):
+    words = [*QUICK, "measure.videos=false", "kv=mx_v_only", "hydra.sweep.dir=sweep"]
+    code, err = command("-m", *words, "quant.bits=3,8")
+    assert code == 2
+    assert "bits=3: allowed are 8 and 4" in err
+    assert "Traceback" not in err
+    finished = list((tmp_path / "sweep").glob("*/record.json"))
+    assert [path.parent.name for path in finished] == ["1_smoke_bf16_mx_v_only"]
