@@ -36,7 +36,7 @@ from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, 
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.rollout.sampler import SamplerConf
-from scripts.doom_world.autoencoder import AutoencoderTask, TimedModule, encode_all, reconstruction_psnr
+from scripts.doom_world.autoencoder import AutoencoderTask, TimedModule, densify, encode_all, reconstruction_psnr
 from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
 from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
 from scripts.doom_world.world_model import FlowTask, RolloutTask, SharpenTask
@@ -111,7 +111,7 @@ class Workshop:
     def latents(self) -> Tensor:
         """Every recorded frame's latent, in the model's scale, BF16 ``[T, C, S, S]``."""
         if self._latents is None:
-            encoder = load_encoder(self.work / "encoder.safetensors", DCAE).to(self.device)
+            encoder = densify(load_encoder(self.work / "encoder.safetensors", DCAE).to(self.device))
             self._latents = encode_all(encoder, self.frames()[0]) / self.vae_scale()
         return self._latents
 
@@ -194,8 +194,8 @@ def stage_sharpen(shop: Workshop) -> None:
 
 
 def stage_evaluate(shop: Workshop) -> None:
-    encoder = load_encoder(shop.work / "encoder.safetensors", DCAE).to(shop.device)
-    decoder = load_decoder(shop.work / "decoder.safetensors", DCAE).to(shop.device)
+    encoder = densify(load_encoder(shop.work / "encoder.safetensors", DCAE).to(shop.device))
+    decoder = densify(load_decoder(shop.work / "decoder.safetensors", DCAE).to(shop.device))
     core = shop.core().to(shop.device, torch.bfloat16)
     cache = shop.work / "held_out.pt"
     if not cache.is_file():

@@ -54,8 +54,8 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused: it is not a plain file of tensors, and loading it could run code ({_first_line(error)}). "
-            "Save a state dict of tensors with torch.save, or convert it to .safetensors"
+            f"{path}: refused: it is not a plain file of tensors, and loading it could run code "
+            f"({_first_line(error)}). Save a state dict of tensors with torch.save, or convert it to .safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {_first_line(error)}") from error

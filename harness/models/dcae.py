@@ -87,28 +87,56 @@ class ResBlock(nn.Module):
         return x + self.conv3(F.leaky_relu(self.conv2(hidden), 0.01))
 
 
-class Resample(nn.Module):
-    """Bicubic resampling by 2 with a 1×1 projection (absent when channels stay) on the latent-facing side's width."""
+def bicubic_matrix(size_in: int, size_out: int) -> Tensor:
+    """Bicubic resampling of one axis as a float32 matrix ``[size_out, size_in]`` (no ``align_corners``, no antialias).
 
-    def __init__(self, ch_in: int, ch_out: int, scale: float) -> None:
+    Bicubic interpolation is linear and separable, so an image is resampled by one matrix per axis. Read off
+    ``F.interpolate`` itself, borders included.
+    """
+    rows = torch.eye(size_in)[:, None, :, None]  # one impulse per position along the height
+    picture = F.interpolate(rows, size=(size_out, 1), mode="bicubic", align_corners=False, antialias=False)
+    return picture[:, 0, :, 0].T.contiguous()
+
+
+def resample(x: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Apply one :func:`bicubic_matrix` per axis to ``x [B, C, h, w]``.
+
+    Two matrix products on the channels-last layout: torch's own bicubic kernel runs one GPU thread per output pixel
+    and loops over batch and channels in it, which at 16×16 pixels leaves the GPU idle.
+    """
+    rows = x.permute(0, 2, 3, 1)  # B, h, w, C
+    wide = width.to(x.dtype) @ rows
+    tall = height.to(x.dtype) @ wide.flatten(2)
+    return tall.unflatten(2, (width.shape[0], -1)).permute(0, 3, 1, 2)
+
+
+class Resample(nn.Module):
+    """Bicubic resampling of a ``side``×``side`` map by ``scale``, after a 1×1 projection (absent when channels stay).
+
+    The weights of ×2 and ×0.5 are multiples of 1/256: exact in BF16 but for the outermost pixels' 283/256.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, ch_in: int, ch_out: int, side: int, scale: float) -> None:
         super().__init__()
-        self.scale = scale
         if ch_in != ch_out:
             self.proj = nn.Conv2d(ch_in, ch_out, 1, bias=False)
+        self.register_buffer("matrix", bicubic_matrix(side, int(side * scale)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, ch_in, h, w]`` to ``[B, ch_out, scale*h, scale*w]``."""
+        """Map ``[B, ch_in, side, side]`` to ``[B, ch_out, scale*side, scale*side]``."""
         if hasattr(self, "proj"):
             x = self.proj(x)
-        return F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False, antialias=False)
+        return resample(x, self.matrix, self.matrix)
 
 
 class UpStage(nn.Module):
     """Doubles the side: resample and residual blocks, beside a pixel-shuffle shortcut."""
 
-    def __init__(self, ch_in: int, ch_out: int, blocks: int) -> None:
+    def __init__(self, ch_in: int, ch_out: int, side: int, blocks: int) -> None:
         super().__init__()
-        self.up = Resample(ch_in, ch_out, 2)
+        self.up = Resample(ch_in, ch_out, side, 2)
         self.blocks = nn.ModuleList(ResBlock(ch_out) for _ in range(blocks))
         self.tiles = 4 * ch_out // ch_in
 
@@ -166,7 +194,8 @@ class DCAEDecoder(nn.Module):
         if cfg.use_middle_block:
             self.middle_block = MiddleBlock(cfg.ch_max, stages[-1])
         self.blocks = nn.ModuleList(
-            UpStage(wide, narrow, count) for wide, narrow, count in zip(widths, widths[1:], stages, strict=False)
+            UpStage(wide, narrow, cfg.latent_size * 2**i, count)
+            for i, ((wide, narrow), count) in enumerate(zip(pairwise(widths), stages, strict=True))
         )
         self.conv_out: nn.Module
         if cfg.is_16_9:
@@ -175,7 +204,10 @@ class DCAEDecoder(nn.Module):
             self.conv_out = nn.Conv2d(cfg.ch_0, cfg.channels, 3, padding=1, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map latents ``[B, Cz, s, s]`` (model latents times ``vae_scale``) to RGB ``[B, 3, h, w]`` in [-1, 1]."""
+        """Map latents ``[B, Cz, s, s]`` (model latents times ``vae_scale``) to RGB ``[B, 3, h, w]`` in [-1, 1].
+
+        ``s`` is the config's ``latent_size``.
+        """
         x = self.conv_in(z) + z.repeat(1, self.repeats, 1, 1)
         if self.cfg.use_middle_block:
             x = self.middle_block(x)
@@ -187,10 +219,10 @@ class DCAEDecoder(nn.Module):
 class DownStage(nn.Module):
     """Halves the side: residual blocks and a resample, beside a pixel-unshuffle shortcut. Mirrors :class:`UpStage`."""
 
-    def __init__(self, ch_in: int, ch_out: int, blocks: int) -> None:
+    def __init__(self, ch_in: int, ch_out: int, side: int, blocks: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(ch_in) for _ in range(blocks))
-        self.down = Resample(ch_in, ch_out, 0.5)
+        self.down = Resample(ch_in, ch_out, side, 0.5)
         self.merge = 4 * ch_in // ch_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,8 +249,11 @@ class DCAEEncoder(nn.Module):
         stages = cfg.encoder_blocks_per_stage
         widths = [cfg.ch_max, *cfg.widths(len(stages))]
         self.conv_in = nn.Conv2d(cfg.channels, cfg.ch_0, 3, padding=1)
-        pairs = list(zip(widths, widths[1:], stages, strict=False))
-        self.blocks = nn.ModuleList(DownStage(narrow, wide, count) for wide, narrow, count in reversed(pairs))
+        pairs = list(enumerate(zip(pairwise(widths), stages, strict=True)))
+        self.blocks = nn.ModuleList(
+            DownStage(narrow, wide, cfg.latent_size * 2 ** (i + 1), count)
+            for i, ((wide, narrow), count) in reversed(pairs)
+        )
         self.conv_out = nn.Conv2d(cfg.ch_max, cfg.latent_channels, 1)
         self.merge = cfg.ch_max // cfg.latent_channels
 

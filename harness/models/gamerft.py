@@ -93,7 +93,7 @@ class GameRFTConfig:
 
 
 class BlockModulation(NamedTuple):
-    """The conditioning vectors of one block, each ``[B, N, D]``: scale, shift and gate of attention, then of the MLP."""
+    """Conditioning vectors of one block, each ``[B, N, D]``: scale, shift and gate of attention, then of the MLP."""
 
     attn_scale: Tensor
     attn_shift: Tensor

@@ -1,6 +1,8 @@
 """Rotary position embeddings of GameRFT: the `motion` and `ortho` variants.
 
-Angles are float32 and computed from absolute frame indices, so a rollout may run past ``n_frames``.
+Angles are float32 and computed from absolute frame indices, so a rollout may run past ``n_frames``. Frequencies and
+grid positions are kept as the int32 bits of their float32 values: ``module.to(torch.bfloat16)`` rounds float buffers,
+which would move the angles of late frames by radians.
 """
 
 from __future__ import annotations
@@ -9,6 +11,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of float32 ``x`` as int32, which no change of a module's dtype touches; undo with ``view``."""
+    return x.to(torch.float32).view(torch.int32)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,8 +36,7 @@ class MotionRotary(nn.Module):
     """
 
     freqs: Tensor
-    rows: Tensor
-    cols: Tensor
+    grid: Tensor
 
     def __init__(self, head_dim: int, side: int, delta: float) -> None:
         super().__init__()
@@ -39,19 +45,20 @@ class MotionRotary(nn.Module):
         self.n_space = 3 * self.pairs // 4
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         grid = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
-        self.register_buffer("freqs", 1.0 / 10000.0**exponent, persistent=False)
-        self.register_buffer("rows", grid.repeat_interleave(side), persistent=False)
-        self.register_buffer("cols", grid.repeat(side), persistent=False)
+        rows, cols = grid.repeat_interleave(side), grid.repeat(side)
+        self.register_buffer("freqs", bits(1.0 / 10000.0**exponent), persistent=False)
+        self.register_buffer("grid", bits(torch.stack((rows, cols))), persistent=False)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(cos, sin)``, float32 ``[N*P, Dh/2]``, of absolute frame indices ``frames [N]``."""
         time = frames.to(torch.float32)[:, None] * self.delta
-        x, y = time + self.cols, time + self.rows
+        rows, cols = self.grid.view(torch.float32)
+        x, y = time + cols, time + rows
         time = time.expand_as(x)
         index = torch.arange(self.pairs, device=frames.device)
         is_time, is_x = index >= self.n_space, index % 2 == 0
         position = torch.where(is_time, time[..., None], torch.where(is_x, x[..., None], y[..., None]))
-        angle = (position * self.freqs).flatten(0, 1)
+        angle = (position * self.freqs.view(torch.float32)).flatten(0, 1)
         return angle.cos(), angle.sin()
 
 
@@ -63,14 +70,15 @@ class OrthoRotary(nn.Module):
     """
 
     freqs: Tensor
-    space: Tensor
+    grid: Tensor
 
     def __init__(self, head_dim: int, side: int, n_frames: int) -> None:
         super().__init__()
         self.n_frames = n_frames
         grid = torch.linspace(-1, 1, side + 1)[:side]
-        self.register_buffer("freqs", math.pi * torch.linspace(1, 128, head_dim // 8), persistent=False)
-        self.register_buffer("space", torch.stack((grid.repeat_interleave(side), grid.repeat(side))), persistent=False)
+        space = torch.stack((grid.repeat_interleave(side), grid.repeat(side)))
+        self.register_buffer("freqs", bits(math.pi * torch.linspace(1, 128, head_dim // 8)), persistent=False)
+        self.register_buffer("grid", bits(space), persistent=False)
 
     def time_position(self, frames: Tensor) -> Tensor:
         """Position of each frame index, float32: ``linspace(-1, 1, n_frames)``, continued without end.
@@ -86,9 +94,9 @@ class OrthoRotary(nn.Module):
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(cos, sin)``, float32 ``[N*P, Dh/2]``, of absolute frame indices ``frames [N]``."""
-        n, tokens = frames.shape[0], self.space.shape[1]
+        n, tokens = frames.shape[0], self.grid.shape[1]
         time = self.time_position(frames)[:, None].expand(n, tokens)
-        row, col = (axis.expand(n, tokens) for axis in self.space)
+        row, col = (axis.expand(n, tokens) for axis in self.grid.view(torch.float32))
         position = torch.stack((time, row, col, torch.zeros_like(time)), dim=-1)
-        angle = (position[..., None] * self.freqs).reshape(n * tokens, -1)
+        angle = (position[..., None] * self.freqs.view(torch.float32)).reshape(n * tokens, -1)
         return angle.cos(), angle.sin()

@@ -50,8 +50,7 @@ class TimedModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on :meth:`trainable`."""
-        fused = next(self.parameters()).device.type == "cuda"
-        return torch.optim.AdamW(self.trainable(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+        return torch.optim.AdamW(self.trainable(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> int | None:
         """Set the learning rate by the clock; end the fit when the budget is spent."""
@@ -86,6 +85,7 @@ class AutoencoderTask(TimedModule):
         super().__init__(seconds, lr)
         self.encoder, self.decoder = DCAEEncoder(cfg), DCAEDecoder(cfg)
         for module in (self.encoder, self.decoder):
+            densify(module)
             for layer in module.modules():
                 if isinstance(layer, nn.Conv2d):
                     weight_norm(layer)
@@ -136,3 +136,27 @@ def reconstruction_psnr(encoder: nn.Module, decoder: nn.Module, frames: Tensor) 
     rgb = torch.cat([decoder(part) for part in z.split(64)])
     error = ((rgb.float() + 1) / 2).clamp(0, 1) - frames.float() / 255
     return float((-10 * torch.log10(error.square().mean((1, 2, 3)).clamp_min(1e-10))).mean())
+
+
+class DenseGroups(nn.Conv2d):
+    """A grouped convolution computed as a dense one with a block-diagonal weight.
+
+    More arithmetic, far less time: grouped BF16 convolutions miss the GPU's matrix units. Training took 1.6 s a step
+    with grouped ones. Same parameters, same result.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ch_in, h, w]`` to ``[B, ch_out, h, w]``."""
+        groups = self.groups
+        weight = self.weight.unflatten(0, (groups, -1))  # group, out, in, 3, 3
+        eye = torch.eye(groups, device=weight.device, dtype=weight.dtype)
+        dense = torch.einsum("goikl,gh->gohikl", weight, eye).flatten(2, 3).flatten(0, 1)
+        return nn.functional.conv2d(x, dense, self.bias, padding=self.padding)
+
+
+def densify(module: nn.Module) -> nn.Module:
+    """Make every grouped convolution of ``module`` a :class:`DenseGroups`, in place; before weight norm is applied."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            layer.__class__ = DenseGroups
+    return module

@@ -28,7 +28,19 @@ class WorldModelTask(TimedModule):
         self.ema = self.make_ema(self.core)
         self.bank, self.sampler, self.batch = bank, sampler, batch
         self._attention: dict[int, StreamAttention] = {}
-        self._compiled: nn.Module | None = None
+        self._share_layers()
+
+    def _share_layers(self) -> None:
+        """Compile one block per kind of layer instead of one per layer.
+
+        Blocks are told apart only by the index they hand to attention, which picks the window: give every global
+        layer the first global layer's index, every local layer the first local one's.
+        """
+        first: dict[int | None, int] = {}
+        for layer, block in enumerate(self.core.blocks):
+            block.attn.layer = first.setdefault(self.core.layer_window(layer), layer)
+            if torch.cuda.is_available():
+                block.compile(dynamic=False)
 
     def trainable(self) -> list[nn.Parameter]:
         """The model, not its average."""
@@ -50,21 +62,9 @@ class WorldModelTask(TimedModule):
             self._attention[streams] = StreamAttention(windows, frames, tokens, streams, x.device)
         mouse, btn = mouse.repeat(1, streams, 1), btn.repeat(1, streams, 1)
         position = torch.arange(frames, device=x.device).repeat(streams)
-        return self._forward(x, t, mouse, btn, position, self._attention[streams])
-
-    def _forward(
-        self, x: Tensor, t: Tensor, mouse: Tensor, btn: Tensor, position: Tensor, attend: StreamAttention
-    ) -> Tensor:
-        core = self.core
-        if self._compiled is None:
-
-            def run(x: Tensor, t: Tensor, mouse: Tensor, btn: Tensor, position: Tensor) -> Tensor:
-                modulation = core.modulation(core.conditioning(t, mouse, btn))
-                return core.denoise(x, modulation, core.rotary(position), attend)
-
-            self._compiled = torch.compile(run, dynamic=False) if x.is_cuda else run  # type: ignore[assignment]
-        assert self._compiled is not None
-        return self._compiled(x, t, mouse, btn, position).float()
+        modulation = self.core.modulation(self.core.conditioning(t, mouse, btn))
+        rotary = self.core.rotary(position)
+        return self.core.denoise(x, modulation, rotary, self._attention[streams]).float()
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Fold the new weights into the average."""

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from harness.models.attention import frame_mask
 from harness.models.checkpoint import random_gamerft
-from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder, to_frames
+from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder, Resample, to_frames
 from harness.models.gamerft import GameRFTConfig
 from harness.models.rope import MotionRotary, OrthoRotary, apply_rotary
 
@@ -130,3 +131,22 @@ def test_16_9_decoders_resize_and_have_their_own_output_name(middle):
 
 def test_frames_are_clamped_to_the_unit_range():
     assert to_frames(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("rope", ["motion", "ortho"])
+def test_angles_stay_exact_when_the_model_is_cast_to_bf16(rope):
+    core = random_gamerft(config(rope_impl=rope, d_model=64), 0)
+    frames = torch.tensor([1000])
+    expected = core.rotary(frames)
+    for a, b in zip(expected, core.to(torch.bfloat16).rotary(frames), strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("side", "scale"), [(4, 2.0), (8, 2.0), (8, 0.5)])
+def test_resampling_by_matrices_is_bicubic_interpolation(side, scale):
+    x = torch.randn(2, 3, side, side)
+    stage = Resample(3, 3, side, scale)
+    expected = F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False, antialias=False)
+    torch.testing.assert_close(stage(x), expected, atol=2e-6, rtol=0)
+    assert (stage.matrix.bfloat16().float() - stage.matrix).abs().max() <= 1 / 256
