@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.data.conf import BUTTON_NAMES, Tag
+from harness.data.yuv import BT601, BT709, rgb_to_yuv420, yuv420_to_rgb
 
 FORMAT = "mx-world-harness clip"
 VERSION = 1
@@ -39,6 +40,13 @@ STILL_MOUSE = 0.05
 """Largest mouse movement on either axis, in the clip's own unit, of a clip that counts as standing still."""
 SMALL_SIDE = 256
 """Frames whose sides are at most this many pixels are stored enlarged by 2."""
+
+
+MATRICES = {1: BT709, 2: BT601, 5: BT601, 6: BT601}
+"""By the code that H.264 gives a video's YUV matrix; 2 is "not said", and BT.601 is usual at these sizes."""
+LIMITED = (0, 1)
+"""Codes of limited range: not said, or said."""
+CODE_BT601 = 6
 
 
 class ClipError(ValueError):
@@ -184,10 +192,11 @@ def _encode(path: Path, clip: Clip, scale: int, crf: int) -> None:
         stream.height, stream.width = (side * scale for side in clip.frames.shape[2:])
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "preset": "veryslow"}
+        stream.codec_context.colorspace = CODE_BT601
         stream.codec_context.thread_count = 1  # the same clip gives the same file, whatever the machine's cores
         for frame in clip.frames.permute(0, 2, 3, 1).numpy():
-            enlarged = np.ascontiguousarray(frame.repeat(scale, 0).repeat(scale, 1))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(enlarged, format="rgb24")))
+            planes = rgb_to_yuv420(frame.repeat(scale, 0).repeat(scale, 1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
 
 
@@ -352,33 +361,42 @@ def _check_sum(video: Path, info: ClipInfo) -> None:
         )
 
 
-def _decode(video: Path, info: ClipInfo) -> Iterable[NDArray[np.uint8]]:
-    """The stored pictures, ``[h, w, 3]`` uint8 each."""
-    wanted = (info.height * info.pixel_scale, info.width * info.pixel_scale)
+def _decode(video: Path, info: ClipInfo) -> Iterable[NDArray[np.float32]]:
+    """The stored pictures, RGB ``[h, w, 3]`` each, about 0 to 255."""
     try:
         with av.open(str(video)) as container:
             if not container.streams.video:
                 raise ClipError(f"{video}: has no video stream")
             stream = container.streams.video[0]
-            if (stream.height, stream.width) != wanted:
-                raise ClipError(
-                    f"{video}: pictures of {stream.height}×{stream.width}, but {info.path.name} says {info.height}×"
-                    f"{info.width} at pixel_scale {info.pixel_scale}"
-                )
-            rate = float(stream.average_rate or 0)
-            if abs(rate - info.fps) > 0.01 * info.fps:
-                raise ClipError(f"{video}: {rate:g} frames a second, but {info.path.name} says {info.fps:g}")
+            _check_stream(video, stream, info)
             stream.codec_context.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
             for frame in container.decode(stream):
-                yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+                planes = frame.to_ndarray().astype(np.uint8, copy=False)
+                yield yuv420_to_rgb(planes, MATRICES[frame.colorspace])
     except (av.FFmpegError, OSError) as error:
         raise ClipError(f"{video}: not a readable video: {error}") from error
 
 
-def _shrink(picture: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
-    """Average blocks of ``scale × scale`` stored pixels."""
-    if scale == 1:
-        return picture
+def _check_stream(video: Path, stream: av.VideoStream, info: ClipInfo) -> None:
+    """Does the video's header say what the JSON says?"""
+    if (stream.height, stream.width) != (info.height * info.pixel_scale, info.width * info.pixel_scale):
+        raise ClipError(
+            f"{video}: pictures of {stream.height}×{stream.width}, but {info.path.name} says {info.height}×"
+            f"{info.width} at pixel_scale {info.pixel_scale}"
+        )
+    rate = float(stream.average_rate or 0)
+    if abs(rate - info.fps) > 0.01 * info.fps:
+        raise ClipError(f"{video}: {rate:g} frames a second, but {info.path.name} says {info.fps:g}")
+    codec = stream.codec_context
+    if codec.pix_fmt != "yuv420p" or codec.color_range not in LIMITED or codec.colorspace not in MATRICES:
+        raise ClipError(
+            f"{video}: pixel format {codec.pix_fmt}, range {codec.color_range}, matrix {codec.colorspace}; "
+            "a clip is yuv420p of limited range (1) with matrix BT.601 (5, 6) or BT.709 (1): re-encode it so"
+        )
+
+
+def _shrink(picture: NDArray[np.float32], scale: int) -> NDArray[np.uint8]:
+    """Average blocks of ``scale × scale`` stored pixels and round."""
     height, width = picture.shape[0] // scale, picture.shape[1] // scale
-    blocks = picture.reshape(height, scale, width, scale, 3).sum((1, 3), dtype=np.uint32)
-    return ((blocks + scale * scale // 2) // (scale * scale)).astype(np.uint8)
+    blocks = picture.reshape(height, scale, width, scale, 3).mean((1, 3))
+    return np.rint(blocks).clip(0, 255).astype(np.uint8)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -53,6 +54,13 @@ def test_colour_keeps_its_resolution_although_the_video_is_yuv420p(tmp_path):
     with av.open(str(video)) as container:
         assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
     assert psnr(read_clip(video).frames, stripes) > 35
+
+
+def test_storing_does_not_change_the_brightness(tmp_path):
+    pictures = torch.randint(40, 200, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    clip = replace(play(frames=2), frames=pictures)
+    stored = read_clip(write_clip(tmp_path, clip, crf=1)).frames
+    assert abs(float(stored.float().mean() - pictures.float().mean())) < 0.15
 
 
 def test_part_of_a_clip_is_that_part(tmp_path):
@@ -128,6 +136,17 @@ def test_a_wrong_json_is_named_with_what_is_wrong(tmp_path, changes, message):
 def test_a_video_that_is_not_what_its_json_says_is_named(tmp_path, changes, message):
     video = change_json(write_clip(tmp_path, play()), **changes)
     with pytest.raises(ClipError, match=message):
+        read_clip(video)
+
+
+def test_a_video_of_another_pixel_format_is_named(tmp_path):
+    video = change_json(write_clip(tmp_path, play()), video_sha256=...)
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(35, 2))
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv444p"
+        container.mux(stream.encode(av.VideoFrame(96, 64, "yuv444p")))
+        container.mux(stream.encode())
+    with pytest.raises(ClipError, match=r"play\.mp4: pixel format yuv444p.*a clip is yuv420p"):
         read_clip(video)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from harness.data.clips import Clip, ClipError, read_clip, write_clip
 from harness.data.conf import DataConf, Source, Tag, validate
@@ -153,6 +154,16 @@ def test_a_trainer_gets_clip_batches(tmp_path):
     ]
 
 
+def test_a_distributed_sampler_gives_every_clip_to_one_process(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        make_clip(tmp_path, name)
+    module = module_of(tmp_path)
+    module.setup("predict")
+    dataset = module.predict_dataloader().dataset
+    shares = [[dataset[i].clip_id for i in DistributedSampler(dataset, 2, rank, shuffle=False)] for rank in (0, 1)]
+    assert shares == [["a", "c"], ["b", "d"]]
+
+
 def test_worker_processes_give_the_same_batches(tmp_path):
     make_clip(tmp_path, "a")
     (here,), (there,) = batches(module_of(tmp_path)), batches(module_of(tmp_path, num_workers=1))
@@ -194,6 +205,15 @@ def test_clips_of_two_sizes_are_an_error_where_the_decoder_does_not_say_which(tm
     module = ClipDataModule(DataConf(paths=[str(tmp_path)], future_frames=4), replace(SHAPE, frame_size=None), Blocks())
     with pytest.raises(ClipError, match=r"different frame sizes: .*a\.json 16×16, .*b\.json 32×32"):
         module.check()
+
+
+def test_the_frames_that_will_be_used_are_the_ones_checked(tmp_path):
+    vid = make_cache(tmp_path, "a", frames=10)
+    vid[8] = float("nan")
+    torch.save({"vid": vid, "mouse": torch.ones(10, 2), "button": torch.zeros(10, 11)}, tmp_path / "a.pt")
+    module_of(tmp_path, source=Source.owl_cache, start=1).check()
+    with pytest.raises(ClipError, match=r"a\.pt: vid of frame 8 holds NaN"):
+        module_of(tmp_path, source=Source.owl_cache, start=2).check()
 
 
 def test_latents_of_another_model_are_named(tmp_path):

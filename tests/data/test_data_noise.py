@@ -3,12 +3,13 @@ import sys
 from pathlib import Path
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.data.noise import batch_noise, clip_noise
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**40), st.text(max_size=8), st.integers(0, 4), st.integers(0, 4))
 def test_a_longer_rollout_begins_with_the_noise_of_a_shorter_one(seed, clip_id, future, more):
     context, short = clip_noise(seed, clip_id, 2, future, 3, 2)

@@ -66,7 +66,7 @@ def test_turns_are_smooth_and_moderate():
 
 
 def test_a_player_with_pauses_stands_about_one_frame_in_eight():
-    buttons, mouse, _ = walk(Player(np.random.default_rng(2), ROOM, armed=False, pauses=True), 12_000)
+    buttons, mouse, _ = walk(Player(np.random.default_rng(2), ROOM, armed=False, pauses=True), 8_000)
     still = ~buttons.any(1) & ~mouse.any(1)
     assert 0.07 < still.mean() < 0.2
 
@@ -122,14 +122,34 @@ def test_turning_right_moves_the_picture_left_in_the_frame_it_is_held(game):
     with record_doom.Game("my_way_home", 5, 128, 2) as doom:
         still = np.zeros(11, np.uint8)
         doom.step(still, 0, 0)
-        before = doom.frame().astype(int)
+        before, heading = doom.frame().astype(int), doom.view().heading
         doom.step(still, 5.0, 0)
-        after = doom.frame().astype(int)
-        heading = doom.view().heading
+        after, turned = doom.frame().astype(int), doom.view().heading
+        assert (heading - turned) % 360 == pytest.approx(5, abs=0.05)
         doom.step(still, 0, 0)
-        assert doom.view().heading == heading
+        assert doom.view().heading == turned
     shift = min(range(-20, 21), key=lambda s: np.abs(np.roll(before, s, 1) - after)[:, 24:-24].mean())
     assert -16 <= shift <= -4  # 5 degrees at about 0.6 degrees a pixel
+
+
+def test_looking_down_moves_the_picture_up(game):
+    with record_doom.Game("my_way_home", 5, 128, 2) as doom:
+        still = np.zeros(11, np.uint8)
+        doom.step(still, 0, 0)
+        before = doom.frame().astype(int)
+        doom.step(still, 0, 4.0)
+        after = doom.frame().astype(int)
+        assert doom.view().pitch == pytest.approx(4, abs=0.05)
+    shift = min(range(-20, 21), key=lambda s: np.abs(np.roll(before, s, 0) - after)[24:-24].mean())
+    assert shift < 0
+
+
+def test_the_seed_is_the_games_too(game):
+    places = []
+    for seed in (1, 2):
+        with record_doom.Game("my_way_home", seed, 32, 2) as doom:
+            places.append((doom.view().x, doom.view().y))
+    assert places[0] != places[1]
 
 
 def test_clips_move_throughout_or_stand_throughout(game):
