@@ -397,6 +397,5 @@ def _check_stream(video: Path, stream: av.VideoStream, info: ClipInfo) -> None:
 
 def _shrink(picture: NDArray[np.float32], scale: int) -> NDArray[np.uint8]:
     """Average blocks of ``scale × scale`` stored pixels and round."""
-    height, width = picture.shape[0] // scale, picture.shape[1] // scale
-    blocks = picture.reshape(height, scale, width, scale, 3).mean((1, 3))
-    return np.rint(blocks).clip(0, 255).astype(np.uint8)
+    total = sum(picture[i::scale, j::scale] for i in range(scale) for j in range(scale))
+    return np.rint(total / scale**2).clip(0, 255).astype(np.uint8)
