@@ -87,9 +87,10 @@ class RolloutModule(LightningModule):
         self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
         self._load_decoder()
         candidate = None if conf.is_baseline else copy.deepcopy(core)
-        self.arms["bf16"] = Arm(core, MXConf(), KVConf(), self.plan, self.decode)
+        arms = {"bf16": Arm(core, MXConf(), KVConf(), self.plan, self.decode)}
         if candidate is not None:
-            self.arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
+            arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
+        self.arms = arms
 
     def _load_core(self) -> GameRFTCore:
         conf, arch = self.plan.conf.model, self.plan.arch

@@ -161,6 +161,14 @@ def _notes(plan: RunPlan) -> list[str]:
     return notes
 
 
+def _incidents(error: BaseException | None) -> list[dict[str, Any]]:
+    if error is None:
+        return []
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+        return [{"kind": "Interrupted", "message": "stopped by the user; finished clips are kept"}]
+    return [{"kind": type(error).__name__, "message": str(error)}]
+
+
 def build_record(
     plan: RunPlan,
     cfg: DictConfig,
@@ -178,7 +186,6 @@ def build_record(
     for row in clips:
         video = outputs.video_path(row["clip_id"])
         row["video"] = str(video.relative_to(outputs.folder)) if video.is_file() else None
-    incidents = [] if error is None else [{"kind": type(error).__name__, "message": str(error) or "interrupted"}]
     now = datetime.now(UTC)
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(config, dict)
@@ -198,5 +205,5 @@ def build_record(
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
         notes=_notes(plan),
-        incidents=incidents,
+        incidents=_incidents(error),
     )

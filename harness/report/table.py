@@ -144,6 +144,15 @@ def _path_text(arm: ArmRecord) -> str:
     return f"Linears {path['linears']}; KV {path['kv']}; attention {path['attention']}; on {path['architecture']}"
 
 
+def _compile_text(arm: ArmRecord) -> str:
+    found = arm.compile
+    graph = ", replayed as one CUDA graph" if found["cuda_graph"] else ""
+    return (
+        f"Compiled {arm.label}: {found['graphs']} graphs ({found['mode']}{graph}), {found['graph_breaks']} breaks, "
+        f"{found['recompiles_after_warmup']} recompiles after warm-up."
+    )
+
+
 def _notes(record: RunRecord) -> Iterator[str]:
     for arm in record.arms.values():
         yield f"{arm.label}: {_path_text(arm)}."
@@ -154,6 +163,9 @@ def _notes(record: RunRecord) -> Iterator[str]:
         categories = ", ".join(f"{count} {name}" for name, count in candidate.transform["categories"].items())
         kept = f"; {len(candidate.transform['kept_bf16'])} in scope kept BF16" * bool(candidate.transform["kept_bf16"])
         yield f"Linears in MX: {candidate.transform['count']} ({categories}){kept}."
+    for arm in record.arms.values():
+        if arm.compile["enabled"]:
+            yield _compile_text(arm)
     parts = record.arms["bf16"].parts
     if parts:
         yield f"Parts: {parts['method']}."
@@ -167,6 +179,8 @@ def _notes(record: RunRecord) -> Iterator[str]:
 def build(record: RunRecord) -> RenderableType:
     """The table and its notes as something ``rich`` can print."""
     title = f"{record.choices.get('model', 'model')} on {record.data['name']}: {record.data['summary']}"
+    if record.status != "complete":
+        title += f" ({record.status})"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     candidate = record.candidate

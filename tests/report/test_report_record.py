@@ -34,7 +34,15 @@ def arm(label, factor=1.0, meaningful=True, transform=None):
             "peak_reserved": None,
             "process_peak_rss": 1 << 30,
         },
-        compile={"mode": "off", "cold_start_s": 0.5},
+        compile={
+            "enabled": meaningful,
+            "mode": "default",
+            "cuda_graph": True,
+            "cold_start_s": 0.5,
+            "graphs": 3,
+            "graph_breaks": 0,
+            "recompiles_after_warmup": 1,
+        },
     )
 
 
@@ -125,6 +133,7 @@ def test_native_speed_carries_no_mark():
     transform = {"count": 1, "categories": {"mlp": 1}, "kept_bf16": {"mlp.fc2": "4 bit"}}
     text = render(record(arm("mxfp4_mlp", 0.5, transform=transform)))
     assert "*" not in text
+    assert "Compiled mxfp4_mlp: 3 graphs (default, replayed as one CUDA graph), 0 breaks, 1 recompiles" in text
     assert "Linears in MX: 1 (1 mlp); 1 in scope kept BF16." in text
 
 
