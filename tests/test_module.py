@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ def record(composed, tmp_path):
     """Run a config in this process and load its record."""
 
     def run_and_load(*words):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run(composed(*words))
         return load_record(tmp_path / "run" / "record.json")
 
@@ -181,3 +183,16 @@ def test_a_short_clip_is_named_before_the_model_is_loaded(composed, game, overri
     monkeypatch.setattr("harness.run.RolloutModule", lambda plan: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match="short_one.json: has 5 frames"):
         run(composed(*overrides(game, **{"data.paths": f"[{tmp_path / 'clips'}]"})))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_compiled_gpu_run_measures_time_and_memory_on_the_device(record):
+    found = record(*SMOKE, "trainer=gpu", "compile=on", "quant=mxfp8_all", "kv=mx_v_only", "data.future_frames=6")
+    assert found.environment["gpu"]["name"]
+    for arm in found.arms.values():
+        assert arm.compile["cuda_graph"]
+        assert arm.compile["recompiles_after_warmup"] == 0
+        assert 0 < arm.memory["transient"] < arm.memory["peak_allocated"] <= arm.memory["peak_reserved"]
+        assert 0 < arm.speed["dit_ms"]["median"] < arm.speed["total_ms"]["median"]
+    assert found.quality["all"]["fidelity"]["psnr"] > 20

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-PANEL_HEIGHT = 320
+PANEL_HEIGHT = 400
 """Frames are enlarged by the largest whole factor that keeps a panel within this height (at least 1)."""
 CAPTION_HEIGHT = 22
 GAP = 4

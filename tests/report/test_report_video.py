@@ -21,7 +21,7 @@ def test_video_is_h264_yuv420p_with_even_sides_and_all_frames(tmp_path):
     assert len(pictures) == 3
     height, width, _ = pictures[0].shape
     assert height % 2 == width % 2 == 0
-    scale = 320 // 31
+    scale = 400 // 31
     for index, value in enumerate((10, 120, 250)):
         x = index * (33 * scale + GAP) + 100
         assert abs(int(pictures[1][CAPTION_HEIGHT + 150, x, 0]) - value) <= 6
