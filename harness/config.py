@@ -23,6 +23,7 @@ from harness import kv as kv_room
 from harness.data import conf as data_conf
 from harness.data.conf import DataConf
 from harness.data.sources import ClipShape
+from harness.flags import register_flags
 from harness.kv import KVConf, KVStorage
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
@@ -31,6 +32,8 @@ from harness.mx import conf as mx_conf
 from harness.mx.conf import MXConf
 from harness.mx.dispatch import resolve_kernel
 from harness.mx.linear import LinearFormat
+from harness.report import gates as gates_room
+from harness.report.gates import GatesConf
 from harness.rollout import AttentionKind, CompileConf, SamplerConf
 from harness.rollout import compile as compile_room
 from harness.rollout import sampler as sampler_room
@@ -129,7 +132,7 @@ class MeasureConf:
 
 @dataclass
 class RunConf:
-    """A whole run."""
+    """A whole run; ``flags`` are the old environment flags that are set, see :mod:`harness.flags`."""
 
     model: ModelConf = field(default_factory=ModelConf)
     decoder: DecoderConf = field(default_factory=DecoderConf)
@@ -142,7 +145,9 @@ class RunConf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
     measure: MeasureConf = field(default_factory=MeasureConf)
+    gates: GatesConf = field(default_factory=GatesConf)
     seed: int = 0
+    flags: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_baseline(self) -> bool:
@@ -182,6 +187,7 @@ class RunPlan:
 def register() -> None:
     """Put the schema and the resolvers where Hydra finds them. May be called again."""
     OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
+    register_flags()
     ConfigStore.instance().store(name="run_schema", node=RunConf)
 
 
@@ -295,6 +301,11 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         mx_conf.validate(conf.quant)
         if conf.quant.enabled:
             resolve_kernel(conf.quant.kernel, device, LinearFormat.of(conf.quant))
+    with _collect(problems):
+        if conf.gates.enabled:
+            gates_room.validate(conf.gates)
+    if conf.gates.enabled and conf.is_baseline:
+        problems.append("gates judge a candidate, and quant=bf16 kv=bf16 is the baseline; use gates=none")
     if conf.data.source == data_conf.Source.clips and not (conf.decoder.encoder or conf.decoder.checkpoint):
         problems.append("data.source=clips: recorded frames must be encoded; give decoder.encoder")
     if conf.logger._target_.endswith("TensorBoardLogger") and importlib.util.find_spec("tensorboard") is None:

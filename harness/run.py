@@ -10,8 +10,10 @@ import gc
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
@@ -23,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from lightning import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.callbacks import ClipOutputs, RolloutProgress
@@ -33,7 +35,8 @@ from harness.measure.quality import NonFiniteError
 from harness.models.checkpoint import load_encoder
 from harness.module import RolloutModule
 from harness.outcome import arm_labels, build_record
-from harness.report.record import save_record, write_atomically
+from harness.report.gates import EXIT_CODES, check_comparable, evaluate
+from harness.report.record import load_record, save_record, write_atomically
 from harness.report.table import WIDTH, build, render
 
 register()
@@ -60,8 +63,26 @@ def build_data(plan: RunPlan) -> ClipDataModule:
     return data
 
 
-def run(cfg: DictConfig) -> None:
+def load_baseline(plan: RunPlan, cfg: DictConfig) -> dict[str, Any] | None:
+    """The record that the gates compare with, checked to be comparable before anything runs.
+
+    Raises:
+        ValueError: if it is no record, or its run had another model, other clips or other settings.
+    """
+    gates = plan.conf.gates
+    if not gates.enabled or gates.baseline is None:
+        return None
+    baseline = asdict(load_record(Path(gates.baseline)))
+    config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    check_comparable(config, baseline)
+    return baseline
+
+
+def run(cfg: DictConfig) -> str | None:
     """One run, from a composed config to its record, table and videos.
+
+    Returns:
+        The gates' verdict; ``None`` without gates.
 
     Raises:
         ValueError: for anything a user can put right.
@@ -69,6 +90,7 @@ def run(cfg: DictConfig) -> None:
     """
     started, hydra_cfg = datetime.now(UTC), HydraConfig.get()
     plan = plan_run(cfg)
+    baseline = load_baseline(plan, cfg)
     data = build_data(plan)
     folder = Path(hydra_cfg.runtime.output_dir)
     labels = arm_labels(plan, hydra_cfg.runtime.choices)
@@ -93,19 +115,24 @@ def run(cfg: DictConfig) -> None:
         # Whatever ended the run, Ctrl-C included: what was finished is recorded.
         if module.arms:
             record = build_record(plan, cfg, hydra_cfg, module, data, outputs, started, error)
+            if plan.conf.gates.enabled:
+                record.gates = evaluate(asdict(record), plan.conf.gates, baseline)
             save_record(record, folder / "record.json")
             write_atomically(folder / "table.txt", render(record))
             console = Console()
             console.width = max(console.width, WIDTH)
             console.print(build(record))
             print(f"Record, table and videos: {folder}")
+    return record.gates["verdict"] if record.gates else None
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
 def main(cfg: DictConfig) -> None:
     """One job of Hydra's: errors that the user can put right end with their message, not a traceback."""
     try:
-        run(cfg)
+        verdict = run(cfg)
+        if verdict is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
+            sys.exit(EXIT_CODES[verdict])
     except (ValueError, OSError, NonFiniteError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError(f"error: {error}") from error  # Hydra goes on with the other jobs and ends with this
@@ -118,7 +145,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def cli() -> None:
-    """The command. Exit code 0: done; 1: the run broke; 2: something in the command, config or files is wrong."""
+    """The command.
+
+    Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
+    3: do not ship; 4: undecided. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
+    """
     try:
         main()
     except SystemExit as stop:

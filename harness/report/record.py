@@ -50,7 +50,7 @@ class RunRecord:
     ``candidate``.
 
     ``status`` is ``complete``, or ``failed`` where clips were finished before an error that ``incidents``
-    names.
+    names. ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged.
     """
 
     run_id: str
@@ -69,6 +69,7 @@ class RunRecord:
     clips: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     incidents: list[dict[str, Any]] = field(default_factory=list)
+    gates: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.report.gates import build_table
 from harness.report.record import ArmRecord, RunRecord
 
 WIDTH = 100
@@ -196,9 +197,11 @@ def build(record: RunRecord) -> RenderableType:
         for row in section(record):
             table.add_row(*row)
         table.add_section()
-    notes = [Text(note) for note in _notes(record)]
+    notes: list[RenderableType] = [Text(note) for note in _notes(record)]
     if candidate is not None and not candidate.speed_is_meaningful:
         notes.insert(0, Text("* emulated kernel: its speed says nothing about MX on hardware that runs it."))
+    if record.gates is not None:
+        notes += [build_table(record.gates), *map(Text, record.gates["notes"])]
     return Group(table, *notes)
 
 
