@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from harness.data.yuv import rgb_to_yuv420
+
+CODE_BT601 = 6
+"""The matrix of :func:`rgb_to_yuv420`, as H.264 numbers it; without it a player guesses from the picture's size."""
 PANEL_HEIGHT = 400
 """Frames are enlarged by the largest whole factor that keeps a panel within this height (at least 1)."""
 CAPTION_HEIGHT = 22
@@ -96,10 +100,11 @@ def _encode(path: Path, panels: Sequence[Panel], frames: int, fps: float) -> Non
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.colorspace = CODE_BT601
         # One frame after another is noise to a codec: high quality, or its artefacts would pass for the
         # model's.
         stream.options = {"crf": "17", "preset": "fast"}
         for index in range(frames):
-            picture = av.VideoFrame.from_ndarray(compose_frame(panels, index), format="rgb24")
-            container.mux(stream.encode(picture))
+            planes = rgb_to_yuv420(compose_frame(panels, index))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
