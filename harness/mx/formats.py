@@ -105,9 +105,29 @@ def encode(x: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rcei
     blocks = x.unflatten(-1, (-1, BLOCK)).to(torch.float32)
     amax = blocks.abs().amax(dim=-1, keepdim=True)
     scales = _biased_exponent(amax, fmt, scale_mode)
-    scaled = (blocks / _divisor(scales, scale_mode)).clamp(-fmt.max, fmt.max)
-    elements = _pack_e2m1(scaled) if fmt.bits == 4 else scaled.to(fmt.float8).view(torch.uint8)
-    return MXBlocks(elements.flatten(-2), scales.to(torch.uint8).squeeze(-1))
+    elements = _elements(blocks, _divisor(scales, scale_mode), fmt).flatten(-2)
+    return MXBlocks(elements, scales.to(torch.uint8).squeeze(-1))
+
+
+def scale_bytes(amax: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rceil) -> Tensor:
+    """E8M0 bytes, uint8 of `amax`'s shape (float32), of blocks whose largest magnitudes are `amax`."""
+    return _biased_exponent(amax, fmt, scale_mode).to(torch.uint8)
+
+
+def encode_with_scales(x: Tensor, scales: Tensor, fmt: ElementFormat) -> Tensor:
+    """Elements of `x` [..., K] under given scales, for scales that cover more than a block or come from earlier values.
+
+    `scales` are E8M0 bytes (uint8, above 0) that broadcast to [..., K/32]. Elements as `encode` gives them: values
+    too large for their scale saturate, and NaN is for the caller to mark in the scales.
+    """
+    blocks = x.unflatten(-1, (-1, BLOCK)).to(torch.float32)
+    return _elements(blocks, _divisor(scales.to(torch.int32), ScaleMode.floor).unsqueeze(-1), fmt).flatten(-2)
+
+
+def _elements(blocks: Tensor, divisor: Tensor, fmt: ElementFormat) -> Tensor:
+    """Element bytes of float32 blocks [..., 32]: [..., 32], or [..., 16] for E2M1."""
+    scaled = (blocks / divisor).clamp(-fmt.max, fmt.max)
+    return _pack_e2m1(scaled) if fmt.bits == 4 else scaled.to(fmt.float8).view(torch.uint8)
 
 
 def decode(
