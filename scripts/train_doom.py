@@ -8,6 +8,7 @@ training can be cut up at will. Each training stage runs for its number of minut
 
 * ``record``: play of VizDoom's Freedom scenarios as arrays (needs the ``doom`` extra).
 * ``autoencoder``: DCAE for 128×128 frames, 8×8 latents.
+* ``decoder``: the decoder on, beside a discriminator, for texture.
 * ``flow``: GameRFT by rectified flow with an independent time per frame.
 * ``rollout``: the two-step sampler's own states (see ``doom_world/world_model.py``).
 * ``sharpen``: the same beside a discriminator, for detail.
@@ -36,7 +37,14 @@ from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, 
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.rollout.sampler import SamplerConf
-from scripts.doom_world.autoencoder import AutoencoderTask, TimedModule, densify, encode_all, reconstruction_psnr
+from scripts.doom_world.autoencoder import (
+    AutoencoderTask,
+    DecoderTask,
+    TimedModule,
+    densify,
+    encode_all,
+    reconstruction_psnr,
+)
 from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
 from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
 from scripts.doom_world.world_model import FlowTask, RolloutTask, SharpenTask
@@ -68,18 +76,19 @@ SAMPLER = SamplerConf(window=24, timesteps=[1.0, 0.25], context_noise=0.25)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["record", "autoencoder", "flow", "rollout", "sharpen", "evaluate", "export"]
+    stages = ["record", "autoencoder", "decoder", "flow", "rollout", "sharpen", "evaluate", "export"]
     parser.add_argument("stages", nargs="+", choices=stages)
     parser.add_argument("--work", type=Path, required=True, help="folder of recordings and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("assets/doom"), help="where export writes")
     parser.add_argument("--frames", type=int, default=300_000, help="frames to record")
     parser.add_argument("--workers", type=int, default=16, help="recording processes")
     parser.add_argument("--autoencoder-minutes", type=float, default=3.0)
+    parser.add_argument("--decoder-minutes", type=float, default=1.5)
     parser.add_argument("--flow-minutes", type=float, default=4.0)
     parser.add_argument("--rollout-minutes", type=float, default=6.0)
     parser.add_argument("--sharpen-minutes", type=float, default=3.0)
     parser.add_argument("--horizon", type=int, default=16, help="generated frames per training rollout")
-    parser.add_argument("--weight", type=float, default=0.03, help="of the adversarial term when sharpening")
+    parser.add_argument("--weight", type=float, default=0.5, help="of the adversarial gradient beside the regression's")
     parser.add_argument("--batch", type=int, default=64, help="sequences per step (autoencoder: four times as many)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of flow; rollout uses 0.4 of it")
     parser.add_argument("--eval-clips", type=int, default=24)
@@ -160,6 +169,18 @@ def stage_record(shop: Workshop) -> None:
 def stage_autoencoder(shop: Workshop) -> None:
     frames, _ = shop.frames()
     task = AutoencoderTask(DCAE, frames, 60 * shop.args.autoencoder_minutes, batch=4 * shop.args.batch)
+    finish_autoencoder(shop, task)
+
+
+def stage_decoder(shop: Workshop) -> None:
+    states = {name: load_file(shop.work / f"{name}.safetensors") for name in ("encoder", "decoder")}
+    seconds, batch = 60 * shop.args.decoder_minutes, 2 * shop.args.batch
+    task = DecoderTask(DCAE, shop.frames()[0], seconds, batch, 5e-4, weight=shop.args.weight, **states)
+    finish_autoencoder(shop, task)
+
+
+def finish_autoencoder(shop: Workshop, task: AutoencoderTask) -> None:
+    frames, _ = shop.frames()
     shop.fit(task)
     average = dict(task.ema.module.named_children())
     encoder, decoder = average["encoder"], average["decoder"]
@@ -168,8 +189,10 @@ def stage_autoencoder(shop: Workshop) -> None:
     some = torch.randint(len(frames), (512,), device=frames.device)
     scale = float(encode_all(encoder, frames[some]).float().std())
     psnr = reconstruction_psnr(encoder, decoder, frames[some])
-    (shop.work / "autoencoder.json").write_text(json.dumps({"vae_scale": round(scale, 4), "train_psnr": psnr}))
-    print(f"autoencoder: latent std {scale:.3f}, reconstruction {psnr:.2f} dB", flush=True)
+    path = shop.work / "autoencoder.json"
+    if not path.is_file() or task.automatic_optimization:  # the decoder stage leaves the latents as they are
+        path.write_text(json.dumps({"vae_scale": round(scale, 4), "train_psnr": psnr}))
+    print(f"{type(task).__name__}: latent std {scale:.3f}, reconstruction {psnr:.2f} dB", flush=True)
 
 
 def stage_flow(shop: Workshop) -> None:

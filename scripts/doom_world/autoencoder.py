@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder
+from scripts.doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
 
 
 def time_cosine(elapsed: float, budget: float, warmup: float = 0.02, floor: float = 0.02) -> float:
@@ -66,6 +67,13 @@ class TimedModule(LightningModule):
                 group["lr"] = self.lr * max(time_cosine(elapsed, self.seconds), 1e-3)
         return None
 
+    def manual_step(self, optimizer: Any, loss: Tensor, module: nn.Module) -> None:
+        """One clipped step of ``module``, for tasks with two optimisers."""
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
     def report(self, every: int = 200, **values: Tensor | float) -> None:
         """Print a line of figures now and then."""
         if self.steps % every == 0 or self.steps < 3:
@@ -97,25 +105,70 @@ class AutoencoderTask(TimedModule):
         """Encoder and decoder, not their average."""
         return [*self.encoder.parameters(), *self.decoder.parameters()]
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One step on random frames."""
+    def reconstruct(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random frames, their clean latents and their decoding from noised ones."""
         index = torch.randint(len(self.frames), (self.batch,), device=self.frames.device)
         x = (self.frames[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         z = self.encoder(x).float()
-        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3))
-        scale_loss = (mean.square() + (var - 1).square()).mean()
         sigma = 0.15 * torch.rand(len(z), 1, 1, 1, device=z.device)
-        y = self.decoder(z + sigma * torch.randn_like(z)).float()
+        return x, z, self.decoder(z + sigma * torch.randn_like(z)).float()
+
+    def pixel_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """L1, L2 and the L1 of image gradients."""
         error = y - x
-        pixel = error.abs().mean() + 2 * error.square().mean()
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        psnr = -10 * torch.log10((error / 2).square().mean())
-        self.report(psnr=psnr, edges=edges, scale=scale_loss, std=z.std())
-        return pixel + 0.5 * edges + 0.05 * scale_loss
+        self.report(psnr=-10 * torch.log10((error / 2).square().mean()), edges=edges)
+        return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        """One step on random frames."""
+        x, z, y = self.reconstruct()
+        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3))
+        return self.pixel_loss(x, y) + 0.05 * (mean.square() + (var - 1).square()).mean()
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Fold the new weights into the average."""
         self.ema.update_parameters(nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder}))
+
+
+class DecoderTask(AutoencoderTask):
+    """Fits the decoder on beside a discriminator of pictures; the encoder, and so the latents, stay as they are.
+
+    Args:
+        encoder, decoder: state dicts as :class:`AutoencoderTask` saves them.
+        weight: of the adversarial gradient beside the regression's.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, *args: Any, encoder: dict, decoder: dict, weight: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.encoder.load_state_dict(encoder)
+        self.decoder.load_state_dict(decoder)
+        self.encoder.requires_grad_(False)
+        self.ema = self.make_ema(nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder}))
+        self.judge = PatchJudge(3, [32, 64, 128, 256], [2, 2, 2])
+        self.weight = weight
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The decoder alone."""
+        return list(self.decoder.parameters())
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        """One optimiser for the decoder, one for the discriminator."""
+        judge = torch.optim.AdamW(self.judge.parameters(), lr=self.lr, betas=(0.5, 0.95), weight_decay=0.01)
+        return [super().configure_optimizers(), judge]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One step of the decoder, then one of the discriminator."""
+        decoder_opt, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
+        x, _, y = self.reconstruct()
+        regression, realism = self.pixel_loss(x, y), realism_loss(self.judge, x, y)
+        last: Any = self.decoder.conv_out.parametrizations.weight.original1  # type: ignore[union-attr]
+        self.manual_step(decoder_opt, balanced(regression, realism, last, self.weight), self.decoder)
+        verdict = judge_loss(self.judge, x, y, sigma=0.05)
+        self.manual_step(judge_opt, verdict, self.judge)
+        self.report(realism=realism, verdict=verdict)
 
 
 @torch.no_grad()

@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.kv import KVConf
 from harness.models.gamerft import GameRFTCore
 from harness.rollout.sampler import Rollout, SamplerConf, make_cache
+from scripts.doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
 from scripts.doom_world.attention import StreamAttention
 from scripts.doom_world.autoencoder import TimedModule
 from scripts.doom_world.bank import SequenceBank
@@ -42,7 +42,7 @@ class WorldModelTask(TimedModule):
             if torch.cuda.is_available():
                 block.compile(dynamic=False)
 
-    def trainable(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[Any]:
         """The model, not its average."""
         return list(self.core.parameters())
 
@@ -176,21 +176,18 @@ class RolloutTask(WorldModelTask):
 
 
 class SharpenTask(RolloutTask):
-    """Phase 3: phase 2 beside a discriminator of single latent frames, for detail that regression averages away.
-
-    Relativistic paired loss per latent cell; the discriminator is kept smooth by asking for the same answer under a
-    little noise (an R1 penalty by finite differences).
+    """Phase 3: phase 2 beside a discriminator of pairs of successive latent frames, for detail that moves rightly.
 
     Args:
-        weight: of the adversarial term beside the regression.
+        weight: of the adversarial gradient beside the regression's.
     """
 
     automatic_optimization = False
 
-    def __init__(self, *args: Any, weight: float = 0.03, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, weight: float = 0.5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight = weight
-        self.judge = FrameJudge(self.core.cfg.channels)
+        self.judge = PatchJudge(2 * self.core.cfg.channels, [192] * 5, [1] * 4)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
         """One optimiser for the model, one for the discriminator."""
@@ -201,42 +198,14 @@ class SharpenTask(RolloutTask):
         """One step of the model, then one of the discriminator, on the generated frames."""
         model_opt, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
         x0, step1, step2 = self.estimates()
-        loss = self.regression(x0, step1, step2)
-        real, fake = (x[:, self.sampler.window :].flatten(0, 1) for x in (x0, step2))
-        with torch.no_grad():
-            real_score = self.judge(real)
-        realism = F.softplus(real_score - self.judge(fake)).mean()
-        self._step(model_opt, loss + self.weight * realism, self.core)
-        fake, noise = fake.detach(), 0.1 * torch.randn_like(real)
-        real_score, fake_score = self.judge(real), self.judge(fake)
-        rough = (real_score - self.judge(real + noise)).square().mean()
-        rough = rough + (fake_score - self.judge(fake + noise)).square().mean()
-        verdict = F.softplus(fake_score - real_score).mean()
-        self._step(judge_opt, verdict + 10 * rough, self.judge)
-        self.report(every=50, realism=realism, verdict=verdict, rough=rough)
-
-    def _step(self, optimizer: Any, loss: Tensor, module: nn.Module) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-
-
-class FrameJudge(nn.Module):
-    """A small residual convolutional discriminator of latent frames ``[B, C, S, S]``, one score per cell."""
-
-    def __init__(self, channels: int, width: int = 192, depth: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.body = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range(depth)
+        window = self.sampler.window
+        real, fake = (
+            torch.cat((x[:, window - 1 : -1], x[:, window:]), dim=2).flatten(0, 1)
+            for x in (x0, torch.cat((x0[:, :window], step2[:, window:]), dim=1))
         )
-        self.head = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores ``[B, 1, S, S]``; higher = more like a recording."""
-        x = self.stem(x)
-        for layer in self.body:
-            x = x + layer(x)
-        return self.head(x)
+        regression, realism = self.regression(x0, step1, step2), realism_loss(self.judge, real, fake)
+        last = self.core.proj_out.proj.weight
+        self.manual_step(model_opt, balanced(regression, realism, last, self.weight), self.core)
+        verdict = judge_loss(self.judge, real, fake, sigma=0.1)
+        self.manual_step(judge_opt, verdict, self.judge)
+        self.report(every=50, realism=realism, verdict=verdict)
