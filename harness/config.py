@@ -23,7 +23,7 @@ from harness import kv as kv_room
 from harness.data import conf as data_conf
 from harness.data.conf import DataConf
 from harness.data.sources import ClipShape
-from harness.flags import register_flags
+from harness.flags import FlagError, register_flags
 from harness.kv import KVConf, KVStorage
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
@@ -108,7 +108,7 @@ class LoggerConf:
     """Arguments of one of Lightning's loggers."""
 
     _target_: str = MISSING
-    save_dir: str = MISSING
+    save_dir: str | None = None
     name: str = "log"
     version: str = ""
 
@@ -210,7 +210,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     try:
         conf = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {error}") from error
+        # A resolver's own message is the one to show; OmegaConf wraps it in where it came from.
+        raise ConfigError(f"config: {error.__cause__ if isinstance(error.__cause__, FlagError) else error}") from error
     assert isinstance(conf, RunConf)
     problems: list[str] = []
     device = _device(conf.trainer, problems)

@@ -90,6 +90,8 @@ class RolloutModule(LightningModule):
         arms = {"bf16": Arm(core, MXConf(), KVConf(), self.plan, self.decode)}
         if candidate is not None:
             arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
+        if conf.quant.list and self.trainer.is_global_zero:
+            print(arms.get("candidate", arms["bf16"]).summary.listing())
         self.arms = arms
 
     def _load_core(self) -> GameRFTCore:

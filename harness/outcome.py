@@ -16,6 +16,7 @@ from harness.arm import PARTS, Arm
 from harness.callbacks import ClipOutputs
 from harness.config import RunPlan
 from harness.data.datamodule import ClipDataModule
+from harness.flags import ignored
 from harness.kv import KVConf
 from harness.measure.environment import environment
 from harness.measure.quality import clip_row, summarise_quality
@@ -150,7 +151,7 @@ def _data(data: ClipDataModule, done: int) -> dict[str, Any]:
     }
 
 
-def _notes(plan: RunPlan) -> list[str]:
+def _notes(plan: RunPlan, choices: dict[str, str]) -> list[str]:
     notes = []
     if not plan.conf.model.checkpoint:
         notes.append(RANDOM_WEIGHTS)
@@ -158,6 +159,8 @@ def _notes(plan: RunPlan) -> list[str]:
         notes.append("Random decoder weights: PSNR and SSIM mean nothing.")
     if plan.device.type == "cpu":
         notes.append("A CPU run: its times do not say which format is faster on a GPU.")
+    if (unheard := ignored(plan.conf.flags, choices)) is not None:
+        notes.append(unheard)
     return notes
 
 
@@ -204,6 +207,6 @@ def build_record(
         arms={name: arm_record(arm, labels[name], plan) for name, arm in module.arms.items()},
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
-        notes=_notes(plan),
+        notes=_notes(plan, choices),
         incidents=_incidents(error),
     )

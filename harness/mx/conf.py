@@ -64,6 +64,7 @@ class MXConf:
     `scale_mode` defaults to `rceil`, the default of torchao's `MXDynamicActivationMXWeightConfig`.
     `late_layers`: only the last so many blocks (more than there are means all); None means all.
     `include` and `exclude` are glob patterns over module names; see `harness.mx.select`.
+    `list` prints what was transformed, and what was kept and why, once the model is set up; the run then goes on.
     """
 
     enabled: bool = False
@@ -76,6 +77,7 @@ class MXConf:
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     element_8bit: Element8Bit = Element8Bit.e4m3
+    list: bool = False  # last: below it, list is no longer the type
 
 
 def validate(conf: MXConf) -> None:

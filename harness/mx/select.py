@@ -68,10 +68,23 @@ def candidates(model: nn.Module) -> list[Candidate]:
         if match is None:
             continue
         path, layer, within = match.groups()
-        category = next((c for c, pattern in CATEGORIES.items() if re.fullmatch(pattern, within)), "other")
-        if category != "other" or isinstance(module, nn.Linear):
-            found.append(Candidate(name, path, int(layer), category, module))
+        kind = category(within)
+        if kind != "other" or isinstance(module, nn.Linear):
+            found.append(Candidate(name, path, int(layer), kind, module))
     return found
+
+
+def category(within: str) -> str:
+    """Category of a Linear by its name within its block, such as `mlp.fc1`."""
+    return next((c for c, pattern in CATEGORIES.items() if re.fullmatch(pattern, within)), "other")
+
+
+def place(name: str) -> tuple[int, str]:
+    """Layer, and name within it, of a module of a transformer block. Raises ValueError for any other module."""
+    match = _BLOCK.search(name)
+    if match is None:
+        raise ValueError(f"{name} is not in a transformer block (transformer.blocks.*)")
+    return int(match[2]), match[3]
 
 
 def select(model: nn.Module, conf: MXConf) -> Selection:

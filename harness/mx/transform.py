@@ -10,7 +10,7 @@ from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
 from harness.mx.formats import BLOCK
 from harness.mx.linear import LinearFormat
-from harness.mx.select import Candidate, MXTransformError, select
+from harness.mx.select import Candidate, MXTransformError, category, place, select
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,21 @@ class TransformSummary:
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+    def listing(self) -> str:
+        """For a person: every transformed Linear by category, layers folded together, and each kept one's reason."""
+        if not self.enabled:
+            return "Linears in MX: none (quant.enabled=false)"
+        layers: dict[tuple[str, str], list[int]] = {}
+        for name in self.names:
+            layer, within = place(name)
+            layers.setdefault((category(within), name.replace(f".{layer}.", ".{}.", 1)), []).append(layer)
+        counts = ", ".join(f"{number} {name}" for name, number in self.categories.items())
+        lines = [f"Linears in MX: {self.count} ({counts}), {self.numeric_path}"]
+        lines += [f"  {kind:<10} {name.format(_span(found))}" for (kind, name), found in sorted(layers.items())]
+        lines += [f"In scope, kept BF16: {len(self.kept_bf16)}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.kept_bf16.items()]
+        return "\n".join(lines)
 
 
 def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
@@ -91,6 +106,17 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
         weight_bytes_before=before,
         weight_bytes_after=after,
     )
+
+
+def _span(layers: list[int]) -> str:
+    """Ascending layers as a pattern, such as ``{0-3,7}``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
 
 
 def _device(model: nn.Module) -> torch.device:
