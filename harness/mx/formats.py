@@ -184,14 +184,14 @@ def _biased_exponent(amax: Tensor, fmt: ElementFormat, mode: ScaleMode) -> Tenso
     bits = amax.view(torch.int32)
     exponent = (bits >> 23) - fmt.emax
     if mode != ScaleMode.floor:
-        exponent = exponent + ((bits & _MANTISSA) > _carry_threshold(fmt, mode)).to(torch.int32)
+        exponent = exponent + ((bits & _MANTISSA) > carry_threshold(fmt, mode)).to(torch.int32)
     exponent = exponent.clamp(0, 254)
     if mode == ScaleMode.rceil:
         exponent = torch.where(amax.isinf(), 254, exponent)
     return torch.where(amax.isnan(), SCALE_NAN, exponent)
 
 
-def _carry_threshold(fmt: ElementFormat, mode: ScaleMode) -> int:
+def carry_threshold(fmt: ElementFormat, mode: ScaleMode) -> int:
     """Mantissa bits of amax above which the scale is one step larger than with `floor`."""
     if mode == ScaleMode.ceil:
         return 0
