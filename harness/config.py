@@ -24,15 +24,19 @@ from harness.data import conf as data_conf
 from harness.data.conf import DataConf
 from harness.data.sources import ClipShape
 from harness.flags import FlagError, register_flags
-from harness.kv import KVConf, KVStorage
+from harness.kv import KVConf
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig
+from harness.measure import stability as stability_room
+from harness.measure.stability import OnInstability, StabilityConf
 from harness.mx import conf as mx_conf
 from harness.mx.conf import MXConf
 from harness.mx.dispatch import resolve_kernel
 from harness.mx.linear import LinearFormat
+from harness.report import drift as drift_room
 from harness.report import gates as gates_room
+from harness.report.drift import DriftConf
 from harness.report.gates import GatesConf
 from harness.rollout import AttentionKind, CompileConf, SamplerConf
 from harness.rollout import compile as compile_room
@@ -146,13 +150,16 @@ class RunConf:
     logger: LoggerConf = field(default_factory=LoggerConf)
     measure: MeasureConf = field(default_factory=MeasureConf)
     gates: GatesConf = field(default_factory=GatesConf)
+    on_instability: OnInstability = OnInstability["raise"]
+    stability: StabilityConf = field(default_factory=StabilityConf)
+    drift: DriftConf = field(default_factory=DriftConf)
     seed: int = 0
     flags: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_baseline(self) -> bool:
         """Whether the candidate would be BF16 itself."""
-        return not self.quant.enabled and self.kv.storage is KVStorage.bf16
+        return not (self.quant.enabled or self.kv.enabled)
 
 
 @dataclass(frozen=True)
@@ -297,11 +304,15 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     with _collect(problems):
         data_conf.validate(conf.data)
     with _collect(problems):
-        kv_room.validate(conf.kv, head_dim=arch.head_dim, layers=arch.n_layers)
+        kv_room.validate(conf.kv, head_dim=arch.head_dim)
     with _collect(problems):
         mx_conf.validate(conf.quant)
         if conf.quant.enabled:
             resolve_kernel(conf.quant.kernel, device, LinearFormat.of(conf.quant))
+    with _collect(problems):
+        stability_room.validate(conf.stability)
+    with _collect(problems):
+        drift_room.validate(conf.drift)
     with _collect(problems):
         if conf.gates.enabled:
             gates_room.validate(conf.gates)

@@ -91,7 +91,7 @@ def test_wrong_names_and_types_fail_while_composing(composed, override, said):
     [
         (["quant.bits=3"], "bits=3: allowed are 8 and 4"),
         (["quant=mxfp8_mlp", "quant.activation=mx", "quant.kernel=cutlass"], "Use kernel=emulated"),
-        (["kv=mx_kv", "kv.late_layers=13"], "late_layers=13: give 1 to 12"),
+        (["kv=mx_kv", "kv.late_layers=0"], "late_layers=0: must be at least 1"),
         (["kv=mx_v_only", "model.arch.n_heads=4"], "head size 16 is not divisible by 32"),
         (["sampler.timesteps=[0.2,0.5]"], "timesteps=[0.2, 0.5]"),
         (["data=owl_cache"], "paths is empty"),

@@ -7,21 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.kv.conf import KVConf, validate
-from harness.kv.storage import FrameRing, RingShape, Scratch, build_ring
+from harness.kv.codecs import RingShape
+from harness.kv.conf import TENSORS, KVConf, validate
+from harness.kv.storage import FrameRing, Scratch, build_ring
 
 
 class KVBytes(NamedTuple):
     """Size of a cache in bytes.
 
-    ``computed`` by formula and ``allocated`` in fact, over all layers; ``scratch``: allocated to dequantise
-    into; ``plain``: the same windows unquantised; ``dequantised_per_step``: what one denoising step
-    dequantises; ``by_format``: ``allocated`` by element format.
+    ``computed`` by formula and ``allocated`` in fact (the storages behind the tensors), over all layers, for what is
+    kept from frame to frame; ``scratch``: allocated to dequantise into; ``peak``: ``allocated`` and room for the
+    largest K and V dequantised, which is what the cache needs at its worst, whether that room is the scratch or
+    compiled code's own; ``plain``: the same windows unquantised, which need no more than that;
+    ``dequantised_per_step``: what one denoising step dequantises; ``by_format``: ``allocated`` by element format.
     """
 
     computed: int
     allocated: int
     scratch: int
+    peak: int
     plain: int
     dequantised_per_step: int
     by_format: dict[str, int]
@@ -67,7 +71,7 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         _check_sizes(layers, batch, heads, head_dim, tokens, windows)
-        validate(conf, head_dim=head_dim, layers=layers)
+        validate(conf, head_dim=head_dim)
         self.conf, self.dtype, self.device = conf, dtype, torch.device(device)
         self.layers, self.batch, self.tokens, self.windows = layers, batch, tokens, list(windows)
         with torch.inference_mode(False):  # buffers outlive the mode they are made in
@@ -89,7 +93,7 @@ class KVCache:
                 self.device,
                 self.scratch,
             )
-            for name in ("k", "v")
+            for name in TENSORS
         }
 
     @property
@@ -113,13 +117,10 @@ class KVCache:
                 f"prefill of {frames} frames: layer {layer} keeps a window of {keep}; prefill at least that many "
                 "frames or lower the sampler's window"
             )
-        # Frame f goes to slot f % R: the newest R frames, rotated so that this holds.
         first = frames - keep
-        slots = [f % keep for f in range(first, frames)]
-        order = torch.tensor(sorted(range(keep), key=slots.__getitem__), device=self.device)
-        for name, x in (("k", k), ("v", v)):
+        for name, x in zip(TENSORS, (k, v), strict=True):
             newest = x.unflatten(2, (frames, self.tokens))[:, :, first:]
-            self.rings[layer][name].load(newest.index_select(2, order))
+            self.rings[layer][name].load(newest, first % keep)
         self.frame.fill_(frames - 1)
         self._locate()
 
@@ -159,46 +160,31 @@ class KVCache:
         k, v = (ring[name].read().index_select(2, slots).flatten(2, 3) for name in ("k", "v"))
         return k, v
 
-    def count_blocks(self) -> None:
-        """From now on count saturation and scales of all that is quantised.
-
-        Costs time, so not for timed runs; call it before anything is compiled, since it changes the code that runs.
-        """
-        for ring in self._all_rings():
-            ring.count()
-
-    def stats(self) -> list[dict[str, float | int | str | None]]:
-        """Counts since :meth:`count_blocks` or :meth:`reset`, one entry per quantised ring.
-
-        Waits for the device. Each entry has ``layer``, ``tensor`` ("k" or "v"), ``format`` and what
-        :meth:`harness.kv.stats.BlockStats.report` gives.
-        """
-        return [
-            {"layer": layer, "tensor": name, "format": ring.format_name, **ring.stats.report()}
-            for layer, rings in enumerate(self.rings)
-            for name, ring in rings.items()
-            if ring.stats is not None
-        ]
+    def slot(self, layer: int) -> Tensor:
+        """Slot of the current frame in a layer's rings, int64 ``[1]`` on the device."""
+        return self._slots[self.windows[layer]]
 
     def nbytes(self) -> KVBytes:
         """Sizes of the stored windows and of the scratch."""
         rings = self._all_rings()
         by_format: dict[str, int] = {}
         for ring in rings:
-            size = sum(buffer.nbytes for buffer in ring.buffers())
+            size = _storage_bytes(ring.buffers())
             by_format[ring.format_name] = by_format.get(ring.format_name, 0) + size
         itemsize = self.frame.new_empty((), dtype=self.dtype).element_size()
+        allocated = sum(by_format.values())
         return KVBytes(
             computed=sum(ring.computed_bytes() for ring in rings),
-            allocated=sum(by_format.values()),
-            scratch=self.scratch.nbytes,
+            allocated=allocated,
+            scratch=_storage_bytes(self.scratch.buffers()),
+            peak=allocated + self.scratch.reserved_bytes,
             plain=sum(ring.shape.numel for ring in rings) * itemsize,
-            dequantised_per_step=sum(ring.shape.numel for ring in rings if not ring.store_is_free) * itemsize,
+            dequantised_per_step=sum(ring.shape.numel for ring in rings if ring.codec is not None) * itemsize,
             by_format=by_format,
         )
 
     def reset(self) -> None:
-        """Forget every frame and every statistic; buffers stay where they are."""
+        """Forget every frame; buffers stay where they are."""
         self.frame.fill_(-1)
         for slot in self._slots.values():
             slot.zero_()
@@ -211,6 +197,11 @@ class KVCache:
 
     def _all_rings(self) -> list[FrameRing]:
         return [ring for layer in self.rings for ring in layer.values()]
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, which share none."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _check_sizes(layers: int, batch: int, heads: int, head_dim: int, tokens: int, windows: list[int]) -> None:

@@ -1,73 +1,149 @@
-"""Counting what quantisation does to K and V, on the device: the host waits only when a figure is read."""
+"""What quantisation does to K and V over a rollout: sampled per frame from what the cache holds, after the frame.
+
+Nothing is counted while a frame runs, so compiled code and CUDA graphs are those of an unobserved run. A sample is a
+few reductions over the newest frame of every ring; the host waits for them only in :meth:`KVStats.report`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 
-from harness.mx.formats import SCALE_NAN, ElementFormat, MXBlocks
-
-E8M0_BIAS = 127
-"""The byte of an E8M0 scale is its exponent plus this."""
-
-
-def max_code(fmt: ElementFormat) -> int:
-    """Bits of the largest finite element, without sign."""
-    if fmt.bits == 4:
-        return 0b0111
-    return int(torch.tensor(fmt.max).to(fmt.float8).view(torch.uint8))
+from harness.kv.cache import KVCache
+from harness.kv.codecs import Codec, Stored
+from harness.kv.storage import FrameRing
 
 
-class BlockStats:
-    """Running counts over MX blocks: saturated elements (``|q| = max``), and the exponents of the scales.
+class FrameFigures(NamedTuple):
+    """One frame of one ring: elements of magnitude max, scales that stand for NaN or Inf, and the log2 of the others.
 
-    A few reductions per call and fixed-size accumulators updated in place, so it also runs compiled or
-    captured; it costs time all the same, and timed runs leave it off.
+    Scales of zeros count neither way; ``None`` where no scale is left. For an unquantised ring ``nonfinite`` counts
+    elements and there is nothing else.
     """
 
-    def __init__(self, fmt: ElementFormat, device: torch.device) -> None:
-        self.fmt, self._max_code = fmt, max_code(fmt)
-        self._sums = torch.zeros(5, dtype=torch.int64, device=device)
-        """Elements, saturated elements, blocks that are not NaN, NaN blocks, sum of scale bytes."""
-        self._lowest = torch.zeros((), dtype=torch.int64, device=device)
-        self._highest = torch.zeros((), dtype=torch.int64, device=device)
-        self.reset()
+    saturated: int
+    nonfinite: int
+    log2_scale_min: float | None
+    log2_scale_mean: float | None
+    log2_scale_max: float | None
 
-    def reset(self) -> None:
-        """Start over."""
-        self._sums.zero_()
-        self._lowest.fill_(SCALE_NAN)
-        self._highest.fill_(-1)
 
-    def add(self, blocks: MXBlocks) -> None:
-        """Count ``blocks``."""
-        elements, scale = blocks.elements, blocks.scales.to(torch.int64)
-        if self.fmt.bits == 4:
-            elements = torch.stack((elements & 0xF, elements >> 4), dim=-1).flatten(-2)
-        sign = 1 << (self.fmt.bits - 1)
-        is_nan = scale == SCALE_NAN
-        at_max = ((elements & (sign - 1)) == self._max_code).unflatten(-1, (scale.shape[-1], -1))
-        saturated = (at_max & ~is_nan.unsqueeze(-1)).sum()
-        nans = is_nan.sum()
-        total = torch.where(is_nan, 0, scale).sum()
-        n_blocks = torch.full_like(nans, scale.numel())
-        n_elements = torch.full_like(nans, elements.numel())
-        self._sums.add_(torch.stack((n_elements, saturated, n_blocks - nans, nans, total)))
-        self._lowest.copy_(torch.minimum(self._lowest, scale.amin()))
-        self._highest.copy_(torch.maximum(self._highest, torch.where(is_nan, -1, scale).amax()))
+class KVStats:
+    """Saturation, scales and non-finite values of every layer's K and V, frame by frame.
 
-    def report(self) -> dict[str, float | int | None]:
-        """The counts so far; waits for the device.
+    Args:
+        cache: whose frames are sampled.
+    """
 
-        ``saturated`` of ``elements``, ``nan_blocks``, and ``scale_exponent_min/mean/max`` over the other
-        blocks (log2 of the scale; ``None`` before any block).
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        groups: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for layer, rings in enumerate(cache.rings):
+            for name, ring in rings.items():
+                groups[ring.format_name].append((layer, name))
+        self._groups = list(groups.values())  # those of a format are reduced together
+        self._places = [place for group in self._groups for place in group]
+        self._samples: list[Tensor] = []
+        self._frames: list[Tensor] = []
+
+    def sample(self) -> None:
+        """Take note of the frame just stored; to be called between frames, outside whatever is timed."""
+        self._samples.append(torch.cat([self._figures(group) for group in self._groups]))
+        self._frames.append(self.cache.frame.clone())
+
+    def _figures(self, group: list[tuple[int, str]]) -> Tensor:
+        frames = [self.cache.rings[layer][name].frame(self.cache.slot(layer)) for layer, name in group]
+        layer, name = group[0]
+        return _figures(frames, self.cache.rings[layer][name].codec)
+
+    def report(self) -> dict[str, Any]:
+        """All samples so far, as plain data; waits for the device.
+
+        ``frames``: absolute frame indices that were sampled, in order and once each. ``layers``: an entry per
+        quantised ring, with ``layer``, ``tensor``, ``format``; totals (``elements``, ``saturated``,
+        ``saturated_share``, ``nonfinite``, ``log2_scale_min/mean/max``); and ``over_time``, lists beside ``frames``
+        of ``saturated_share`` and the log2 scales, over all rollouts. ``nonfinite``: where NaN or Inf was stored
+        (plain rings too), in order of frame and layer, the first twenty.
         """
-        elements, saturated, blocks, nans, total = self._sums.tolist()
-        some = blocks > 0
+        by_frame: dict[int, list[Tensor]] = defaultdict(list)
+        for frame, figures in zip(self._frames, self._samples, strict=True):
+            by_frame[int(frame)].append(figures.double().cpu())
+        frames = sorted(by_frame)
+        over = {frame: torch.stack(by_frame[frame]) for frame in frames}  # [rollouts, rings, figures]
         return {
-            "elements": elements,
-            "saturated": saturated,
-            "nan_blocks": nans,
-            "scale_exponent_min": int(self._lowest) - E8M0_BIAS if some else None,
-            "scale_exponent_mean": total / blocks - E8M0_BIAS if some else None,
-            "scale_exponent_max": int(self._highest) - E8M0_BIAS if some else None,
+            "frames": frames,
+            "layers": self._layers(list(over.values())) if frames else [],
+            "nonfinite": self._nonfinite(over)[:20],
         }
+
+    def _layers(self, samples: list[Tensor]) -> list[dict[str, Any]]:
+        found = ((place, self.cache.rings[place[0]][place[1]], row) for row, place in enumerate(self._places))
+        entries = [
+            {"layer": layer, "tensor": name, "format": ring.format_name, **_entry(ring, [s[:, row] for s in samples])}
+            for (layer, name), ring, row in found
+            if ring.codec is not None
+        ]
+        return sorted(entries, key=lambda entry: (entry["layer"], entry["tensor"]))
+
+    def _nonfinite(self, over: dict[int, Tensor]) -> list[dict[str, Any]]:
+        """Frame by frame, layer by layer."""
+        found = [
+            {"frame": frame, "layer": layer, "tensor": name, "count": count}
+            for frame, figures in over.items()
+            for row, (layer, name) in enumerate(self._places)
+            if (count := int(figures[:, row, 1].sum()))
+        ]
+        return sorted(found, key=lambda entry: (entry["frame"], entry["layer"], entry["tensor"]))
+
+
+def _figures(frames: list[Stored], codec: Codec | None) -> Tensor:
+    """:class:`FrameFigures` of rings of one format, float32 ``[rings, 5]``; NaN stands for None."""
+    elements = torch.stack([frame.elements for frame in frames]).flatten(1)
+    none = torch.full((len(frames),), math.nan, device=elements.device)
+    if codec is None:
+        return torch.stack((torch.zeros_like(none), (~elements.isfinite()).sum(1), none, none, none), dim=1)
+    log2 = codec.log2_scales(torch.stack([frame.scales for frame in frames]).flatten(1))
+    some = log2.isfinite()
+    count = some.sum(1)
+    lowest = torch.where(some, log2, math.inf).amin(1)
+    highest = torch.where(some, log2, -math.inf).amax(1)
+    mean = torch.where(some, log2, 0).sum(1) / count
+    scales = (torch.where(count > 0, value, none) for value in (lowest, mean, highest))
+    return torch.stack((codec.saturated(elements), log2.isnan().sum(1), *scales), dim=1)
+
+
+def _entry(ring: FrameRing, samples: list[Tensor]) -> dict[str, Any]:
+    """A ring's figures from its rows ``[rollouts, 5]`` of every frame."""
+    size = ring.shape.numel // ring.shape.frames
+    total, over_time = _summary(torch.cat(samples)), [_summary(rows) for rows in samples]
+    elements = size * sum(len(rows) for rows in samples)
+    shares = [figures.saturated / (size * len(rows)) for figures, rows in zip(over_time, samples, strict=True)]
+    scales = ("log2_scale_min", "log2_scale_mean", "log2_scale_max")
+    return {
+        "elements": elements,
+        "saturated_share": total.saturated / elements,
+        **total._asdict(),
+        "over_time": {
+            "saturated_share": [round(share, 6) for share in shares],
+            **{key: [getattr(figures, key) for figures in over_time] for key in scales},
+        },
+    }
+
+
+def _summary(rows: Tensor) -> FrameFigures:
+    """Figures ``[N, 5]`` of several frames as one: sums, the lowest, the mean and the highest."""
+    saturated, nonfinite, low, mean, high = rows.unbind(1)
+    means = mean[~mean.isnan()]
+    if not len(means):
+        return FrameFigures(int(saturated.sum()), int(nonfinite.sum()), None, None, None)
+    return FrameFigures(
+        int(saturated.sum()),
+        int(nonfinite.sum()),
+        round(float(low.nan_to_num(math.inf).min()), 3),
+        round(float(means.mean()), 3),
+        round(float(high.nan_to_num(-math.inf).max()), 3),
+    )

@@ -1,41 +1,21 @@
-"""How a ring keeps its frames. The ring logic is in :mod:`harness.kv.cache`; here is only a slot's format.
+"""How a ring keeps its frames. The ring logic is in :mod:`harness.kv.cache`; here is only what a slot holds.
 
-A storage is a :class:`FrameRing` and a line in :data:`BUILDERS`.
+A storage of quantised frames is a :class:`~harness.kv.codecs.Codec` and a line in :data:`CODECS`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from harness.kv.conf import KVConf, KVStorage
-from harness.kv.stats import BlockStats
-from harness.mx.formats import BLOCK, MXBlocks, decode, encode
+from harness.kv.codecs import Codec, HeadEMACodec, Int8Codec, MXCodec, RingShape, Stored
+from harness.kv.conf import KVConf, KVScales, KVStorage
 
-
-@dataclass(frozen=True)
-class RingShape:
-    """Sizes of one layer's ring of K or of V: clips, heads, frames kept, tokens per frame, head size."""
-
-    batch: int
-    heads: int
-    frames: int
-    tokens: int
-    head_dim: int
-
-    def __call__(self, width: int) -> tuple[int, int, int, int, int]:
-        """Buffer shape ``[B, H, R, P, width]``."""
-        return self.batch, self.heads, self.frames, self.tokens, width
-
-    @property
-    def numel(self) -> int:
-        """Elements of an unquantised ring."""
-        return math.prod(self(self.head_dim))
+LOAD_FRAMES = 4
+"""Frames encoded at a time while a prefill is stored: encoding needs a few float32 copies of what it encodes."""
 
 
 class Scratch:
@@ -62,28 +42,31 @@ class Scratch:
         if name not in self._buffers:
             with torch.inference_mode(False):  # it outlives the caller's mode
                 self._buffers[name] = torch.empty(self._largest[name], dtype=self._dtype, device=self._device)
-        return self._buffers[name][: shape.numel].view(shape(shape.head_dim))
+        return self._buffers[name][: shape.numel].view(shape)
+
+    def buffers(self) -> list[Tensor]:
+        """What is allocated."""
+        return list(self._buffers.values())
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+    def reserved_bytes(self) -> int:
+        """Bytes allocated once every ring has been read; compiled code needs as much in its own memory."""
+        return sum(self._largest.values()) * torch.empty((), dtype=self._dtype).element_size()
 
 
 class FrameRing(Protocol):
-    """One layer's K or V of its newest R frames. ``slot`` is int64 ``[1]`` on the device, frames ``[B, H,
-    P, Dh]``."""
+    """One layer's K or V of its newest R frames. ``slot`` is int64 ``[1]`` on the device, frames ``[B, H, P, Dh]``."""
 
     shape: RingShape
-    stats: BlockStats | None
-    """Where to count what quantisation did; ``None`` (always, if nothing is quantised) counts nothing."""
     format_name: str
     """Element format or dtype, for records: "bfloat16", "e4m3" …"""
+    codec: Codec | None
+    """What quantises the frames; ``None`` for those in the attention's own dtype."""
     store_is_free: bool
     """Whether :meth:`window` leaves nothing for :meth:`store` to do."""
 
-    def load(self, x: Tensor) -> None:
-        """Replace every slot: ``x [B, H, R, P, Dh]`` in slot order."""
+    def load(self, x: Tensor, first_slot: int) -> None:
+        """Replace every slot: ``x [B, H, R, P, Dh]``, oldest first, the oldest in ``first_slot``."""
         ...
 
     def window(self, slot: Tensor, x: Tensor) -> Tensor:
@@ -98,20 +81,20 @@ class FrameRing(Protocol):
         """Stored frames in slot order, dequantised, ``[B, H, R, P, Dh]``."""
         ...
 
-    def count(self) -> None:
-        """Start counting in :attr:`stats`, if anything is quantised."""
+    def frame(self, slot: Tensor) -> Stored:
+        """A copy of what ``slot`` holds; a frame in the attention's own dtype has no scales (an empty tensor)."""
         ...
 
     def reset(self) -> None:
-        """Forget all frames and statistics."""
+        """Forget all frames."""
         ...
 
     def buffers(self) -> list[Tensor]:
-        """Every tensor that holds frames or scales."""
+        """Every tensor that is written in place."""
         ...
 
     def computed_bytes(self) -> int:
-        """Size of the stored window by formula, to hold against the bytes of :meth:`buffers`."""
+        """Size of the ring by formula, to hold against the bytes of :meth:`buffers`."""
         ...
 
 
@@ -126,13 +109,15 @@ class PlainRing:
 
     def __init__(self, shape: RingShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
-        self.stats: BlockStats | None = None
+        self.codec: Codec | None = None
         self.format_name = str(dtype).removeprefix("torch.")
-        self.data = torch.zeros(shape(shape.head_dim), dtype=dtype, device=device)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
 
-    def load(self, x: Tensor) -> None:
+    def load(self, x: Tensor, first_slot: int) -> None:
         """See :class:`FrameRing`."""
-        self.data.copy_(x)
+        older = self.shape.frames - first_slot
+        self.data[:, :, first_slot:].copy_(x[:, :, :older])
+        self.data[:, :, :first_slot].copy_(x[:, :, older:])
 
     def window(self, slot: Tensor, x: Tensor) -> Tensor:
         """See :class:`FrameRing`."""
@@ -146,8 +131,9 @@ class PlainRing:
         """See :class:`FrameRing`."""
         return self.data
 
-    def count(self) -> None:
-        """Nothing is quantised, nothing to count."""
+    def frame(self, slot: Tensor) -> Stored:
+        """See :class:`FrameRing`."""
+        return Stored(self.data.index_select(2, slot), self.data.new_empty(0))
 
     def reset(self) -> None:
         """See :class:`FrameRing`."""
@@ -162,45 +148,38 @@ class PlainRing:
         return self.shape.numel * self.data.element_size()
 
 
-class MXRing:
-    """Frames as MX blocks of 32 along the head: one E8M0 scale per block, 4-bit elements packed two to a
-    byte.
+class QuantisedRing:
+    """Frames as a codec encodes them, each with the scales it was encoded with.
 
-    The window is dequantised for attention, with the current frame's unquantised K or V in its slot.
+    The window is dequantised for attention, with the current frame's unquantised K or V in its slot. Nothing
+    unquantised is kept but the scratch that all layers share.
     """
 
     store_is_free = False
 
     def __init__(
-        self,
-        name: str,
-        shape: RingShape,
-        conf: KVConf,
-        dtype: torch.dtype,
-        device: torch.device,
-        scratch: Scratch,
+        self, name: str, shape: RingShape, codec: Codec, dtype: torch.dtype, device: torch.device, scratch: Scratch
     ) -> None:
         self.name, self.shape, self.dtype, self.scratch = name, shape, dtype, scratch
         scratch.reserve(name, shape)
-        self.fmt, self.scale_mode = conf.element_format(name), conf.scale_mode
-        self.stats: BlockStats | None = None
-        self.format_name = self.fmt.name
+        self.codec: Codec | None = codec
+        self._codec = codec
+        self.format_name = codec.name
         self.slots = torch.arange(shape.frames, device=device).view(-1, 1, 1)
-        self.blocks = MXBlocks(
-            torch.zeros(shape(shape.head_dim * self.fmt.bits // 8), dtype=torch.uint8, device=device),
-            torch.zeros(shape(shape.head_dim // BLOCK), dtype=torch.uint8, device=device),
-        )
+        self.stored = codec.allocate(shape, device)
 
-    def _encode(self, x: Tensor) -> MXBlocks:
-        blocks = encode(x, self.fmt, self.scale_mode)
-        if self.stats is not None:
-            self.stats.add(blocks)
-        return blocks
-
-    def load(self, x: Tensor) -> None:
+    def load(self, x: Tensor, first_slot: int) -> None:
         """See :class:`FrameRing`."""
-        for stored, new in zip(self.blocks, self._encode(x), strict=True):
-            stored.copy_(new)
+        self._codec.calibrate(x)
+        older = self.shape.frames - first_slot
+        self._encode_into(x[:, :, :older], first_slot)
+        self._encode_into(x[:, :, older:], 0)
+
+    def _encode_into(self, x: Tensor, slot: int) -> None:
+        for first in range(0, x.shape[2], LOAD_FRAMES):
+            encoded = self._codec.encode(x[:, :, first : first + LOAD_FRAMES])
+            for stored, new in zip(self.stored, encoded, strict=True):
+                stored.narrow(2, slot + first, new.shape[2]).copy_(new)
 
     def window(self, slot: Tensor, x: Tensor) -> Tensor:
         """See :class:`FrameRing`."""
@@ -209,44 +188,55 @@ class MXRing:
             # One fused kernel decodes and selects. The compiler reuses one layer's memory for the next by
             # itself; writing to the scratch would only make it copy the last layer's window there in the
             # end.
-            return torch.where(self.slots == slot, own, decode(self.blocks, self.fmt, self.dtype)).flatten(2, 3)
-        frames = decode(self.blocks, self.fmt, self.dtype, out=self.scratch.of(self.name, self.shape))
+            return torch.where(self.slots == slot, own, self.read()).flatten(2, 3)
+        frames = self._codec.decode(self.stored, self.dtype, out=self.scratch.of(self.name, self.shape))
         return frames.index_copy_(2, slot, own).flatten(2, 3)
 
     def store(self, slot: Tensor, x: Tensor) -> None:
         """See :class:`FrameRing`."""
-        for stored, new in zip(self.blocks, self._encode(x), strict=True):
-            stored.index_copy_(2, slot, new.unsqueeze(2))
+        frame = x.unsqueeze(2)
+        self._codec.observe(frame)
+        for stored, new in zip(self.stored, self._codec.encode(frame), strict=True):
+            stored.index_copy_(2, slot, new)
 
     def read(self) -> Tensor:
         """See :class:`FrameRing`."""
-        return decode(self.blocks, self.fmt, self.dtype)
+        return self._codec.decode(self.stored, self.dtype)
 
-    def count(self) -> None:
+    def frame(self, slot: Tensor) -> Stored:
         """See :class:`FrameRing`."""
-        self.stats = BlockStats(self.fmt, self.slots.device)
+        return Stored(*(buffer.index_select(2, slot) for buffer in self.stored))
 
     def reset(self) -> None:
         """See :class:`FrameRing`."""
-        for stored in self.blocks:
-            stored.zero_()
-        if self.stats is not None:
-            self.stats.reset()
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def buffers(self) -> list[Tensor]:
         """See :class:`FrameRing`."""
-        return list(self.blocks)
+        return [*self.stored, *self._codec.state()]
 
     def computed_bytes(self) -> int:
         """See :class:`FrameRing`."""
-        return self.shape.numel * self.fmt.bits // 8 + self.shape.numel // BLOCK
+        return self._codec.computed_bytes(self.shape)
 
 
-RingBuilder = Callable[[str, RingShape, KVConf, torch.dtype, torch.device, Scratch], FrameRing]
+def _mx_codec(name: str, shape: RingShape, conf: KVConf, device: torch.device) -> Codec:
+    fmt = conf.element_format(name)
+    if conf.scales is KVScales.per_head_ema:
+        return HeadEMACodec(fmt, conf.scale_mode, conf.ema, shape, device)
+    return MXCodec(fmt, conf.scale_mode)
 
-BUILDERS: dict[KVStorage, RingBuilder] = {KVStorage.mx: MXRing}
-"""Storages of a quantised K or V, by ``KVConf.storage``; each takes (name, shape, conf, dtype, device,
-scratch)."""
+
+def _int8_codec(name: str, shape: RingShape, conf: KVConf, device: torch.device) -> Codec:
+    return Int8Codec()
+
+
+CODECS: dict[KVStorage, Callable[[str, RingShape, KVConf, torch.device], Codec]] = {
+    KVStorage.i8_scale: _int8_codec,
+    KVStorage.mx: _mx_codec,
+}
+"""Codecs of a quantised K or V ("k" or "v"), by storage."""
 
 
 def build_ring(
@@ -261,4 +251,5 @@ def build_ring(
     """The ring of one layer's ``name`` ("k" or "v"), plain unless it is to be quantised."""
     if not quantise:
         return PlainRing(shape, dtype, device)
-    return BUILDERS[conf.storage](name, shape, conf, dtype, device, scratch)
+    codec = CODECS[conf.storage_of(name)](name, shape, conf, device)
+    return QuantisedRing(name, shape, codec, dtype, device, scratch)

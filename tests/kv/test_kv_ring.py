@@ -213,33 +213,3 @@ def test_sizes_are_checked(change, message):
     sizes = {"layers": 2, "batch": 1, "heads": 1, "head_dim": 32, "tokens": 4, "windows": [5, 2]} | change
     with pytest.raises(ValueError, match=message):
         KVCache(**sizes, conf=KVConf(), dtype=torch.float32, device="cpu")
-
-
-def test_block_counts():
-    cache = make_cache(KVConf(storage=KVStorage.mx, quantize_k=True, bits=4, k_late_layers=1), windows=[2, 2])
-    cache.count_blocks()
-    k = torch.zeros(B, H, 2 * P, DH)
-    v = torch.ones(B, H, 2 * P, DH)
-    v[..., 0] = E2M1.max * 4  # one element of each block is the format's maximum, under the scale 2^2
-    v[0, 0, 0, 5] = float("nan")
-    for layer in range(2):
-        cache.load(layer, k, v)
-    stats = {(s["layer"], s["tensor"]): s for s in cache.stats()}
-    assert stats.keys() == {(0, "v"), (1, "k"), (1, "v")}
-    blocks = B * H * 2 * P
-    for layer in range(2):
-        s = stats[layer, "v"]
-        assert (s["format"], s["elements"], s["saturated"], s["nan_blocks"]) == ("e2m1", blocks * DH, blocks - 1, 1)
-        assert (s["scale_exponent_min"], s["scale_exponent_mean"], s["scale_exponent_max"]) == (2, 2, 2)
-    assert (stats[1, "k"]["saturated"], stats[1, "k"]["scale_exponent_max"]) == (0, -127)
-
-
-def test_counting_changes_nothing(gen):
-    plain, counted = make_cache(MX), make_cache(MX)
-    counted.count_blocks()
-    prefill((plain, counted), WINDOWS, W, gen)
-    for layer in range(len(WINDOWS)):
-        assert all(map(torch.equal, plain.ordered(layer), counted.ordered(layer)))
-    counted.reset()
-    assert {s["elements"] for s in counted.stats()} == {0}
-    assert {s["scale_exponent_mean"] for s in counted.stats()} == {None}
