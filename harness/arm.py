@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
-from harness.kv import KVConf
+from harness.kv import KVConf, KVStats
 from harness.measure.memory import AllocationMeter, PeakProbe, module_bytes
+from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
@@ -32,12 +34,14 @@ class Rolled:
     """What an arm made of a batch, on the CPU.
 
     ``latents`` float32 ``[B, F, C, S, S]``; ``rgb`` ``[B, F, 3, h, w]`` in [-1, 1], in the decoder's dtype;
-    ``times``: milliseconds of ``dit``, ``decoder`` and ``total`` per frame.
+    ``times``: milliseconds of ``dit``, ``decoder`` and ``total`` per frame. ``non_finite``: clips (index in the batch)
+    with NaN or Inf, and the first frame of it; a rollout that was not patient ends there.
     """
 
     latents: Tensor
     rgb: Tensor
     times: list[dict[str, float]]
+    non_finite: dict[int, int]
 
 
 class Arm:
@@ -64,6 +68,7 @@ class Arm:
         self.warmup = self.rollout.warmup(conf.measure.warmup_frames)
         self.run_allocation = meter.taken()
         self.probe = PeakProbe(self.device)
+        self.kv_stats = KVStats(self.cache)
         self.frame_timer = FrameTimer(self.device, ("dit", "decoder"))
         self.prefill_timer = FrameTimer(self.device, ("prefill",))
         self.prefill_ms: list[float] = []
@@ -77,18 +82,22 @@ class Arm:
         return module_bytes(self.core)
 
     @torch.inference_mode()
-    def roll(self, batch: ClipBatch, noise: tuple[Tensor, Tensor], on_frame: Callable[[], None]) -> Rolled:
+    def roll(
+        self, batch: ClipBatch, noise: tuple[Tensor, Tensor], on_frame: Callable[[], None], patient: bool = False
+    ) -> Rolled:
         """Roll the clips out and time every frame; the first ``skip_frames`` of each clip are not kept.
 
         Args:
             batch: as many clips as the cache was made for.
             noise: of the context and of the new frames, see :func:`harness.data.noise.batch_noise`.
             on_frame: called after each frame, outside all timed spans.
+            patient: go on after NaN or Inf, for the other clips' sake.
         """
         counted = CompileCounters()
         window = batch.latents_context.shape[1]
         context_noise, frame_noise = (part.to(self.device) for part in noise)
         latents, rgb = [], []
+        non_finite: dict[int, int] = {}
         with self.probe:
             self._prefill(batch, context_noise)
             for index in range(frame_noise.shape[1]):
@@ -98,14 +107,19 @@ class Arm:
                 self.frame_timer.lap()
                 picture = self.decode(latent)
                 self.frame_timer.lap()
+                self.kv_stats.sample()
                 latents.append(latent.cpu())
                 rgb.append(picture.cpu())
                 on_frame()
+                for clip in (~finite_clips(latents[-1])).nonzero().flatten().tolist():
+                    non_finite.setdefault(clip, index)
+                if non_finite and not patient:
+                    break
         self.recompiles += counted.graphs
         self.graph_breaks += counted.graph_breaks
         times = self.frame_timer.take()
         self.timed += times[min(self.skip_frames, len(times) - 1) :]
-        return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times)
+        return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times, non_finite)
 
     def _prefill(self, batch: ClipBatch, noise: Tensor) -> None:
         window = noise.shape[1]
@@ -122,10 +136,7 @@ class Arm:
         ``frames`` in ``noise`` to warm up; uses fewer if there are fewer.
         """
         context_noise, frame_noise = (part.to(self.device) for part in noise)
-        rollout = Rollout(
-            self.core, self.cache, self.rollout.sampler, self.rollout.attention, CompileConf(cuda_graph=False)
-        )
-        window = context_noise.shape[1]
+        rollout, window = self._eager(), context_noise.shape[1]
         rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], context_noise)
         timer = PartTimer(self.device)
         with timer.installed(*self._instruments(rollout)):
@@ -135,6 +146,30 @@ class Arm:
                 parts = defaultdict(float, timer.frame())
                 if index:
                     self.parts.append({part: parts[part] for part in PARTS})
+
+    @torch.inference_mode()
+    def locate_non_finite(self, batch: ClipBatch, noise: tuple[Tensor, Tensor], frame: int) -> str | None:
+        """Roll out up to generated frame ``frame`` again, eagerly, and name the first layer with NaN or Inf.
+
+        The prefill and that frame are watched; NaN that the frames between left in the cache show as what enters the
+        layer after attention. ``None`` if no layer shows any.
+        """
+        context_noise, frame_noise = (part.to(self.device) for part in noise)
+        rollout, window = self._eager(), context_noise.shape[1]
+        with watch_non_finite(self.core) as found:
+            rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], context_noise)
+        if found:
+            return f"{found[0]} (prefill)"
+        for index in range(frame + 1):
+            with watch_non_finite(self.core) if index == frame else nullcontext(found) as found:
+                mouse, btn = batch.mouse[:, window + index], batch.btn[:, window + index]
+                rollout.next_frame(frame_noise[:, index], mouse, btn)
+        return found[0] if found else None
+
+    def _eager(self) -> Rollout:
+        """The same model and cache, not compiled: its layers can be watched."""
+        sampler, attention = self.rollout.sampler, self.rollout.attention
+        return Rollout(self.core, self.cache, sampler, attention, CompileConf(cuda_graph=False))
 
     def _instruments(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
         names = {"attention": "attn", "mlp": "mlp"}

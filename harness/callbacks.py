@@ -116,7 +116,10 @@ class ClipOutputs(Callback):
                 continue
             scores = outcome.quality.scores.get(name)
             notes = [f"{value:.1f} dB" for value in scores.psnr] if scores else []
-            panels.append(Panel(self.labels.get(name, name), to_uint8(outcome.frames[name]), notes))
+            label = self.labels.get(name, name)
+            if name == "candidate" and outcome.quality.fallback:
+                label += f" ({outcome.quality.fallback})"
+            panels.append(Panel(label, to_uint8(outcome.frames[name]), notes))
         return panels
 
 

@@ -25,11 +25,11 @@ from harness.data.conf import DataConf
 from harness.data.sources import ClipShape
 from harness.flags import FlagError, register_flags
 from harness.kv import KVConf
+from harness.measure import stability as stability_room
+from harness.measure.stability import OnInstability, StabilityConf
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig
-from harness.measure import stability as stability_room
-from harness.measure.stability import OnInstability, StabilityConf
 from harness.mx import conf as mx_conf
 from harness.mx.conf import MXConf
 from harness.mx.dispatch import resolve_kernel

@@ -16,8 +16,11 @@ from harness.arm import Arm, Rolled
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.data.noise import batch_noise
+from harness.fallback import Fallback
+from harness.guard import Guard
 from harness.kv import KVConf
-from harness.measure.quality import ClipQuality, FrameScores, check_finite, score_frames
+from harness.measure.quality import ClipQuality, FrameScores, score_frames
+from harness.measure.stability import frame_change
 from harness.models.checkpoint import load_decoder, load_gamerft, random_decoder, random_gamerft
 from harness.models.dcae import DCAEDecoder, to_frames
 from harness.models.gamerft import GameRFTCore
@@ -71,6 +74,7 @@ class RolloutModule(LightningModule):
         super().__init__()
         self.plan = plan
         self.arms: dict[str, Arm] = {}
+        self.guard = Guard(plan)
         self.parameters_total = 0
         self.decoder_cold_start_s = 0.0
         self.on_frame: Callable[[], None] = lambda: None
@@ -129,7 +133,7 @@ class RolloutModule(LightningModule):
         """Roll a batch out through each arm and score its frames.
 
         Raises:
-            NonFiniteError: naming arm, clip and frame, if an arm produced NaN or Inf.
+            InstabilityError: naming arm, clip and frame, if an arm became unstable and the run ends with that.
         """
         clips, batch = len(batch.clip_ids), pad_batch(batch, self.plan.conf.data.batch_size)
         noise = self.noise(batch.clip_ids, self.plan.conf.data.future_frames)
@@ -139,10 +143,23 @@ class RolloutModule(LightningModule):
         order = list(self.arms) if batch_idx % 2 == 0 else list(self.arms)[::-1]
         rolled: dict[str, Rolled] = {}
         for name in order:
-            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame)
-            check_finite(rolled[name].latents, name, batch.clip_ids)
+            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient)
+            self.guard.check_finite(name, self.arms[name], rolled[name], batch, noise)
         recording = self._recording(batch)
-        return [self._outcome(batch, clip, rolled, recording) for clip in range(clips)]
+        self.guard.note_baseline(rolled["bf16"], batch, clips, recording)
+        if "candidate" in self.arms:
+            while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise):
+                self._rebuild(fallback)
+                rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame)
+        # A clip with NaN (only if the run was told to go on) has no score to give.
+        scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
+        return [self._outcome(batch, clip, rolled, recording) for clip in scored]
+
+    def _rebuild(self, fallback: Fallback) -> None:
+        """Set the candidate up again, from the BF16 arm's weights."""
+        with torch.inference_mode(False):  # what is built here outlives this step
+            core = copy.deepcopy(self.arms["bf16"].core)
+            self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode)
 
     def _recording(self, batch: ClipBatch) -> Tensor | None:
         """What rollouts are compared with, ``[B, F, 3, h, w]`` in [0, 1]: recorded frames, or decoded latents."""
@@ -161,7 +178,8 @@ class RolloutModule(LightningModule):
             frames["recording"] = recording[clip]
         if "candidate" in self.arms:
             scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
-        quality = ClipQuality(batch.clip_ids[clip], batch.tags[clip], scores)
+        change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
+        quality = ClipQuality(batch.clip_ids[clip], batch.tags[clip], scores, change, self.guard.fallback)
         return ClipOutcome(quality, batch.fps[clip], frames, {name: rolled[name].times for name in self.arms})
 
     def on_predict_epoch_end(self) -> None:

@@ -17,11 +17,14 @@ from harness.callbacks import ClipOutputs
 from harness.config import RunPlan
 from harness.data.datamodule import ClipDataModule
 from harness.flags import ignored
-from harness.kv import KVConf
+from harness.guard import Guard
+from harness.kv import describe as describe_kv
 from harness.measure.environment import environment
 from harness.measure.quality import clip_row, summarise_quality
+from harness.measure.stability import InstabilityError
 from harness.measure.timing import Stats, summarise
 from harness.module import RolloutModule
+from harness.report.drift import summarise_drift
 from harness.report.record import ArmRecord, RunRecord
 
 RANDOM_WEIGHTS = "Random weights: speed is real, quality is not."
@@ -32,7 +35,7 @@ def arm_labels(plan: RunPlan, choices: dict[str, str]) -> dict[str, str]:
     parts = []
     if plan.conf.quant.enabled:
         parts.append(choices.get("quant", "quant"))
-    if plan.conf.kv != KVConf():
+    if plan.conf.kv.enabled:
         parts.append(choices.get("kv", "kv"))
     return {"bf16": "BF16", "candidate": " + ".join(parts)}
 
@@ -71,17 +74,6 @@ def _parts(arm: Arm) -> dict[str, Any] | None:
     }
 
 
-def _kv_path(arm: Arm) -> str:
-    """Such as ``K bf16, V e4m3 (8 of 12 layers)``."""
-    layers = arm.cache.layers
-    texts = []
-    for name in ("k", "v"):
-        quantised = sum(arm.kv.quantises(name, layer, layers) for layer in range(layers))
-        where = "" if quantised in (0, layers) else f" ({quantised} of {layers} layers)"
-        texts.append(f"{name.upper()} {arm.kv.element_format(name).name if quantised else 'bf16'}{where}")
-    return ", ".join(texts)
-
-
 def _memory(arm: Arm) -> dict[str, Any]:
     cache = arm.cache.nbytes()
     return {
@@ -91,6 +83,7 @@ def _memory(arm: Arm) -> dict[str, Any]:
         "kv_window_bytes_unquantised": cache.plain,
         "kv_bytes_by_format": cache.by_format,
         "kv_scratch_bytes": cache.scratch,
+        "kv_peak_bytes": cache.peak,
         "kv_dequantised_bytes_per_step": cache.dequantised_per_step,
         "cache_and_graph_allocated": arm.run_allocation,
         **asdict(arm.probe.result()),
@@ -104,7 +97,7 @@ def arm_record(arm: Arm, label: str, plan: RunPlan) -> ArmRecord:
         label=label,
         numeric_path={
             "linears": summary.numeric_path,
-            "kv": _kv_path(arm),
+            "kv": describe_kv(arm.kv, arm.cache.layers),
             "attention": conf.attention.kind.value,
             "architecture": summary.architecture,
             "emulated": summary.emulated,
@@ -114,6 +107,7 @@ def arm_record(arm: Arm, label: str, plan: RunPlan) -> ArmRecord:
         speed=_speed(arm, conf.data.batch_size, conf.measure.skip_frames),
         parts=_parts(arm),
         memory=_memory(arm),
+        kv_stats=arm.kv_stats.report(),
         compile={
             "enabled": conf.compile.enabled,
             "mode": conf.compile.mode,
@@ -164,8 +158,13 @@ def _notes(plan: RunPlan, choices: dict[str, str]) -> list[str]:
     return notes
 
 
-def _incidents(error: BaseException | None) -> list[dict[str, Any]]:
-    if error is None:
+def _incidents(guard: Guard, error: BaseException | None) -> list[dict[str, Any]]:
+    """What the guard saw, and what broke the run off if that was something else."""
+    return [asdict(incident) for incident in guard.incidents] + _broken_off(error)
+
+
+def _broken_off(error: BaseException | None) -> list[dict[str, Any]]:
+    if error is None or isinstance(error, InstabilityError):
         return []
     if isinstance(error, SystemExit | KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
         return [{"kind": "Interrupted", "message": "stopped by the user; finished clips are kept"}]
@@ -185,6 +184,8 @@ def build_record(
     """The record of a run; ``error`` is what broke it off, if anything did."""
     choices = {str(group): str(choice) for group, choice in hydra.runtime.choices.items() if "hydra/" not in str(group)}
     labels = arm_labels(plan, choices)
+    if module.guard.fallback:
+        labels["candidate"] += f" ({module.guard.fallback})"
     clips = [clip_row(clip) for clip in outputs.clips]
     for row in clips:
         video = outputs.video_path(row["clip_id"])
@@ -208,5 +209,7 @@ def build_record(
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
         notes=_notes(plan, choices),
-        incidents=_incidents(error),
+        incidents=_incidents(module.guard, error),
+        drift=summarise_drift(clips, plan.conf.drift) if clips else None,
+        fallbacks=module.guard.taken,
     )

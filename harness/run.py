@@ -31,10 +31,11 @@ from rich.console import Console
 from harness.callbacks import ClipOutputs, RolloutProgress
 from harness.config import ROOT, RunPlan, plan_run, register
 from harness.data.datamodule import ClipDataModule
-from harness.measure.quality import NonFiniteError
+from harness.measure.stability import InstabilityError
 from harness.models.checkpoint import load_encoder
 from harness.module import RolloutModule
 from harness.outcome import arm_labels, build_record
+from harness.report import incidents
 from harness.report.gates import EXIT_CODES, check_comparable, evaluate
 from harness.report.record import load_record, save_record, write_atomically
 from harness.report.table import WIDTH, build, render
@@ -86,7 +87,7 @@ def run(cfg: DictConfig) -> str | None:
 
     Raises:
         ValueError: for anything a user can put right.
-        NonFiniteError: if an arm produced NaN or Inf; clips finished before stay recorded.
+        InstabilityError: if an arm became unstable and the run ends with that; clips finished before stay recorded.
     """
     started, hydra_cfg = datetime.now(UTC), HydraConfig.get()
     plan = plan_run(cfg)
@@ -119,6 +120,8 @@ def run(cfg: DictConfig) -> str | None:
                 record.gates = evaluate(asdict(record), plan.conf.gates, baseline)
             save_record(record, folder / "record.json")
             write_atomically(folder / "table.txt", render(record))
+            if plan.conf.stability.incident_log:
+                incidents.append(Path(plan.conf.stability.incident_log), asdict(record))
             console = Console()
             console.width = max(console.width, WIDTH)
             console.print(build(record))
@@ -133,11 +136,11 @@ def main(cfg: DictConfig) -> None:
         verdict = run(cfg)
         if verdict is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
             sys.exit(EXIT_CODES[verdict])
-    except (ValueError, OSError, NonFiniteError) as error:
+    except (ValueError, OSError, InstabilityError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError(f"error: {error}") from error  # Hydra goes on with the other jobs and ends with this
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+        sys.exit(1 if isinstance(error, InstabilityError) else 2)
     finally:
         # A sweep runs its jobs in one process: hand back what this one held.
         gc.collect()

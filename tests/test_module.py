@@ -6,7 +6,7 @@ import torch
 from conftest import write_game_clip
 
 from harness.data.datamodule import ClipBatch
-from harness.measure.quality import NonFiniteError
+from harness.measure.stability import InstabilityError
 from harness.module import pad_batch
 from harness.report.record import load_record
 from harness.run import run
@@ -113,12 +113,12 @@ def test_nan_names_arm_clip_and_frame_and_keeps_finished_clips(composed, game, o
         return latent.fill_(torch.nan) if len(frames) == 11 else latent
 
     monkeypatch.setattr(Rollout, "next_frame", poisoned)
-    with pytest.raises(NonFiniteError, match=r"arm candidate: clip clip_3 has NaN or Inf in generated frame 2"):
+    with pytest.raises(InstabilityError, match=r"arm candidate: clip clip_3 has NaN or Inf in generated frame 2"):
         run(composed(*overrides(game), "quant=mxfp8_mlp"))
     found = load_record(tmp_path / "run" / "record.json")
     assert found.status == "failed"
     assert [clip["clip_id"] for clip in found.clips] == ["clip_0"]
-    assert found.incidents[0]["kind"] == "NonFiniteError"
+    assert found.incidents[0]["kind"] == "non_finite"
 
 
 def test_padding_repeats_the_last_clip():

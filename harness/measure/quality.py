@@ -8,7 +8,7 @@ every comparison paired.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +20,6 @@ PSNR_CAP = 100.0
 METRICS = ("psnr", "ssim")
 CHUNK = 16
 """Frames scored at once: SSIM needs several float32 copies of what it scores."""
-
-
-class NonFiniteError(RuntimeError):
-    """An arm produced NaN or Inf."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,15 @@ class ClipQuality:
     """Scores of one clip.
 
     ``scores`` has ``bf16`` and ``candidate`` (each against the recording) and ``fidelity`` (candidate
-    against BF16); without a candidate arm, ``bf16`` only.
+    against BF16); without a candidate arm, ``bf16`` only. ``change``: mean absolute change from frame to frame, of
+    each arm and the recording. ``fallback``: what the candidate had fallen back to when it rolled this clip.
     """
 
     clip_id: str
     tag: str
     scores: dict[str, FrameScores]
+    change: dict[str, list[float]] = field(default_factory=dict)
+    fallback: str | None = None
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -74,19 +73,6 @@ def score_frames(frames: Tensor, reference: Tensor) -> FrameScores:
         psnr += decibels.clamp(max=PSNR_CAP).reshape(-1).tolist()
         ssim += similarity.reshape(-1).tolist()
     return FrameScores(psnr, ssim)
-
-
-def check_finite(latents: Tensor, arm: str, clip_ids: Sequence[str]) -> None:
-    """Raise :class:`NonFiniteError`, naming clip and frame, if ``latents [B, N, C, S, S]`` hold NaN or Inf."""
-    finite = torch.isfinite(latents).flatten(2).all(-1)
-    if bool(finite.all()):
-        return
-    clip = int((~finite.all(1)).nonzero()[0])
-    frame = int((~finite[clip]).nonzero()[0])
-    raise NonFiniteError(
-        f"arm {arm}: clip {clip_ids[clip]} has NaN or Inf in generated frame {frame} (0 = first after the "
-        "context). Check clip and checkpoint with quant=bf16 kv=bf16; if BF16 is clean, narrow quant.scope."
-    )
 
 
 def _summary(clips: Sequence[ClipQuality]) -> dict[str, Any]:
@@ -133,4 +119,6 @@ def clip_row(clip: ClipQuality) -> dict[str, Any]:
         "tag": clip.tag,
         "scores": {name: {**scores.mean(), "frames": asdict(scores)} for name, scores in clip.scores.items()},
         "drop": drop(clip),
+        "change": clip.change,
+        "fallback": clip.fallback,
     }

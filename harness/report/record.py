@@ -31,7 +31,8 @@ class ArmRecord:
         ``None`` where none were meant to be. speed: per-frame ``Stats`` of ``dit_ms``, ``decoder_ms`` and
         ``total_ms``, ``prefill_ms``, the two FPS. parts: ``Stats`` per part from the instrumented eager
         pass; ``None`` if it was not asked for. memory: bytes of weights and KV window, allocator figures.
-        compile: set-up times and counters of compilation.
+        compile: set-up times and counters of compilation. kv_stats: what the KV cache stored, frame by frame, as
+        :meth:`harness.kv.KVStats.report` gives it.
     """
 
     label: str
@@ -42,6 +43,7 @@ class ArmRecord:
     parts: dict[str, Any] | None
     memory: dict[str, Any]
     compile: dict[str, Any]
+    kv_stats: dict[str, Any] | None = None
 
 
 @dataclass
@@ -51,6 +53,8 @@ class RunRecord:
 
     ``status`` is ``complete``, or ``failed`` where clips were finished before an error that ``incidents``
     names. ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged.
+    ``drift``: see :func:`harness.report.drift.summarise_drift`. ``fallbacks``: formats the candidate was rebuilt in
+    after an instability, in order; a clip's ``fallback`` names the step in force when it was rolled.
     """
 
     run_id: str
@@ -70,6 +74,8 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     incidents: list[dict[str, Any]] = field(default_factory=list)
     gates: dict[str, Any] | None = None
+    drift: dict[str, Any] | None = None
+    fallbacks: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property

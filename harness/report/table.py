@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.report import drift
 from harness.report.gates import build_table
 from harness.report.record import ArmRecord, RunRecord
 
@@ -172,6 +173,10 @@ def _notes(record: RunRecord) -> Iterator[str]:
         yield f"Parts: {parts['method']}."
     if candidate is not None:
         yield "Drop = BF16 - candidate, paired clip by clip; fidelity = candidate against BF16."
+    if record.drift is not None:
+        yield from drift.sentences(record.drift)
+    for fallback in record.fallbacks:
+        yield f"Fallback from clip {fallback['clip']} on: {fallback['step']}."
     yield from record.notes
     for incident in record.incidents:
         yield f"Incident: {incident['kind']}: {incident['message']}"

@@ -1,0 +1,203 @@
+"""Instabilities of a rollout: NaN and Inf, black frames, frozen frames, structure that drops away.
+
+Found after a rollout, outside all timed spans, and named by arm, clip and frame. The reference of the candidate is the
+BF16 arm, that of BF16 the recording: what the reference does too is the clip's or the model's doing, not the arm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OnInstability = StrEnum("OnInstability", ["raise", "fallback", "record"])
+"""What an instability of the candidate does: end the run, rebuild the candidate in safer formats, or be written down.
+
+One of the BF16 arm is written down; NaN and Inf there always end the run, since nothing safer is left.
+"""
+NON_FINITE, BLACK, FROZEN, STRUCTURE = "non_finite", "black", "frozen", "structure"
+START_FRAMES = 4
+"""First frames of a clip whose mean gradient energy is the BF16 arm's own start."""
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of R, G and B (ITU-R BT.601)."""
+
+
+@dataclass
+class StabilityConf:
+    """When a frame counts as unstable. Fits an OmegaConf structured config.
+
+    Attributes:
+        black_level: a frame is black if its mean, in [0, 1], is below.
+        frozen_change: a frame is frozen if its mean absolute change from the one before, in [0, 1], is below
+            although the player moves. frozen_frames: so many in a row are an incident.
+        structure_ratio: a frame has lost its structure if its gradient energy is below this times the reference's.
+            structure_frames: so many in a row are an incident.
+        incident_log: text file to which each run appends what it ran on, its figures and its incidents; null = none.
+    """
+
+    black_level: float = 0.02
+    frozen_change: float = 1e-4
+    frozen_frames: int = 16
+    structure_ratio: float = 0.25
+    structure_frames: int = 8
+    incident_log: str | None = None
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One instability; ``frame`` 0 is the first generated one, ``layer`` is known for NaN and Inf alone.
+
+    ``action``: what was done about it.
+    """
+
+    kind: str
+    arm: str
+    clip: str
+    frame: int
+    message: str
+    layer: str | None = None
+    action: str = "recorded"
+
+
+class InstabilityError(RuntimeError):
+    """An arm became unstable, and the run was not told to go on."""
+
+    def __init__(self, incident: Incident) -> None:
+        super().__init__(incident.message)
+        self.incident = incident
+
+
+def validate(conf: StabilityConf) -> None:
+    """Raise ``ValueError`` naming every field of ``conf`` that is out of range."""
+    problems = [
+        f"{name}={getattr(conf, name)}: must lie between 0 and 1"
+        for name in ("black_level", "frozen_change", "structure_ratio")
+        if not 0 <= getattr(conf, name) <= 1
+    ]
+    problems += [
+        f"{name}={getattr(conf, name)}: must be at least 1"
+        for name in ("frozen_frames", "structure_frames")
+        if getattr(conf, name) < 1
+    ]
+    if problems:
+        raise ValueError("stability config: " + "; ".join(problems))
+
+
+def frame_change(frames: Tensor) -> Tensor:
+    """Mean absolute change of each frame from the one before: ``[F, 3, h, w]`` in [0, 1] to float32 ``[F - 1]``."""
+    frames = frames.float()
+    return (frames[1:] - frames[:-1]).abs().flatten(1).mean(1)
+
+
+def gradient_energy(frames: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels' luma: ``[F, 3, h, w]`` to float32 ``[F]``. Blur lowers it."""
+    luma = torch.einsum("fchw,c->fhw", frames.float(), torch.tensor(LUMA))
+    down, right = luma.diff(dim=1), luma.diff(dim=2)
+    return down.square().flatten(1).mean(1) + right.square().flatten(1).mean(1)
+
+
+def first_run(mask: Tensor, length: int) -> int | None:
+    """Index at which the first ``length`` consecutive true values of ``mask [F]`` begin; ``None`` if there are none."""
+    if length > len(mask):
+        return None
+    runs = mask.unfold(0, length, 1).all(1).nonzero()
+    return int(runs[0]) if len(runs) else None
+
+
+def detect(
+    frames: Tensor, moving: Tensor, conf: StabilityConf, reference: Tensor | None, same_model: bool
+) -> list[tuple[str, int, str]]:
+    """Black frames, frozen frames and dropped structure of one finite rollout.
+
+    Args:
+        frames: ``[F, 3, h, w]`` in [0, 1].
+        moving: bool ``[F]``, whether the player moves while the frame is produced.
+        conf: the bounds.
+        reference: of the shape of ``frames``: frames that show which of this is not the arm's doing.
+        same_model: whether ``reference`` is the same model in BF16. Then structure is held against the reference's,
+            frame by frame; a recording is sharper than its model, so against one it is held against the clip's start.
+
+    Returns:
+        (kind, first frame, what was seen), at most one per kind.
+    """
+    found = []
+    black = first_run(_black(frames, conf) & ~_black(reference, conf), 1)
+    if black is not None:
+        found.append((BLACK, black, f"black frames (mean below {conf.black_level})"))
+    still = _frozen(frames, conf) & ~_frozen(reference, conf) & moving[1:]
+    frozen = first_run(still, conf.frozen_frames)
+    if frozen is not None:
+        text = f"frozen frames ({conf.frozen_frames} in a row change by less than {conf.frozen_change} while moving)"
+        found.append((FROZEN, frozen + 1, text))
+    dropped = first_run(_dropped(frames, reference, conf, same_model), conf.structure_frames)
+    if dropped is not None:
+        against = "BF16's" if same_model else "its start's"
+        text = f"dropped structure (gradient energy below {conf.structure_ratio} of {against} for "
+        found.append((STRUCTURE, dropped, text + f"{conf.structure_frames} frames)"))
+    return found
+
+
+def _black(frames: Tensor | None, conf: StabilityConf) -> Tensor:
+    if frames is None:
+        return torch.tensor(False)
+    return frames.float().flatten(1).mean(1) < conf.black_level
+
+
+def _frozen(frames: Tensor | None, conf: StabilityConf) -> Tensor:
+    return torch.tensor(False) if frames is None else frame_change(frames) < conf.frozen_change
+
+
+def _dropped(frames: Tensor, reference: Tensor | None, conf: StabilityConf, same_model: bool) -> Tensor:
+    ours = gradient_energy(frames)
+    theirs = None if reference is None else gradient_energy(reference)
+    if same_model and theirs is not None:
+        return ours < conf.structure_ratio * theirs
+    lost = ours < conf.structure_ratio * ours[:START_FRAMES].mean()
+    return lost if theirs is None else lost & (theirs >= conf.structure_ratio * theirs[:START_FRAMES].mean())
+
+
+def finite_clips(latent: Tensor) -> Tensor:
+    """Which clips of ``latent [B, C, S, S]`` hold neither NaN nor Inf: bool ``[B]``."""
+    return torch.isfinite(latent).flatten(1).all(1)
+
+
+@contextmanager
+def watch_non_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Within the context, the first module of ``model`` that takes in or gives out NaN or Inf is noted in the list.
+
+    A module that takes in what no module gave out names what lies before it: attention, the KV cache, a scale.
+    Reads every output, so it waits for the device at every module.
+    """
+    found: list[str] = []
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, inputs: _note(found, f"what enters {name}", inputs)
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: _note(found, name, output)
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name and not any(True for _ in module.children()):  # its parents would say the same later and less exactly
+            hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note(found: list[str], name: str, value: Any) -> None:
+    if not found and not _finite(value):
+        found.append(name)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    return all(map(_finite, value)) if isinstance(value, tuple | list) else True
