@@ -202,7 +202,7 @@ def build_record(
         overrides=list(hydra.overrides.task),
         choices=choices,
         config={str(key): value for key, value in config.items()},
-        environment=environment(plan.device),
+        environment=environment(plan.device) | {"processes": module.trainer.world_size},
         model=_model(module, plan),
         data=_data(data, len(clips)),
         arms={name: arm_record(arm, labels[name], plan) for name, arm in module.arms.items()},

@@ -1,7 +1,7 @@
 """What quantisation does to K and V over a rollout: sampled per frame from what the cache holds, after the frame.
 
 Nothing is counted while a frame runs, so compiled code and CUDA graphs are those of an unobserved run. A sample is a
-few reductions over the newest frame of every ring; the host waits for them only in :meth:`KVStats.report`.
+few reductions over the newest frame of every ring.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class KVStats:
                 groups[ring.format_name].append((layer, name))
         self._groups = list(groups.values())  # those of a format are reduced together
         self._places = [place for group in self._groups for place in group]
-        self._samples: list[Tensor] = []
-        self._frames: list[Tensor] = []
+        self._samples: dict[int, list[Tensor]] = defaultdict(list)
+        """By frame, of each rollout that reached it: figures float64 ``[rings, 5]`` on the CPU."""
 
     def sample(self) -> None:
-        """Take note of the frame just stored; to be called between frames, outside whatever is timed."""
-        self._samples.append(torch.cat([self._figures(group) for group in self._groups]))
-        self._frames.append(self.cache.frame.clone())
+        """Take note of the frame just stored; waits for the device, so only between frames."""
+        figures = torch.cat([self._figures(group) for group in self._groups])
+        self._samples[int(self.cache.frame)].append(figures.double().cpu())
 
     def _figures(self, group: list[tuple[int, str]]) -> Tensor:
         frames = [self.cache.rings[layer][name].frame(self.cache.slot(layer)) for layer, name in group]
@@ -61,7 +61,7 @@ class KVStats:
         return _figures(frames, self.cache.rings[layer][name].codec)
 
     def report(self) -> dict[str, Any]:
-        """All samples so far, as plain data; waits for the device.
+        """All samples so far, as plain data.
 
         ``frames``: absolute frame indices that were sampled, in order and once each. ``layers``: an entry per
         quantised ring, with ``layer``, ``tensor``, ``format``; totals (``elements``, ``saturated``,
@@ -69,11 +69,8 @@ class KVStats:
         of ``saturated_share`` and the log2 scales, over all rollouts. ``nonfinite``: where NaN or Inf was stored
         (plain rings too), in order of frame and layer, the first twenty.
         """
-        by_frame: dict[int, list[Tensor]] = defaultdict(list)
-        for frame, figures in zip(self._frames, self._samples, strict=True):
-            by_frame[int(frame)].append(figures.double().cpu())
-        frames = sorted(by_frame)
-        over = {frame: torch.stack(by_frame[frame]) for frame in frames}  # [rollouts, rings, figures]
+        frames = sorted(self._samples)
+        over = {frame: torch.stack(self._samples[frame]) for frame in frames}  # [rollouts, rings, 5]
         return {
             "frames": frames,
             "layers": self._layers(list(over.values())) if frames else [],
