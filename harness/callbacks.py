@@ -46,6 +46,7 @@ class RolloutProgress(Callback):
         assert isinstance(pl_module, RolloutModule)
         self._batches = int(sum(trainer.num_predict_batches))
         frames = self._batches * len(pl_module.arms) * pl_module.plan.conf.data.future_frames
+        self.progress.disable = not trainer.is_global_zero
         self._task = self.progress.add_task(self._description(0), total=frames)
         pl_module.on_frame = self._advance
         self.progress.start()
@@ -84,13 +85,13 @@ class ClipOutputs(Callback):
         videos: whether to write A/B videos.
         labels: caption of each arm.
 
-    ``clips`` holds the scores of all finished clips.
+    ``clips`` holds the scores of all finished clips, ``rows`` the lines of ``frames.csv``.
     """
 
     def __init__(self, folder: Path, videos: bool, labels: dict[str, str]) -> None:
         self.folder, self.videos, self.labels = folder, videos, labels
         self.clips: list[ClipQuality] = []
-        self._rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def video_path(self, clip_id: str) -> Path:
         """Where a clip's A/B video goes."""
@@ -104,10 +105,24 @@ class ClipOutputs(Callback):
             if self.videos:
                 write_comparison(self.video_path(outcome.quality.clip_id), self._panels(outcome), outcome.fps)
             self.clips.append(outcome.quality)
-            self._rows += _frame_rows(outcome)
-            if trainer.logger is not None:
-                trainer.logger.log_metrics(_logged(outcome.quality), step=len(self.clips) - 1)
-        write_atomically(self.folder / "frames.csv", _csv(self._rows))
+            self.rows += _frame_rows(outcome)
+            if trainer.world_size == 1:
+                self._log(trainer, len(self.clips) - 1)
+        if trainer.is_global_zero:
+            self.write_rows()
+
+    def write_rows(self) -> None:
+        """Write ``frames.csv``."""
+        write_atomically(self.folder / "frames.csv", _csv(self.rows))
+
+    def log_all(self, trainer: Trainer) -> None:
+        """Log every clip, in order; a run of several processes has them together only at its end."""
+        for index in range(len(self.clips)):
+            self._log(trainer, index)
+
+    def _log(self, trainer: Trainer, index: int) -> None:
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(_logged(self.clips[index]), step=index)
 
     def _panels(self, outcome: ClipOutcome) -> list[Panel]:
         panels = []

@@ -100,11 +100,20 @@ class AttentionConf:
 
 @dataclass
 class TrainerConf:
-    """Arguments of Lightning's ``Trainer``."""
+    """Arguments of Lightning's ``Trainer``.
+
+    Attributes:
+        accelerator: ``cpu`` or ``gpu``.
+        devices: processes on each machine, each with its own GPU (or share of the CPUs) and its share of the clips.
+        num_nodes: machines; more than one are started by SLURM or torchrun.
+        strategy: ``auto``, or ``ddp`` for several processes.
+    """
 
     _target_: str = "lightning.Trainer"
     accelerator: str = "cpu"
     devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
 
 
 @dataclass
@@ -237,7 +246,14 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 def _device(conf: TrainerConf, problems: list[str]) -> torch.device:
     if conf.accelerator not in ("cpu", "gpu"):
         problems.append(f"trainer.accelerator={conf.accelerator}: allowed are cpu, gpu")
+    for name in ("devices", "num_nodes"):
+        if getattr(conf, name) < 1:
+            problems.append(f"trainer.{name}={getattr(conf, name)}: must be at least 1")
+    if conf.strategy not in ("auto", "ddp"):
+        problems.append(f"trainer.strategy={conf.strategy}: allowed are auto, ddp")
     if conf.accelerator == "gpu":
+        if 0 < torch.cuda.device_count() < conf.devices:
+            problems.append(f"trainer.devices={conf.devices}: torch sees {torch.cuda.device_count()} GPUs here")
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         problems.append("trainer=gpu: no CUDA GPU is visible to torch here; use trainer=cpu")

@@ -185,7 +185,7 @@ class RolloutModule(LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Split a few frames into their parts, after all timed work."""
         frames = self.plan.conf.measure.parts_frames
-        if not frames or self._first is None:
+        if not frames or self._first is None or not self.trainer.is_global_zero:
             return
         noise = self.noise(self._first.clip_ids, min(frames + 1, self.plan.conf.data.future_frames))
         for arm in self.arms.values():

@@ -10,7 +10,7 @@ import gc
 import logging
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -35,9 +36,10 @@ from harness.measure.stability import InstabilityError
 from harness.models.checkpoint import load_encoder
 from harness.module import RolloutModule
 from harness.outcome import arm_labels, build_record
+from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes, stop_others
 from harness.report import incidents
 from harness.report.gates import EXIT_CODES, check_comparable, evaluate
-from harness.report.record import load_record, save_record, write_atomically
+from harness.report.record import RunRecord, load_record, save_record, write_atomically
 from harness.report.table import WIDTH, build, render
 
 register()
@@ -88,45 +90,69 @@ def run(cfg: DictConfig) -> str | None:
     Raises:
         ValueError: for anything a user can put right.
         InstabilityError: if an arm became unstable and the run ends with that; clips finished before stay recorded.
+        ProcessError: if another process of the run failed; likewise.
     """
     started, hydra_cfg = datetime.now(UTC), HydraConfig.get()
     plan = plan_run(cfg)
+    check_processes(plan.conf.trainer, hydra_cfg.mode)
     baseline = load_baseline(plan, cfg)
-    data = build_data(plan)
     folder = Path(hydra_cfg.runtime.output_dir)
-    labels = arm_labels(plan, hydra_cfg.runtime.choices)
-    outputs = ClipOutputs(folder, plan.conf.measure.videos, labels)
+    outputs = ClipOutputs(folder, plan.conf.measure.videos, arm_labels(plan, hydra_cfg.runtime.choices))
+    parts = ProcessParts(folder, outputs)
+    trainer = build_trainer(plan, folder, [outputs, parts, RolloutProgress()])
+    plan = replace(plan, device=trainer.strategy.root_device)  # this process's own GPU
+    data = build_data(plan)
+    check_clips(len(data.entries), trainer.world_size)
     module = RolloutModule(plan)
-    trainer: Trainer = hydra.utils.instantiate(
+    record: RunRecord | None = None
+    error: BaseException | None = None
+    try:
+        parts.clean()
+        trainer.predict(module, data, return_predictions=False)
+    except BaseException as caught:
+        error = caught
+        if not trainer.is_global_zero and parts.started and isinstance(caught, Exception):
+            parts.write(trainer, module, "failed", caught)
+            return None  # the first process tells
+        raise
+    finally:
+        # Whatever ended the run, Ctrl-C included: what was finished is recorded.
+        if trainer.is_global_zero:
+            if error is not None:
+                stop_others(trainer)
+            if module.arms:
+                parts.merge(trainer, module)
+                record = build_record(plan, cfg, hydra_cfg, module, data, outputs, started, error)
+                if plan.conf.gates.enabled:
+                    record.gates = evaluate(asdict(record), plan.conf.gates, baseline)
+                write_report(record, folder, plan.conf.stability.incident_log)
+            parts.clean()
+    return record.gates["verdict"] if record and record.gates else None
+
+
+def build_trainer(plan: RunPlan, folder: Path, callbacks: list[Callback]) -> Trainer:
+    """Lightning's trainer, which rolls nothing out yet and has started no other process."""
+    return hydra.utils.instantiate(
         plan.conf.trainer,
         logger=hydra.utils.instantiate(plan.conf.logger),
-        callbacks=[outputs, RolloutProgress()],
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=str(folder),
     )
-    error: BaseException | None = None
-    try:
-        trainer.predict(module, data, return_predictions=False)
-    except BaseException as caught:
-        error = caught
-        raise
-    finally:
-        # Whatever ended the run, Ctrl-C included: what was finished is recorded.
-        if module.arms:
-            record = build_record(plan, cfg, hydra_cfg, module, data, outputs, started, error)
-            if plan.conf.gates.enabled:
-                record.gates = evaluate(asdict(record), plan.conf.gates, baseline)
-            save_record(record, folder / "record.json")
-            write_atomically(folder / "table.txt", render(record))
-            if plan.conf.stability.incident_log:
-                incidents.append(Path(plan.conf.stability.incident_log), asdict(record))
-            console = Console()
-            console.width = max(console.width, WIDTH)
-            console.print(build(record))
-            print(f"Record, table and videos: {folder}")
-    return record.gates["verdict"] if record.gates else None
+
+
+def write_report(record: RunRecord, folder: Path, incident_log: str | None) -> None:
+    """Write the record, its table and its line of the incident log, and show the table."""
+    save_record(record, folder / "record.json")
+    write_atomically(folder / "table.txt", render(record))
+    if incident_log:
+        incidents.append(Path(incident_log), asdict(record))
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    console.print(build(record))
+    print(f"Record, table and videos: {folder}")
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
@@ -136,11 +162,13 @@ def main(cfg: DictConfig) -> None:
         verdict = run(cfg)
         if verdict is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
             sys.exit(EXIT_CODES[verdict])
-    except (ValueError, OSError, InstabilityError) as error:
+    except (ValueError, OSError, InstabilityError, ProcessError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError(f"error: {error}") from error  # Hydra goes on with the other jobs and ends with this
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, InstabilityError) else 2)
+        rank = getattr(rank_zero_only, "rank", 0)
+        who = f"process {rank}: " if rank else ""
+        print(f"{who}error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, InstabilityError | ProcessError) else 2)
     finally:
         # A sweep runs its jobs in one process: hand back what this one held.
         gc.collect()

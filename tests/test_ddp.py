@@ -1,0 +1,149 @@
+"""Several processes give the figures of one, and none of them can make the others hang."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hydra.types import RunMode
+
+from harness import parallel
+from harness.config import ROOT, ConfigError, TrainerConf, plan_run
+from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes
+from harness.report.record import load_record
+from harness.run import run
+
+SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.limit=3", "measure.parts_frames=1"]
+SMOKE += ["quant=mxfp4_mlp", "kv=mx_v_only"]
+
+BROKEN = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from harness.module import RolloutModule
+from harness.run import cli
+
+plain = RolloutModule.predict_step
+
+def predict_step(self, batch, batch_idx):
+    {fault}
+    return plain(self, batch, batch_idx)
+
+RolloutModule.predict_step = predict_step
+if __name__ == "__main__":
+    cli()
+"""
+
+
+def start(folder, *words, fault=None):
+    script = ROOT / "harness" / "run.py"
+    if fault is not None:
+        script = folder / "broken.py"
+        script.write_text(BROKEN.format(root=str(ROOT), fault=fault))
+    command = [sys.executable, str(script), *SMOKE, "trainer=ddp_cpu", f"hydra.run.dir={folder / 'run'}", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
+
+
+def test_two_processes_give_the_figures_of_one(composed, tmp_path):
+    run(composed(*SMOKE, "measure.videos=false"))
+    alone = load_record(tmp_path / "run" / "record.json")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    done = start(folder)
+    assert done.returncode == 0, done.stderr
+    both = load_record(folder / "run" / "record.json")
+    assert both.environment["processes"] == 2
+    assert alone.environment["processes"] == 1
+    assert [clip["clip_id"] for clip in both.clips] == [clip["clip_id"] for clip in alone.clips]
+    assert len({clip["clip_id"] for clip in both.clips}) == 3  # no clip twice though 3 is odd
+    for one, two in zip(alone.clips, both.clips, strict=True):
+        assert two["scores"]["fidelity"]["psnr"] == pytest.approx(one["scores"]["fidelity"]["psnr"], abs=0.02)
+    for metric in ("psnr", "ssim"):
+        expected = alone.quality["all"]["fidelity"][metric]
+        assert both.quality["all"]["fidelity"][metric] == pytest.approx(expected, abs=0.02)
+    for name, arm in both.arms.items():
+        assert arm.speed["total_ms"]["n"] == alone.arms[name].speed["total_ms"]["n"] == 3
+    rows = (folder / "run" / "frames.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 2 * 2
+    assert all((folder / "run" / clip["video"]).stat().st_size > 500 for clip in both.clips)
+    assert done.stdout.count("fidelity, all clips (3)") == 1
+    assert not (folder / "run" / "processes").exists()
+    logged = (folder / "run" / "log" / "metrics.csv").read_text().splitlines()
+    assert len(logged) == 1 + 3
+
+
+def test_a_process_that_fails_ends_the_run_and_finished_clips_are_kept(tmp_path):
+    fault = 'if self.global_rank == 1: raise RuntimeError("injected")'
+    done = start(tmp_path, "measure.videos=false", "data.limit=4", fault=fault)
+    assert done.returncode == 1
+    assert "error: process 1: RuntimeError: injected" in done.stderr
+    record = load_record(tmp_path / "run" / "record.json")
+    assert record.status == "failed"
+    assert record.clips[0]["clip_id"] == "synthetic_0000"
+    assert record.incidents[0] == {"kind": "ProcessError", "message": "process 1: RuntimeError: injected"}
+
+
+def test_a_killed_process_ends_the_run_soon_and_what_is_finished_stays(tmp_path):
+    fault = "if self.global_rank == 1 and batch_idx == 1: os.kill(os.getpid(), signal.SIGKILL)"
+    done = start(tmp_path, "data.limit=4", fault=fault)
+    assert done.returncode != 0
+    kept = list((tmp_path / "run" / "videos").glob("*.mp4"))
+    assert len(kept) >= 2
+    assert (tmp_path / "run" / "frames.csv").exists()
+
+
+@pytest.fixture
+def first_process(tmp_path, monkeypatch):
+    """The first of two processes, its partner a file that the test writes."""
+    monkeypatch.setattr(parallel, "POLL_S", 0.001)
+    monkeypatch.setattr(parallel, "PATIENCE_S", 0.05)
+    partner = SimpleNamespace(poll=lambda: None)
+    launcher = SimpleNamespace(procs=[partner])
+    trainer = SimpleNamespace(is_global_zero=True, world_size=2, strategy=SimpleNamespace(launcher=launcher))
+    parts = ProcessParts(tmp_path, SimpleNamespace(clips=[], rows=[]))
+
+    def told(**fields):
+        parts.folder.mkdir(exist_ok=True)
+        (parts.folder / "1.json").write_text(json.dumps({"clips": [], "rows": [], "arms": {}, "error": None} | fields))
+
+    return SimpleNamespace(parts=parts, trainer=trainer, partner=partner, told=told)
+
+
+def test_a_partner_that_died_is_not_waited_for(first_process):
+    first_process.told(status="running")
+    first_process.partner.poll = lambda: -9
+    with pytest.raises(ProcessError, match="process 1 ended before it was done"):
+        first_process.parts.on_predict_end(first_process.trainer, None)
+
+
+def test_a_partner_that_hangs_is_given_up(first_process):
+    first_process.told(status="running")
+    with pytest.raises(ProcessError, match="process 1 finished no clip"):
+        first_process.parts.on_predict_end(first_process.trainer, None)
+
+
+def test_a_partners_failure_is_noticed_after_the_next_batch(first_process):
+    first_process.told(status="failed", error="NonFiniteError: arm bf16")
+    with pytest.raises(ProcessError, match="process 1: NonFiniteError: arm bf16"):
+        first_process.parts.on_predict_batch_end(first_process.trainer, None, None, None, 0)
+
+
+def test_processes_that_cannot_be_are_refused_before_they_start():
+    with pytest.raises(ValueError, match=r"trainer.devices=2 in a sweep .*docs/sweeps.md"):
+        check_processes(TrainerConf(devices=2), RunMode.MULTIRUN)
+    check_processes(TrainerConf(devices=2), RunMode.RUN)
+    check_processes(TrainerConf(), RunMode.MULTIRUN)
+    with pytest.raises(ValueError, match="2 processes for 1 clips: every process needs one; use trainer.devices=1"):
+        check_clips(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("trainer.devices=0", "trainer.devices=0: must be at least 1"),
+        ("trainer.strategy=fsdp", "allowed are auto, ddp"),
+    ],
+)
+def test_a_trainer_that_cannot_be_is_refused(composed, word, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_run(composed("model=smoke", word))
