@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Is a checkpoint really a world model? PSNR of its BF16 rollouts beside what they must beat.
+
+    python scripts/check_world_model.py                      # the shipped demo
+    python scripts/check_world_model.py model.checkpoint=my.safetensors 'data.paths=[my_clips]' future_frames=32
+
+Rolls every `motion` clip out and compares its first frames with the recording, beside two baselines: the last context
+frame repeated (a model that ignores time), and the same model fed another clip's future actions (a model that ignores
+the player). Arguments are config overrides as `harness/run.py` takes them; `future_frames=N` is the number of
+generated frames to judge (16). Exits 1 unless the model beats the first by 1.5 dB and the second at all, 2 on bad
+input.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from harness.config import ROOT, RunPlan, plan_run, register
+from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
+from harness.data.datamodule import ClipBatch
+from harness.measure.quality import score_frames
+from harness.models.checkpoint import load_encoder
+from harness.models.dcae import to_frames
+from harness.module import RolloutModule
+
+MARGIN_DB = 1.5
+"""What the model must gain over the repeated frame."""
+
+
+@dataclass(frozen=True)
+class WorldModelFigures:
+    """Mean PSNR in dB over clips and generated frames, and the per-clip values behind each."""
+
+    clip_ids: list[str]
+    model: list[float]
+    repeat: list[float]
+    shuffled: list[float]
+
+    def mean(self, arm: str) -> float:
+        """Mean over clips of ``model``, ``repeat`` or ``shuffled``."""
+        values = getattr(self, arm)
+        return sum(values) / len(values)
+
+    @property
+    def passes(self) -> bool:
+        """Whether the model earns its name."""
+        gained = self.mean("model") - self.mean("repeat")
+        return gained >= MARGIN_DB and self.mean("model") > self.mean("shuffled")
+
+
+def plan(overrides: list[str], frames: int, clips: int) -> RunPlan:
+    """A checked BF16 run over ``clips`` clips at once."""
+    fixed = ["quant=bf16", "kv=bf16", f"data.batch_size={clips}", f"data.future_frames={frames}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("run", [*overrides, *fixed, "hydra.runtime.output_dir=outputs"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)  # fields that name the output folder refer to it
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return plan_run(cfg)
+
+
+@torch.inference_mode()
+def world_model_figures(overrides: list[str] | None = None, frames: int = 16) -> WorldModelFigures:
+    """Roll every motion clip out with its own and with another clip's actions.
+
+    Raises:
+        ValueError: if the model has no encoder, or fewer than two motion clips are found or usable.
+    """
+    overrides = overrides or []
+    first = plan(overrides, frames, 1)
+    paths = [path for path in find_clips(first.conf.data.paths) if probe_clip(path).tag == "motion"]
+    if first.encoder_file is None:
+        raise ValueError("an encoder is needed to turn context frames into latents: set decoder.encoder_checkpoint")
+    if len(paths) < 2:
+        raise ValueError(f"{len(paths)} motion clips in {list(first.conf.data.paths)}: give at least 2")
+    run = plan(overrides, frames, len(paths))
+    window = run.conf.sampler.window
+    clips = [read_clip(path, 0, window + frames) for path in paths]
+    pictures = torch.stack([clip.frames for clip in clips]).float() / 255
+    mouse, btn = (torch.stack([getattr(clip, name) for clip in clips]).float() for name in ("mouse", "buttons"))
+    encoder = load_encoder(first.encoder_file, run.dcae).to(run.device)
+    context = torch.stack([encoder(clip.to(run.device) * 2 - 1) for clip in pictures[:, :window]]) / run.vae_scale
+    ids = [clip.id for clip in clips]
+    batch = ClipBatch(
+        clip_ids=ids, tags=["motion"] * len(ids), fps=[clip.fps for clip in clips], latents_context=context,
+        mouse=mouse.to(run.device), btn=btn.to(run.device), frames=None, latents_future=None,
+    )  # fmt: skip
+    other_mouse, other_btn = batch.mouse.clone(), batch.btn.clone()
+    other_mouse[:, window:] = batch.mouse[:, window:].roll(1, 0)
+    other_btn[:, window:] = batch.btn[:, window:].roll(1, 0)
+    module = RolloutModule(run)
+    module.setup("predict")
+    arm, noise = module.arms["bf16"], module.noise(ids, frames)
+
+    def scores(batch: ClipBatch) -> list[float]:
+        return psnr(to_frames(arm.roll(batch, noise, lambda: None).rgb), pictures[:, window:])
+
+    repeated = pictures[:, window - 1 : window].expand(-1, frames, -1, -1, -1)
+    return WorldModelFigures(
+        clip_ids=ids,
+        model=scores(batch),
+        repeat=psnr(repeated, pictures[:, window:]),
+        shuffled=scores(replace(batch, mouse=other_mouse, btn=other_btn)),
+    )
+
+
+def psnr(frames: Tensor, recorded: Tensor) -> list[float]:
+    """Mean PSNR over the frames of each clip."""
+    return [score_frames(a, b).mean()["psnr"] for a, b in zip(frames.cpu(), recorded, strict=True)]
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    counts = [arg.removeprefix("future_frames=") for arg in argv if arg.startswith("future_frames=")]
+    overrides = [arg for arg in argv if not arg.startswith("future_frames=")]
+    register()
+    try:
+        figures = world_model_figures(overrides, int(counts[-1]) if counts else 16)
+    except (ValueError, ClipError, HydraException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = Table(title="PSNR dB against the recording", title_justify="left")
+    for column in ("clip", "model", "repeat last frame", "another clip's actions"):
+        table.add_column(column, justify="left" if column == "clip" else "right", no_wrap=column == "clip")
+    for row in zip(figures.clip_ids, figures.model, figures.repeat, figures.shuffled, strict=True):
+        table.add_row(row[0], *(f"{value:.2f}" for value in row[1:]))
+    table.add_section()
+    table.add_row("mean", *(f"{figures.mean(arm):.2f}" for arm in ("model", "repeat", "shuffled")))
+    Console().print(table)
+    print("a world model" if figures.passes else f"not a world model: it must beat 'repeat' by {MARGIN_DB} dB")
+    return 0 if figures.passes else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
