@@ -1,0 +1,142 @@
+"""Reads figures out of a record and words them: what both pages, a run's and a sweep's, have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness.report.table import bytes_text
+
+ABSENT = "–"
+MEMORY_HELD = ("weight_bytes", "kv_window_bytes", "kv_scratch_bytes")
+"""What an arm holds while it runs: weights, KV window, and the scratch that a quantised window is read through."""
+EMULATED = "emulated kernel: its speed says nothing about MX"
+
+Record = Mapping[str, Any]
+
+
+def pick(section: Any, path: str) -> Any:
+    """The value at a dotted ``path``; ``None`` where a step of it is missing."""
+    for key in path.split("."):
+        if not isinstance(section, Mapping) or key not in section:
+            return None
+        section = section[key]
+    return section
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A figure with its digits, or a dash."""
+    if value is None:
+        return ABSENT
+    return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+
+
+def significant(value: float | None) -> str:
+    """A figure of any size with four significant digits, or a dash."""
+    return ABSENT if value is None else f"{value:.4g}"
+
+
+def size(value: float | None) -> str:
+    """A number of bytes in words, or a dash."""
+    return ABSENT if value is None else bytes_text(value)
+
+
+def ratio(candidate: float | None, bf16: float | None) -> float | None:
+    """Candidate / BF16, where both were measured."""
+    return candidate / bf16 if candidate is not None and bf16 else None
+
+
+def times(value: float | None) -> str:
+    """A ratio as ``0.76×``."""
+    return ABSENT if value is None else f"{value:.2f}×"
+
+
+def speed_ratio(record: Record) -> float | None:
+    """FPS of the candidate's DiT / BF16's, also where the kernel is emulated."""
+    return ratio(pick(record, "arms.candidate.speed.pipeline_fps"), pick(record, "arms.bf16.speed.pipeline_fps"))
+
+
+def held_bytes(arm: Any) -> float | None:
+    """Bytes an arm holds while it runs, see ``MEMORY_HELD``; ``None`` without an arm or a figure."""
+    found = [pick(arm, f"memory.{name}") for name in MEMORY_HELD]
+    return sum(value or 0 for value in found) if found[0] is not None else None
+
+
+def emulated(record: Record) -> bool:
+    """Whether the candidate's speed says nothing about its format."""
+    return pick(record, "arms.candidate.speed_is_meaningful") is False
+
+
+VERDICTS = {
+    "ship": ("pass", "May ship"),
+    "do not ship": ("fail", "Do not ship"),
+    "undecided": ("open", "Undecided"),
+}
+
+
+def verdict(record: Record) -> dict[str, Any]:
+    """The verdict as ``kind`` (pass, fail, open, none), ``title`` and ``notes``."""
+    gates = record.get("gates")
+    if gates:
+        kind, title = VERDICTS.get(gates["verdict"], ("open", str(gates["verdict"]).capitalize()))
+        gate = f"{gates['title']}, against {gates['against']}" if gates.get("title") else f"against {gates['against']}"
+        return {"kind": kind, "title": title, "gate": gate, "notes": list(gates.get("notes", []))}
+    if record["status"] != "complete":
+        return {"kind": "fail", "title": f"Run {record['status']}", "gate": "no gate was judged", "notes": []}
+    if "candidate" not in record["arms"]:
+        return {"kind": "none", "title": "Baseline", "gate": "BF16 alone ran: there is nothing to judge", "notes": []}
+    return {"kind": "none", "title": "No gate was asked for", "gate": "the figures speak for themselves", "notes": []}
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def shown(value: Any) -> str:
+    """Any value of a record as a person reads it."""
+    if value is None or value in ({}, []):
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return significant(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(shown(item) for item in value)
+    return str(value)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("harness.report.page"),
+        autoescape=True,  # clip ids, errors and paths are other people's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "significant": significant, "size": size, "times": times, "shown": shown}
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    return Markup((resources.files("harness.report.page") / "templates" / name).read_text(encoding="utf-8"))
+
+
+def render_page(template: str, **view: Any) -> str:
+    """A whole page from one of ``templates/``, style and script inside."""
+    return _environment().get_template(template).render(**view, css=_asset("page.css"), js=_asset("page.js"))

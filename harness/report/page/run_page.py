@@ -1,0 +1,404 @@
+"""A run's page, from its record (and its videos) alone."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from markupsafe import Markup
+
+from harness.report.page.charts import Series, column_chart, line_chart
+from harness.report.page.figures import (
+    EMULATED,
+    Record,
+    emulated,
+    flatten,
+    held_bytes,
+    number,
+    pick,
+    ratio,
+    render_page,
+    significant,
+    size,
+    speed_ratio,
+    times,
+    verdict,
+)
+from harness.report.record import load_record, write_atomically
+
+PAGE = "report.html"
+EMBED_LIMIT = 25 * 1024 * 1024
+"""Bytes of base64 up to which the videos are put inside the page; beyond, the page links to them."""
+PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
+MEMORY = (
+    ("Weights", "weight_bytes"),
+    ("KV window", "kv_window_bytes"),
+    ("KV read scratch", "kv_scratch_bytes"),
+    ("Cache and graph, as allocated", "cache_and_graph_allocated"),
+    ("Transient peak", "transient"),
+    ("Peak allocated (both arms in)", "peak_allocated"),
+    ("Peak reserved (both arms in)", "peak_reserved"),
+)
+ARMS = (("bf16", "bf16"), ("candidate", "cand"))
+"""Arms and their CSS class."""
+
+
+def write_run_page(folder: Path) -> Path:
+    """Write ``report.html`` of the run in ``folder`` from its ``record.json``.
+
+    Returns:
+        The page.
+
+    Raises:
+        RecordError: if there is no readable record.
+        OSError: if the page cannot be written.
+    """
+    page = folder / PAGE
+    write_atomically(page, run_page(asdict(load_record(folder / "record.json")), folder))
+    return page
+
+
+def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> str:
+    """The page of ``record``, whose videos lie below ``folder``."""
+    labels = {name: arm["label"] for name, arm in record["arms"].items()}
+    videos = _videos(record, folder, embed_limit)
+    return render_page(
+        "run.html.j2",
+        record=record,
+        title=labels.get("candidate") or "BF16",
+        labels=labels,
+        verdict=verdict(record),
+        tiles=_tiles(record),
+        checks=_checks(record),
+        emulated=EMULATED if emulated(record) else "",
+        fps=_fps_bars(record),
+        spans=_span_bars(record),
+        parts=_parts(record),
+        memory=_memory_bars(record),
+        curves=_curves(record),
+        clips=_clips(record),
+        videos=videos,
+        numerics=_numerics(record),
+        setup=_setup(record),
+        config=_config_lines(record["config"]),
+        facts=_facts(record),
+    )
+
+
+def _tiles(record: Record) -> list[dict[str, str]]:
+    """The figures that a decision rests on."""
+    if "candidate" not in record["arms"]:
+        return _baseline_tiles(record)
+    every = pick(record, "quality.all") or {}
+    bf16, candidate = record["arms"]["bf16"], record["arms"]["candidate"]
+    tiles = []
+    drop = pick(every, "drop.psnr")
+    if drop is not None:
+        note = f"{number(pick(every, 'bf16.psnr'))} → {number(pick(every, 'candidate.psnr'))} dB against the recording"
+        tiles.append({"name": "PSNR drop", "value": f"{number(drop, 2, sign=True)} dB", "note": note})
+    fidelity = pick(every, "fidelity.psnr")
+    if fidelity is not None:
+        note = f"candidate against BF16; SSIM {number(pick(every, 'fidelity.ssim'), 4)}"
+        tiles.append({"name": "Fidelity", "value": f"{number(fidelity, 1)} dB", "note": note})
+    speed = speed_ratio(record)
+    if emulated(record):
+        note = f"{EMULATED} ({times(speed)} here)"
+        tiles.append({"name": "Speed", "value": "not measured", "note": note, "muted": "muted"})
+    elif speed is not None:
+        frames = (number(pick(arm, "speed.pipeline_fps"), 1) for arm in (bf16, candidate))
+        tiles.append({"name": "Speed", "value": times(speed), "note": f"{' → '.join(frames)} frames/s, DiT"})
+    for name, key in (("Weights", "weight_bytes"), ("KV window", "kv_window_bytes")):
+        before, after = pick(bf16, f"memory.{key}"), pick(candidate, f"memory.{key}")
+        tiles.append({"name": name, "value": times(ratio(after, before)), "note": f"{size(before)} → {size(after)}"})
+    return tiles
+
+
+def _baseline_tiles(record: Record) -> list[dict[str, str]]:
+    arm = record["arms"].get("bf16")
+    psnr, ssim = pick(record, "quality.all.bf16.psnr"), pick(record, "quality.all.bf16.ssim")
+    scored = [{"name": "PSNR", "value": f"{number(psnr)} dB", "note": f"SSIM {number(ssim, 4)}, against the recording"}]
+    decoded = f"{number(pick(arm, 'speed.total_fps'), 1)} with decode"
+    return [
+        *(scored if psnr is not None else []),
+        {"name": "Speed", "value": f"{number(pick(arm, 'speed.pipeline_fps'), 1)} fps", "note": f"DiT; {decoded}"},
+        {"name": "Held", "value": size(held_bytes(arm)), "note": "weights and KV window"},
+    ]
+
+
+def _checks(record: Record) -> list[dict[str, Any]]:
+    """The gates' table."""
+    rows = []
+    for check in pick(record, "gates.checks") or []:
+        interval = check.get("interval")
+        rows.append(
+            {
+                "figure": check["figure"],
+                "value": significant(check["value"]),
+                "threshold": f"{check['relation'].replace('<=', '≤').replace('>=', '≥')} {check['threshold']:g}",
+                "margin": number(check["margin"], 3, sign=True),
+                "interval": "" if interval is None else f"{significant(interval[0])} … {significant(interval[1])}",
+                "status": check["status"],
+                "note": check.get("note", ""),
+            }
+        )
+    return rows
+
+
+def _bars(record: Record, name: str, path: str, word: Any, better: str, stats: bool = False) -> dict[str, Any] | None:
+    """One figure of each arm as bars of a common scale; ``None`` where no arm has it.
+
+    With ``stats`` the figure is a section with ``median``, ``p10`` and ``p90``.
+    """
+    bars = []
+    for arm, style in ARMS:
+        found = pick(record["arms"].get(arm), path)
+        value = pick(found, "median") if stats else found
+        if value is not None:
+            spread = (found["p10"], found["p90"]) if stats else None
+            bars.append({"label": record["arms"][arm]["label"], "style": style, "value": value, "spread": spread})
+    if not bars:
+        return None
+    top = max(max(bar["value"], *(bar["spread"] or ())) if bar["spread"] else bar["value"] for bar in bars) or 1
+    for bar in bars:
+        bar["text"], bar["width"] = word(bar["value"]), 100 * bar["value"] / top
+        if bar["spread"]:
+            low, high = (100 * value / top for value in bar["spread"])
+            bar |= {
+                "low": low,
+                "reach": high - low,
+                "range": f"p10 {word(bar['spread'][0])}, p90 {word(bar['spread'][1])}",
+            }
+    change = times(ratio(bars[1]["value"], bars[0]["value"])) if len(bars) == 2 else ""
+    return {"name": name, "bars": bars, "change": change, "better": better}
+
+
+def _present(groups: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    return [group for group in groups if group is not None]
+
+
+def _fps_bars(record: Record) -> list[dict[str, Any]]:
+    def word(value: float) -> str:
+        return f"{number(value, 2)} fps"
+
+    return _present(
+        [
+            _bars(record, "DiT alone (pipeline)", "speed.pipeline_fps", word, "higher is better"),
+            _bars(record, "With decode (total)", "speed.total_fps", word, "higher is better"),
+        ]
+    )
+
+
+def _span_bars(record: Record) -> list[dict[str, Any]]:
+    def word(value: float) -> str:
+        return f"{number(value, 2)} ms"
+
+    names = (("DiT", "dit_ms"), ("Decoder", "decoder_ms"), ("Total", "total_ms"), ("Prefill", "prefill_ms"))
+    return _present([_bars(record, name, f"speed.{key}", word, "lower is better", stats=True) for name, key in names])
+
+
+def _parts(record: Record) -> dict[str, Any] | None:
+    """The instrumented pass: each arm's frame as one bar, split into its parts."""
+    rows: list[dict[str, Any]] = []
+    for name, _ in ARMS:
+        found = pick(record["arms"].get(name), "parts.ms")
+        if found:
+            parts = [*(part for part in PARTS if part in found), *sorted(set(found) - set(PARTS))]
+            values = {part: pick(found, f"{part}.median") or 0.0 for part in parts}
+            rows.append({"label": record["arms"][name]["label"], "values": values, "total": sum(values.values())})
+    if not rows:
+        return None
+    top = max(row["total"] for row in rows) or 1
+    for row in rows:
+        row["pieces"] = [
+            {"part": part, "ms": value, "width": 100 * value / top, "share": 100 * value / (row["total"] or 1)}
+            for part, value in row["values"].items()
+        ]
+    return {"arms": rows, "parts": list(rows[0]["values"]), "method": pick(record, "arms.bf16.parts.method") or ""}
+
+
+def _memory_bars(record: Record) -> list[dict[str, Any]]:
+    groups = [_bars(record, name, f"memory.{key}", size, "lower is better") for name, key in MEMORY]
+    return [group for group in _present(groups) if any(bar["value"] for bar in group["bars"])]
+
+
+METRICS = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
+"""Key, name and unit."""
+
+
+def _curves(record: Record) -> list[dict[str, Any]]:
+    """Per tag: charts of both arms against the recording, then of fidelity, alike in range from tag to tag."""
+    tags: Mapping[str, Any] = pick(record, "quality.by_tag") or {}
+    ranges = {metric: _range(tags, metric) for metric, _, _ in METRICS}
+    blocks = []
+    for tag, section in tags.items():
+        charts = [
+            chart
+            for kind in ("arms", "fidelity")
+            for metric, name, unit in METRICS
+            if (chart := _curve(record, tag, kind, metric, name, unit, ranges[metric])) is not None
+        ]
+        if charts:
+            clips = section.get("clips", 0)
+            blocks.append({"tag": tag.replace("_", " ").capitalize(), "clips": clips, "charts": charts})
+    return blocks
+
+
+def _lines(section: Any, metric: str, kind: str) -> dict[str, list[float]]:
+    names = ("bf16", "candidate") if kind == "arms" else ("fidelity",)
+    found = {name: pick(section, f"{name}.curve.{metric}") for name in names}
+    return {name: curve for name, curve in found.items() if curve}
+
+
+def _range(tags: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    lines = [line for section in tags.values() for line in _lines(section, metric, "fidelity").values()]
+    values = [value for line in lines for value in line]
+    return (min(values), max(values)) if values else None
+
+
+def _curve(
+    record: Record, tag: str, kind: str, metric: str, name: str, unit: str, limits: tuple[float, float] | None
+) -> Markup | None:
+    lines = _lines(record["quality"]["by_tag"][tag], metric, kind)
+    if not lines:
+        return None
+    if kind == "arms":
+        series = [Series(record["arms"][arm]["label"], lines[arm], f"s-{style}") for arm, style in ARMS if arm in lines]
+        drop = {"drop": [a - b for a, b in zip(*lines.values(), strict=True)]} if len(lines) == 2 else {}
+        return line_chart(f"{name} against the recording", series, unit, read_out=drop)
+    clips = [
+        Series("", frames, "s-fid", faint=True)
+        for clip in record["clips"]
+        if clip.get("tag") == tag and (frames := pick(clip, f"scores.fidelity.frames.{metric}"))
+    ]
+    mean = Series("fidelity", lines["fidelity"], "s-fid")
+    title = f"Fidelity: {name} of candidate against BF16"
+    return line_chart(title, [*(clips if len(clips) > 1 else []), mean], unit, y_range=limits)
+
+
+def _clips(record: Record) -> list[dict[str, Any]]:
+    rows = []
+    for clip in record["clips"]:
+        scores = {
+            f"{name}_{metric}": pick(clip, f"scores.{name}.{metric}")
+            for name in ("bf16", "candidate", "fidelity")
+            for metric in ("psnr", "ssim")
+        }
+        rows.append({"id": clip["clip_id"], "tag": clip.get("tag", ""), "drop": pick(clip, "drop.psnr"), **scores})
+    return rows
+
+
+def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
+    """Players of the clips' videos: inside the page if all of them together stay within ``embed_limit``."""
+    root, found, missing = folder.resolve(), [], []
+    for clip in record["clips"]:
+        name = clip.get("video")
+        if not name:
+            continue
+        path = (root / name).resolve()
+        # A record may come from anywhere: nothing outside its folder gets into the page.
+        if path.is_relative_to(root) and path.is_file():
+            found.append((clip, path))
+        else:
+            missing.append(str(name))
+    total = sum(4 * -(-path.stat().st_size // 3) for _, path in found)
+    embedded = total <= embed_limit
+    players = [
+        {
+            "id": clip["clip_id"],
+            "tag": clip.get("tag", ""),
+            "drop": pick(clip, "drop.psnr"),
+            "fidelity": pick(clip, "scores.fidelity.psnr"),
+            "data": "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode() if embedded else "",
+            "link": quote(path.relative_to(root).as_posix()),
+        }
+        for clip, path in found
+    ]
+    frames = pick(record, "data.future_frames") or 0
+    return {"players": players, "embedded": embedded, "missing": missing, "frames": frames, "total": total}
+
+
+def _table_rows(section: Any) -> list[dict[str, Any]]:
+    """Rows of a mapping of mappings, or of a list of mappings, flattened; empty if it is neither."""
+    if isinstance(section, Mapping) and section and all(isinstance(row, Mapping) for row in section.values()):
+        return [{"name": name, **flatten(row)} for name, row in section.items()]
+    if isinstance(section, Sequence) and section and all(isinstance(row, Mapping) for row in section):
+        rows = [flatten(row) for row in section]
+        keys = [key for key in ("name", "linear", "layer") if key in rows[0]]
+        first = keys[0] if keys else None
+        return [
+            {"name": str(row[first]) if first else str(index), **{k: v for k, v in row.items() if k != first}}
+            for index, row in enumerate(rows)
+        ]
+    return []
+
+
+def _numerics(record: Record) -> list[dict[str, Any]]:
+    """Tables (and for Linears a chart) of whatever the record's ``numerics`` holds; empty without it."""
+    blocks = []
+    for name, section in (pick(record, "numerics") or {}).items():
+        rows = _table_rows(section)
+        if not rows:
+            continue
+        columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
+        table = [[row["name"], *(row.get(column) for column in columns)] for row in rows]
+        heading = {"linears": "Error of each MX Linear", "kv": "KV cache, layer by layer"}.get(
+            name, name.replace("_", " ")
+        )
+        blocks.append({"heading": heading, "columns": columns, "rows": table, "chart": _error_chart(rows, columns)})
+    return blocks
+
+
+def _error_chart(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Markup | None:
+    drawn = next((column for column in columns if column.startswith("rel")), None)
+    if drawn is None:
+        return None
+    read_out = [column for column in (drawn, "mae", "max", "sqnr_db", "bf16.rel") if column in columns]
+    figures = {column: [row.get(column) for row in rows] for column in read_out}
+    styles = [_category(str(row["name"])) for row in rows]
+    return column_chart("Relative error per Linear", [str(row["name"]) for row in rows], figures, drawn, styles)
+
+
+def _category(name: str) -> str:
+    if ".mlp" in name:
+        return "c-mlp"
+    return "c-attention" if ".attn" in name else "c-modulation" if "adaln" in name or "gate" in name else "c-other"
+
+
+def _setup(record: Record) -> list[dict[str, Any]]:
+    """What ran in each arm: formats, kernels, transformed Linears, compilation."""
+    return [
+        {
+            "label": arm["label"],
+            "style": style,
+            "path": arm["numeric_path"],
+            "compile": arm["compile"],
+            "transform": arm["transform"],
+        }
+        for name, style in ARMS
+        if (arm := record["arms"].get(name)) is not None
+    ]
+
+
+def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The resolved config as YAML, each line split into its key and the rest."""
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110)
+    lines = []
+    for line in text.splitlines():
+        key, colon, rest = line.partition(":")
+        lines.append((key + colon, rest) if colon else ("", line))
+    return lines
+
+
+def _facts(record: Record) -> list[tuple[str, dict[str, Any]]]:
+    model = {key: value for key, value in record["model"].items() if key not in ("arch", "decoder_arch")}
+    data = {key: value for key, value in record["data"].items() if key not in ("clips", "summary")}
+    return [
+        ("Environment", flatten(record["environment"])),
+        ("Model and decoder", flatten(model)),
+        ("Clips", flatten(data)),
+    ]

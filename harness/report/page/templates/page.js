@@ -1,0 +1,200 @@
+"use strict";
+// Read-outs of charts and bars, sortable tables, and players that keep step. No library, no network.
+
+const tip = document.getElementById("tip");
+
+function showTip(x, y, fill) {
+  tip.replaceChildren();
+  fill(tip);
+  tip.hidden = false;
+  const box = tip.getBoundingClientRect();
+  tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - box.width - 8)) + "px";
+  tip.style.top = Math.max(4, y + 18 + box.height > innerHeight ? y - box.height - 12 : y + 18) + "px";
+}
+
+function tipLine(text, style) {
+  const line = document.createElement("div");
+  if (style) {
+    const key = document.createElement("i");
+    key.className = style;
+    line.append(key);
+  }
+  line.append(text);
+  return line;
+}
+
+document.addEventListener("pointermove", (event) => {
+  const target = event.target.closest("[data-tip]");
+  if (target) showTip(event.clientX, event.clientY, (box) => box.append(target.dataset.tip));
+  else if (!event.target.closest("[data-chart]")) tip.hidden = true;
+});
+
+function figureText(value, unit) {
+  if (value === null || value === undefined) return "–";
+  if (typeof value !== "number") return String(value);
+  const size = Math.abs(value);
+  const text = size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(+value.toPrecision(5));
+  return unit ? text + " " + unit : text;
+}
+
+function svgNode(name, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  return node;
+}
+
+// ---- charts: a vertical line under the pointer, and every series' value there
+const charts = [...document.querySelectorAll("[data-chart]")].map((figure) => {
+  const data = JSON.parse(figure.dataset.chart);
+  const svg = figure.querySelector("svg");
+  const cursor = svgNode("line", { class: "cursor", y1: data.top, y2: data.bottom, visibility: "hidden" });
+  const marks = data.series.map((series) => svgNode("circle", { class: "mark " + series.style, r: 4, visibility: "hidden" }));
+  svg.append(cursor, ...marks);
+  let at = 0;
+
+  function nearest(event) {
+    const box = svg.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+    let best = 0;
+    data.x.forEach((position, index) => {
+      if (Math.abs(position - x) < Math.abs(data.x[best] - x)) best = index;
+    });
+    return best;
+  }
+  function read(index, clientX, clientY) {
+    at = index;
+    for (const [name, value] of [["x1", data.x[index]], ["x2", data.x[index]], ["visibility", "visible"]]) cursor.setAttribute(name, value);
+    data.series.forEach((series, number) => {
+      const y = series.y[index];
+      const seen = y !== undefined && y !== null;
+      marks[number].setAttribute("visibility", seen ? "visible" : "hidden");
+      if (!seen) return;
+      marks[number].setAttribute("cx", data.x[index]);
+      marks[number].setAttribute("cy", y);
+    });
+    showTip(clientX, clientY, (box) => {
+      box.append(tipLine(data.labels[index]));
+      for (const series of data.series) box.append(tipLine(series.name + "  " + figureText(series.values[index], data.unit), series.style));
+    });
+  }
+  function leave() {
+    tip.hidden = true;
+    for (const node of [cursor, ...marks]) node.setAttribute("visibility", "hidden");
+  }
+  svg.addEventListener("pointermove", (event) => read(nearest(event), event.clientX, event.clientY));
+  svg.addEventListener("pointerleave", leave);
+  figure.addEventListener("blur", leave);
+  figure.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const box = svg.getBoundingClientRect();
+    const index = Math.max(0, Math.min(data.x.length - 1, at + step));
+    read(index, box.left + (data.x[index] / svg.viewBox.baseVal.width) * box.width, box.top);
+  });
+  return { data, svg, nearest };
+});
+
+// ---- sortable tables
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.querySelectorAll("thead th")];
+  heads.forEach((head, column) => {
+    head.tabIndex = 0;
+    const sort = () => {
+      const up = head.getAttribute("aria-sort") === "descending";
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+      const order = (a, b) => {
+        const [x, y] = [value(a), value(b)];
+        const [p, q] = [x, y].map((text) => (text === "" ? NaN : Number(text.replaceAll(",", "").replace("×", ""))));
+        if (Number.isNaN(p) !== Number.isNaN(q)) return Number.isNaN(p) ? 1 : -1; // what has no figure stays below
+        const sign = Number.isNaN(p) ? x.localeCompare(y) : p - q;
+        return up ? sign : -sign;
+      };
+      table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
+    };
+    head.addEventListener("click", sort);
+    head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+  });
+}
+
+// ---- players in step: the longest video leads, the others follow its clock
+const transport = document.querySelector(".transport");
+if (transport) {
+  const videos = [...document.querySelectorAll("video")];
+  const frames = Number(transport.dataset.frames) || 0;
+  const [play, seek, clock, rate, back, ahead] = ["play", "seek", "clock", "rate", "back", "ahead"].map((id) => document.getElementById(id));
+  const frameCharts = charts.filter((chart) => chart.data.frames);
+  for (const chart of frameCharts) {
+    chart.playhead = svgNode("line", { class: "playhead", y1: chart.data.top, y2: chart.data.bottom, visibility: "hidden" });
+    chart.svg.append(chart.playhead);
+    chart.svg.addEventListener("click", (event) => { pause(); goTo(chart.nearest(event)); });
+  }
+  for (const video of videos) {
+    if (!video.dataset.src) continue;
+    // Some browsers do not seek in data URIs: hand them the same bytes as a file.
+    const bytes = Uint8Array.from(atob(video.dataset.src.split(",")[1]), (letter) => letter.charCodeAt(0));
+    video.src = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
+    delete video.dataset.src;
+  }
+  let playing = false;
+  const leader = () => videos.reduce((best, video) => ((video.duration || 0) > (best.duration || 0) ? video : best), videos[0]);
+  const frameTime = () => (frames && leader().duration ? leader().duration / frames : 1 / 15);
+  const frameNow = () => Math.max(0, Math.min(frames ? frames - 1 : Infinity, Math.floor(leader().currentTime / frameTime() + 1e-3)));
+
+  function align(time, tolerance) {
+    for (const video of videos) {
+      const wanted = Math.min(time, Math.max(0, (video.duration || 0) - 1e-3));
+      if (Math.abs(video.currentTime - wanted) > tolerance) video.currentTime = wanted;
+    }
+  }
+  function draw() {
+    const frame = frameNow();
+    clock.textContent = "frame " + frame + (frames ? " / " + (frames - 1) : "");
+    if (document.activeElement !== seek || playing) seek.value = String(Math.round((1000 * leader().currentTime) / (leader().duration || 1)));
+    for (const chart of frameCharts) {
+      const x = chart.data.x[frame];
+      chart.playhead.setAttribute("visibility", x === undefined ? "hidden" : "visible");
+      if (x === undefined) continue;
+      chart.playhead.setAttribute("x1", x);
+      chart.playhead.setAttribute("x2", x);
+    }
+  }
+  function goTo(frame) {
+    align(Math.max(0, frame + 0.5) * frameTime(), 0); // the middle of a frame: no rounding can show its neighbour
+  }
+  function pause() {
+    playing = false;
+    for (const video of videos) video.pause();
+    play.textContent = "▶ Play all";
+    if (leader().duration) goTo(frameNow());
+  }
+  async function start() {
+    playing = true;
+    play.textContent = "❚❚ Pause";
+    align(leader().ended ? 0 : leader().currentTime, 1e-3);
+    await Promise.all(videos.map((video) => video.play().catch((error) => { clock.textContent = String(error.message); })));
+    if (playing) requestAnimationFrame(follow);
+  }
+  function follow() {
+    if (!playing) return;
+    if (leader().ended) {
+      start();
+      return;
+    }
+    align(leader().currentTime, 0.09);
+    draw();
+    requestAnimationFrame(follow);
+  }
+  play.addEventListener("click", () => (playing ? pause() : start()));
+  seek.addEventListener("input", () => { pause(); align((seek.value / 1000) * leader().duration, 0); });
+  rate.addEventListener("change", () => videos.forEach((video) => { video.playbackRate = Number(rate.value); }));
+  back.addEventListener("click", () => { pause(); goTo(Math.max(0, frameNow() - 1)); });
+  ahead.addEventListener("click", () => { pause(); goTo(Math.min((frames || Infinity) - 1, frameNow() + 1)); });
+  for (const video of videos) {
+    video.addEventListener("click", () => play.click());
+    video.addEventListener("seeked", draw);
+    video.addEventListener("loadeddata", draw);
+  }
+}

@@ -1,0 +1,284 @@
+"""A sweep's page: its runs side by side, and which of them give most quality for their speed and memory.
+
+``conf/run.yaml`` hooks :class:`SweepPage` into Hydra, so a multirun ends with its page whatever its launcher, and
+however it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from markupsafe import Markup
+from omegaconf import DictConfig
+
+from harness.report.page.charts import Point, pareto, scatter
+from harness.report.page.figures import (
+    EMULATED,
+    Record,
+    emulated,
+    held_bytes,
+    number,
+    pick,
+    ratio,
+    render_page,
+    size,
+    speed_ratio,
+    times,
+    verdict,
+)
+from harness.report.page.run_page import PAGE, write_run_page
+from harness.report.record import RecordError, load_record, write_atomically
+
+ERROR_FILE = "error.txt"
+"""What ended a job of a sweep, in its folder; there even if the job never came to a record."""
+
+
+class SweepError(ValueError):
+    """A folder that holds no runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    ``record`` is ``None`` where the run left none; ``reason`` says why a run failed, empty if it did not.
+    ``overrides`` are those that not all runs of the sweep share.
+    """
+
+    folder: Path
+    overrides: list[str]
+    record: Record | None
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the candidate, or the folder."""
+        arms = self.record["arms"] if self.record else {}
+        arm = arms.get("candidate") or arms.get("bf16")
+        return arm["label"] if arm else self.folder.name
+
+    @property
+    def page(self) -> str | None:
+        """Link to the run's own page, relative to the sweep's."""
+        return f"{quote(self.folder.name)}/{PAGE}" if (self.folder / PAGE).is_file() else None
+
+
+def read_sweep(folder: Path) -> list[Run]:
+    """The runs in ``folder``, in the order of their job numbers.
+
+    Raises:
+        SweepError: if there is none.
+    """
+    runs = [path for path in folder.iterdir() if _is_run(path)] if folder.is_dir() else []
+    if not runs:
+        raise SweepError(f"{folder}: no runs here; give the folder of a multirun, such as outputs/multirun/<date>")
+    found = [(path, _overrides(path), *_outcome(path)) for path in sorted(runs, key=_job_number)]
+    shared = set.intersection(*(set(overrides) for _, overrides, _, _ in found)) if len(found) > 1 else set()
+    return [
+        Run(path, [override for override in overrides if override not in shared], record, reason)
+        for path, overrides, record, reason in found
+    ]
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("record.json", ".hydra", ERROR_FILE))
+
+
+def _job_number(path: Path) -> tuple[int, str]:
+    first = path.name.split("_")[0]
+    return (int(first) if first.isdecimal() else 1 << 30), path.name
+
+
+def _overrides(path: Path) -> list[str]:
+    file = path / ".hydra" / "overrides.yaml"
+    return [str(override) for override in yaml.safe_load(file.read_text()) or []] if file.is_file() else []
+
+
+def _outcome(path: Path) -> tuple[Record | None, str]:
+    """A run's record, if it left one, and why it failed, if it did."""
+    error_file = path / ERROR_FILE
+    error = error_file.read_text(encoding="utf-8").strip() if error_file.is_file() else ""
+    if not (path / "record.json").is_file():
+        return None, error or "ended before anything was recorded"
+    try:
+        record = asdict(load_record(path / "record.json"))
+    except RecordError as unreadable:
+        return None, str(unreadable)
+    if record["status"] == "complete":
+        return record, error
+    incidents = "; ".join(str(incident.get("message", "")) for incident in record["incidents"])
+    return record, error or incidents or record["status"]
+
+
+def write_sweep_page(folder: Path, rebuild_runs: bool = False) -> Path:
+    """Write ``report.html`` of the sweep in ``folder``; with ``rebuild_runs`` that of each of its runs first.
+
+    Returns:
+        The page.
+
+    Raises:
+        SweepError: if the folder holds no runs.
+        OSError: if a page cannot be written.
+    """
+    runs = read_sweep(folder)
+    if rebuild_runs:
+        for run in runs:
+            if run.record is not None:
+                write_run_page(run.folder)
+    page = folder / PAGE
+    write_atomically(page, sweep_page(folder.resolve().name, runs))
+    return page
+
+
+def sweep_page(name: str, runs: Sequence[Run]) -> str:
+    """The page that compares ``runs``."""
+    failed = [run for run in runs if run.reason]
+    compared = [run for run in runs if run.record is not None and run.record["quality"]]
+    return render_page(
+        "sweep.html.j2",
+        name=name,
+        count=len(runs),
+        failed=[{"name": run.folder.name, "overrides": run.overrides, "reason": run.reason} for run in failed],
+        rows=[_row(run) for run in runs],
+        plots=_plots(compared),
+        emulated=EMULATED if any(run.record and emulated(run.record) for run in runs) else "",
+        judged=any(run.record and run.record.get("gates") for run in runs),
+    )
+
+
+def _cell(value: float | None, text: str) -> dict[str, str]:
+    """Text for the reader and the number to sort by."""
+    return {"text": text, "sort": "" if value is None else repr(value)}
+
+
+def _row(run: Run) -> dict[str, Any]:
+    record = run.record or {"arms": {}, "status": "failed"}
+    arm = record["arms"].get("candidate") or record["arms"].get("bf16")
+    drop, fidelity = pick(record, "quality.all.drop.psnr"), pick(record, "quality.all.fidelity.psnr")
+    held, speed = _held_ratio(record), speed_ratio(record)
+    fps, peak = pick(arm, "speed.total_fps"), pick(arm, "memory.peak_allocated")
+    mark = " *" if emulated(record) else ""
+    return {
+        "name": run.name,
+        "page": run.page,
+        "overrides": run.overrides,
+        "status": record["status"] if not run.reason else "failed",
+        "verdict": verdict(record) if record.get("gates") else None,
+        "cells": [
+            _cell(pick(record, "quality.all.candidate.psnr") or pick(record, "quality.all.bf16.psnr"), _psnr(record)),
+            _cell(drop, number(drop, 3, sign=True)),
+            _cell(fidelity, number(fidelity)),
+            _cell(speed, times(speed) + (mark if speed is not None else "")),
+            _cell(fps, number(fps, 2) + (mark if fps is not None else "")),
+            _cell(held, times(held)),
+            _cell(pick(arm, "memory.weight_bytes"), size(pick(arm, "memory.weight_bytes"))),
+            _cell(pick(arm, "memory.kv_window_bytes"), size(pick(arm, "memory.kv_window_bytes"))),
+            _cell(peak, size(peak)),
+        ],
+    }
+
+
+def _psnr(record: Record) -> str:
+    candidate = pick(record, "quality.all.candidate.psnr")
+    return number(candidate if candidate is not None else pick(record, "quality.all.bf16.psnr"))
+
+
+def _held_ratio(record: Record) -> float | None:
+    arms = record["arms"]
+    return ratio(held_bytes(arms.get("candidate")), held_bytes(arms.get("bf16")))
+
+
+def _plots(runs: Sequence[Run]) -> list[Markup]:
+    """Quality, as drop and as fidelity, against speed and against memory; BF16 itself is the point (1, 0)."""
+    plots = []
+    for quality, better, y_label in (("drop", -1, "PSNR drop, dB (up: smaller)"), ("fidelity", 1, "fidelity, dB")):
+        for cost, sense, x_label in (
+            ("speed", 1, "frames/s of the DiT, × BF16"),
+            ("held", -1, "weights + KV held, × BF16"),
+        ):
+            points = _points(runs, quality, better, cost, sense)
+            if points:
+                title = f"{'PSNR drop' if quality == 'drop' else 'Fidelity to BF16'} against "
+                title += "speed" if cost == "speed" else "memory"
+                plots.append(scatter(title, points, x_label, y_label, flip_y=quality == "drop"))
+    return plots
+
+
+def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: int) -> list[Point]:
+    """Points of one plot. An emulated kernel's speed is no speed, so it competes in no front over speed."""
+    found: list[tuple[Run, float, float, bool]] = []
+    for run in runs:
+        record: Record = run.record or {}
+        y = pick(record, f"quality.all.{quality}.psnr")
+        x = speed_ratio(record) if cost == "speed" else _held_ratio(record)
+        if x is not None and y is not None:
+            found.append((run, x, y, cost == "held" or not emulated(record)))
+    competing = [(sense * x, better * y) for _, x, y, competes in found if competes]
+    fronts = iter(pareto([*competing, (sense * 1.0, 0.0)] if quality == "drop" else competing))
+    points = [
+        Point(
+            run.name,
+            x,
+            y,
+            "s-cand" if competes else "s-cand hollow",
+            _details(run),
+            run.page,
+            next(fronts) if competes else False,
+        )
+        for run, x, y, competes in found
+    ]
+    if points and quality == "drop":
+        points.append(Point("BF16", 1.0, 0.0, "s-bf16", ["the baseline, by definition"], None, next(fronts)))
+    return points
+
+
+def _details(run: Run) -> list[str]:
+    record: Record = run.record or {}
+    every = pick(record, "quality.all")
+    speed = f"speed {times(speed_ratio(record))}" + (f" ({EMULATED})" if emulated(record) else "")
+    return [
+        f"drop {number(pick(every, 'drop.psnr'), 3, sign=True)} dB, fidelity {number(pick(every, 'fidelity.psnr'))} dB",
+        speed,
+        f"held {times(_held_ratio(record))}: {size(held_bytes(record['arms'].get('candidate')))}",
+        *([f"verdict: {record['gates']['verdict']}"] if record.get("gates") else []),
+    ]
+
+
+class SweepPage(Callback):
+    """Hydra's hook: notes why jobs fail, and writes the sweep's page when the sweep is over.
+
+    Hydra calls ``on_multirun_end`` only where every job succeeded, hence the exit handler; ``on_job_end`` runs where
+    the job ran, be that another process or machine.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make sure of a page even if a job's error or Ctrl-C ends the sweep."""
+        self._folder = Path(config.hydra.sweep.dir).resolve()
+        atexit.register(self._write)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Keep the reason of a failure, which otherwise only the terminal saw."""
+        if job_return.status is JobStatus.FAILED:
+            error = job_return._return_value  # the property would raise it
+            text = str(error) if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
+            write_atomically(Path(config.hydra.runtime.output_dir) / ERROR_FILE, text + "\n")
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Write the page."""
+        atexit.unregister(self._write)
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            page = write_sweep_page(self._folder)
+        except SweepError:
+            return  # not one job began: whatever ended the sweep has been said
+        print(f"Comparison of the sweep: {page}")
