@@ -226,8 +226,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     try:
         conf = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        # A resolver's own message is the one to show; OmegaConf wraps it in where it came from.
-        raise ConfigError(f"config: {error.__cause__ if isinstance(error.__cause__, FlagError) else error}") from error
+        raise ConfigError(f"config: {_root(error)}") from error
     assert isinstance(conf, RunConf)
     problems: list[str] = []
     device = _device(conf.trainer, problems)
@@ -241,6 +240,16 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     assert dcae is not None
     assert vae_scale is not None
     return RunPlan(conf, arch, dcae, vae_scale, device)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The flag's own error where a resolver raised one: OmegaConf wraps it twice."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, FlagError):
+            return inner
+        inner = inner.__context__
+    return error
 
 
 def _device(conf: TrainerConf, problems: list[str]) -> torch.device:

@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from lightning import Callback, LightningModule, Trainer
 
 from harness.callbacks import ClipOutputs
-from harness.config import TrainerConf
+from harness.config import RunConf
 from harness.measure.quality import ClipQuality, FrameScores
+from harness.measure.stability import Incident, OnInstability
 from harness.module import RolloutModule
 from harness.report.record import write_atomically
 
@@ -90,6 +91,7 @@ class ProcessParts(Callback):
             "error": None if error is None else f"{type(error).__name__}: {error}",
             "clips": [asdict(clip) for clip in self.outputs.clips],
             "rows": self.outputs.rows,
+            "incidents": [asdict(incident) for incident in module.guard.incidents],
             "arms": {
                 name: {field: getattr(arm, field) for field in (*JOINED, *SUMMED)} for name, arm in module.arms.items()
             },
@@ -138,6 +140,7 @@ class ProcessParts(Callback):
             self._merged.add(rank)
             self.outputs.clips += [_clip(clip) for clip in part["clips"]]
             self.outputs.rows += part["rows"]
+            module.guard.incidents += [Incident(**incident) for incident in part["incidents"]]
             for name, figures in part["arms"].items():
                 arm = module.arms[name]
                 for field in (*JOINED, *SUMMED):
@@ -178,13 +181,25 @@ def stop_others(trainer: Trainer) -> None:
             child.send_signal(signal.SIGTERM)
 
 
-def check_processes(conf: TrainerConf, mode: RunMode | None) -> None:
-    """Raise ``ValueError`` for processes that could not be started: in a sweep, whose jobs share one command line."""
-    if conf.devices * conf.num_nodes > 1 and mode is RunMode.MULTIRUN:
+def check_processes(conf: RunConf, mode: RunMode | None) -> None:
+    """Check what several processes can do together, before they are started.
+
+    Raises:
+        ValueError: in a sweep, whose jobs share one command line; and where each process could fall back by itself.
+    """
+    devices = conf.trainer.devices
+    if devices * conf.trainer.num_nodes == 1:
+        return
+    if mode is RunMode.MULTIRUN:
         raise ValueError(
-            f"trainer.devices={conf.devices} in a sweep (-m): Lightning starts its processes by repeating the command, "
+            f"trainer.devices={devices} in a sweep (-m): Lightning starts its processes by repeating the command, "
             "which is the whole sweep. Give each job one device and let a launcher run jobs side by side, "
             "see docs/sweeps.md; or run the configurations one after another without -m"
+        )
+    if conf.on_instability is OnInstability["fallback"]:
+        raise ValueError(
+            f"on_instability=fallback with trainer.devices={devices}: each process would fall back by itself, to "
+            "formats of its own; use one device, or on_instability=raise or record"
         )
 
 

@@ -9,7 +9,8 @@ import pytest
 from hydra.types import RunMode
 
 from harness import parallel
-from harness.config import ROOT, ConfigError, TrainerConf, plan_run
+from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
+from harness.measure.stability import OnInstability
 from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes
 from harness.report.record import load_record
 from harness.run import run
@@ -130,9 +131,12 @@ def test_a_partners_failure_is_noticed_after_the_next_batch(first_process):
 
 def test_processes_that_cannot_be_are_refused_before_they_start():
     with pytest.raises(ValueError, match=r"trainer.devices=2 in a sweep .*docs/sweeps.md"):
-        check_processes(TrainerConf(devices=2), RunMode.MULTIRUN)
-    check_processes(TrainerConf(devices=2), RunMode.RUN)
-    check_processes(TrainerConf(), RunMode.MULTIRUN)
+        check_processes(RunConf(trainer=TrainerConf(devices=2)), RunMode.MULTIRUN)
+    check_processes(RunConf(trainer=TrainerConf(devices=2)), RunMode.RUN)
+    check_processes(RunConf(), RunMode.MULTIRUN)
+    alone = RunConf(trainer=TrainerConf(devices=2), on_instability=OnInstability["fallback"])
+    with pytest.raises(ValueError, match="on_instability=fallback with trainer.devices=2"):
+        check_processes(alone, RunMode.RUN)
     with pytest.raises(ValueError, match="2 processes for 1 clips: every process needs one; use trainer.devices=1"):
         check_clips(1, 2)
 
