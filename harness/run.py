@@ -94,7 +94,7 @@ def run(cfg: DictConfig) -> str | None:
     """
     started, hydra_cfg = datetime.now(UTC), HydraConfig.get()
     plan = plan_run(cfg)
-    check_processes(plan.conf.trainer, hydra_cfg.mode)
+    check_processes(plan.conf, hydra_cfg.mode)
     baseline = load_baseline(plan, cfg)
     folder = Path(hydra_cfg.runtime.output_dir)
     outputs = ClipOutputs(folder, plan.conf.measure.videos, arm_labels(plan, hydra_cfg.runtime.choices))
