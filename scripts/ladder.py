@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -424,6 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")
     args = parser.parse_intermixed_args(argv)
     register()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed ladder takes its run along
     try:
         ladder = Ladder(args.out, args.overrides, args.kv)
         if git_state()["dirty"]:
