@@ -45,6 +45,20 @@ class SweepError(ValueError):
     """A folder that holds no runs."""
 
 
+COLUMNS = (
+    "PSNR dB",
+    "drop dB",
+    "fidelity dB",
+    "speed",
+    "total fps",
+    "held",
+    "weights",
+    "KV window",
+    "peak allocated",
+)
+"""Figures of the table; those that no run has are left out."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a sweep.
@@ -140,14 +154,22 @@ def write_sweep_page(folder: Path, rebuild_runs: bool = False) -> Path:
 
 def sweep_page(name: str, runs: Sequence[Run]) -> str:
     """The page that compares ``runs``."""
-    failed = [run for run in runs if run.reason]
+    failed: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.reason:
+            failed.setdefault(run.reason, []).append(run)
+    rows = [_row(run) for run in runs]
+    used = [number for number in range(len(COLUMNS)) if any(row["cells"][number]["sort"] for row in rows)]
     compared = [run for run in runs if run.record is not None and run.record["quality"]]
     return render_page(
         "sweep.html.j2",
         name=name,
         count=len(runs),
-        failed=[{"name": run.folder.name, "overrides": run.overrides, "reason": run.reason} for run in failed],
-        rows=[_row(run) for run in runs],
+        failed=failed,
+        failures=sum(map(len, failed.values())),
+        columns=[COLUMNS[number] for number in used],
+        rows=[{**row, "cells": [row["cells"][number] for number in used]} for row in rows],
+        notes=list(dict.fromkeys(note for run in runs if run.record for note in run.record["notes"])),
         plots=_plots(compared),
         emulated=EMULATED if any(run.record and emulated(run.record) for run in runs) else "",
         judged=any(run.record and run.record.get("gates") for run in runs),
@@ -165,6 +187,7 @@ def _row(run: Run) -> dict[str, Any]:
     drop, fidelity = pick(record, "quality.all.drop.psnr"), pick(record, "quality.all.fidelity.psnr")
     held, speed = _held_ratio(record), speed_ratio(record)
     fps, peak = pick(arm, "speed.total_fps"), pick(arm, "memory.peak_allocated")
+    psnr = pick(record, f"quality.all.{'candidate' if 'candidate' in record['arms'] else 'bf16'}.psnr")
     mark = " *" if emulated(record) else ""
     return {
         "name": run.name,
@@ -173,7 +196,7 @@ def _row(run: Run) -> dict[str, Any]:
         "status": record["status"] if not run.reason else "failed",
         "verdict": verdict(record) if record.get("gates") else None,
         "cells": [
-            _cell(pick(record, "quality.all.candidate.psnr") or pick(record, "quality.all.bf16.psnr"), _psnr(record)),
+            _cell(psnr, number(psnr)),
             _cell(drop, number(drop, 3, sign=True)),
             _cell(fidelity, number(fidelity)),
             _cell(speed, times(speed) + (mark if speed is not None else "")),
@@ -186,11 +209,6 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
-def _psnr(record: Record) -> str:
-    candidate = pick(record, "quality.all.candidate.psnr")
-    return number(candidate if candidate is not None else pick(record, "quality.all.bf16.psnr"))
-
-
 def _held_ratio(record: Record) -> float | None:
     arms = record["arms"]
     return ratio(held_bytes(arms.get("candidate")), held_bytes(arms.get("bf16")))
@@ -199,10 +217,10 @@ def _held_ratio(record: Record) -> float | None:
 def _plots(runs: Sequence[Run]) -> list[Markup]:
     """Quality, as drop and as fidelity, against speed and against memory; BF16 itself is the point (1, 0)."""
     plots = []
-    for quality, better, y_label in (("drop", -1, "PSNR drop, dB (up: smaller)"), ("fidelity", 1, "fidelity, dB")):
+    for quality, better, y_label in (("drop", -1, "PSNR drop, dB"), ("fidelity", 1, "fidelity, dB")):
         for cost, sense, x_label in (
-            ("speed", 1, "frames/s of the DiT, × BF16"),
-            ("held", -1, "weights + KV held, × BF16"),
+            ("speed", 1, "DiT frames/s, × BF16 (right: faster)"),
+            ("held", -1, "weights + KV held, × BF16 (left: less)"),
         ):
             points = _points(runs, quality, better, cost, sense)
             if points:
@@ -268,7 +286,7 @@ class SweepPage(Callback):
         """Keep the reason of a failure, which otherwise only the terminal saw."""
         if job_return.status is JobStatus.FAILED:
             error = job_return._return_value  # the property would raise it
-            text = str(error) if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
+            text = str(error).removeprefix("error: ") if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
             write_atomically(Path(config.hydra.runtime.output_dir) / ERROR_FILE, text + "\n")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

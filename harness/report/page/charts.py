@@ -133,6 +133,8 @@ def line_chart(
     x_label: str = "generated frame",
     y_range: tuple[float, float] | None = None,
     read_out: Mapping[str, Values] | None = None,
+    labels: Sequence[str] | None = None,
+    synced: bool = True,
 ) -> Markup:
     """Lines over frames.
 
@@ -143,6 +145,8 @@ def line_chart(
         x_label: what x counts.
         y_range: values that the y axis must hold besides the series' own, so that charts side by side compare.
         read_out: figures that only the read-out shows, by name.
+        labels: what the read-out calls each x; "frame 0" and so on if not given.
+        synced: whether x is the frame of the videos, so that both follow each other.
     """
     length = max(len(line.values) for line in series)
     values = [value for line in series for value in line.values if value is not None]
@@ -153,11 +157,11 @@ def line_chart(
         style = f"line {line.style}{' faint' if line.faint else ''}"
         drawing.append(Markup('<path class="{}" d="{}"/>').format(style, _path(line.values, x, y)))
     shown = [line for line in series if not line.faint]
-    names = [(line.style, line.name) for line in shown] if len(shown) > 1 else []
+    names = [(line.style, line.name) for line in shown]
     legend = Markup("").join(Markup('<i class="key {}"></i><b>{}</b>').format(*name) for name in names)
     data = {
         "x": [round(x.at(index), 1) for index in range(length)],
-        "labels": [f"frame {index}" for index in range(length)],
+        "labels": labels or [f"{x_label.removeprefix('generated ')} {index}" for index in range(length)],
         "series": [
             {
                 "name": line.name,
@@ -172,7 +176,7 @@ def line_chart(
             for name, values in (read_out or {}).items()
         ],
         "unit": unit,
-        "frames": True,
+        "frames": synced,
         "top": TOP,
         "bottom": HEIGHT - BOTTOM,
     }
@@ -259,6 +263,7 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, fli
             f"{'L' if index else 'M'}{x.at(point.x):.1f} {y.at(point.y):.1f}" for index, point in enumerate(front)
         )
         drawing.append(Markup('<path class="front" d="{}"/>').format(corners))
+    drawing += _names([(point.name, x.at(point.x), y.at(point.y)) for point in points])
     for point in points:
         style = f"dot {point.style}{' on-front' if point.on_front else ''}"
         circle = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="6" data-tip="{}"/>').format(
@@ -271,6 +276,27 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, fli
         '<figure class="chart scatter"><figcaption><span>{}</span></figcaption>'
         '<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg></figure>'
     ).format(title, WIDTH, HEIGHT, escape(title), Markup("").join(drawing))
+
+
+def _names(points: Sequence[tuple[str, float, float]]) -> list[Markup]:
+    """Names beside their points; where there is no room for one, its read-out has it."""
+    taken = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
+    drawn = []
+    for name, x, y in points:
+        width = 6.5 * len(name)
+        for left, middle in ((x + 11, y), (x - 11 - width, y), (x - width / 2, y - 14), (x - width / 2, y + 15)):
+            box = (left, middle - 6, left + width, middle + 6)
+            inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                text = Markup('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>')
+                drawn.append(text.format(left, middle + 4, name))
+                break
+    return drawn
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -15,6 +15,8 @@ from harness.report.table import bytes_text
 ABSENT = "–"
 MEMORY_HELD = ("weight_bytes", "kv_window_bytes", "kv_scratch_bytes")
 """What an arm holds while it runs: weights, KV window, and the scratch that a quantised window is read through."""
+ARMS = (("bf16", "bf16"), ("candidate", "cand"))
+"""Arms and their CSS class."""
 EMULATED = "emulated kernel: its speed says nothing about MX"
 
 Record = Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ from urllib.parse import quote
 import yaml
 from markupsafe import Markup
 
-from harness.report.page.charts import Series, column_chart, line_chart
+from harness.report import drift
+from harness.report.page.charts import Series, line_chart
+from harness.report.page.costs import fps_bars, memory_bars, part_bars, span_bars
 from harness.report.page.figures import (
+    ARMS,
     EMULATED,
     Record,
     emulated,
@@ -29,23 +32,12 @@ from harness.report.page.figures import (
     times,
     verdict,
 )
+from harness.report.page.numerics import numerics_blocks
 from harness.report.record import load_record, write_atomically
 
 PAGE = "report.html"
 EMBED_LIMIT = 25 * 1024 * 1024
 """Bytes of base64 up to which the videos are put inside the page; beyond, the page links to them."""
-PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
-MEMORY = (
-    ("Weights", "weight_bytes"),
-    ("KV window", "kv_window_bytes"),
-    ("KV read scratch", "kv_scratch_bytes"),
-    ("Cache and graph, as allocated", "cache_and_graph_allocated"),
-    ("Transient peak", "transient"),
-    ("Peak allocated (both arms in)", "peak_allocated"),
-    ("Peak reserved (both arms in)", "peak_reserved"),
-)
-ARMS = (("bf16", "bf16"), ("candidate", "cand"))
-"""Arms and their CSS class."""
 
 
 def write_run_page(folder: Path) -> Path:
@@ -76,14 +68,15 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
         tiles=_tiles(record),
         checks=_checks(record),
         emulated=EMULATED if emulated(record) else "",
-        fps=_fps_bars(record),
-        spans=_span_bars(record),
-        parts=_parts(record),
-        memory=_memory_bars(record),
+        fps=fps_bars(record),
+        spans=span_bars(record),
+        parts=part_bars(record),
+        memory=memory_bars(record),
         curves=_curves(record),
+        drift=list(drift.sentences(record["drift"])) if record.get("drift") else [],
         clips=_clips(record),
         videos=videos,
-        numerics=_numerics(record),
+        numerics=numerics_blocks(record),
         setup=_setup(record),
         config=_config_lines(record["config"]),
         facts=_facts(record),
@@ -147,83 +140,6 @@ def _checks(record: Record) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _bars(record: Record, name: str, path: str, word: Any, better: str, stats: bool = False) -> dict[str, Any] | None:
-    """One figure of each arm as bars of a common scale; ``None`` where no arm has it.
-
-    With ``stats`` the figure is a section with ``median``, ``p10`` and ``p90``.
-    """
-    bars = []
-    for arm, style in ARMS:
-        found = pick(record["arms"].get(arm), path)
-        value = pick(found, "median") if stats else found
-        if value is not None:
-            spread = (found["p10"], found["p90"]) if stats else None
-            bars.append({"label": record["arms"][arm]["label"], "style": style, "value": value, "spread": spread})
-    if not bars:
-        return None
-    top = max(max(bar["value"], *(bar["spread"] or ())) if bar["spread"] else bar["value"] for bar in bars) or 1
-    for bar in bars:
-        bar["text"], bar["width"] = word(bar["value"]), 100 * bar["value"] / top
-        if bar["spread"]:
-            low, high = (100 * value / top for value in bar["spread"])
-            bar |= {
-                "low": low,
-                "reach": high - low,
-                "range": f"p10 {word(bar['spread'][0])}, p90 {word(bar['spread'][1])}",
-            }
-    change = times(ratio(bars[1]["value"], bars[0]["value"])) if len(bars) == 2 else ""
-    return {"name": name, "bars": bars, "change": change, "better": better}
-
-
-def _present(groups: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    return [group for group in groups if group is not None]
-
-
-def _fps_bars(record: Record) -> list[dict[str, Any]]:
-    def word(value: float) -> str:
-        return f"{number(value, 2)} fps"
-
-    return _present(
-        [
-            _bars(record, "DiT alone (pipeline)", "speed.pipeline_fps", word, "higher is better"),
-            _bars(record, "With decode (total)", "speed.total_fps", word, "higher is better"),
-        ]
-    )
-
-
-def _span_bars(record: Record) -> list[dict[str, Any]]:
-    def word(value: float) -> str:
-        return f"{number(value, 2)} ms"
-
-    names = (("DiT", "dit_ms"), ("Decoder", "decoder_ms"), ("Total", "total_ms"), ("Prefill", "prefill_ms"))
-    return _present([_bars(record, name, f"speed.{key}", word, "lower is better", stats=True) for name, key in names])
-
-
-def _parts(record: Record) -> dict[str, Any] | None:
-    """The instrumented pass: each arm's frame as one bar, split into its parts."""
-    rows: list[dict[str, Any]] = []
-    for name, _ in ARMS:
-        found = pick(record["arms"].get(name), "parts.ms")
-        if found:
-            parts = [*(part for part in PARTS if part in found), *sorted(set(found) - set(PARTS))]
-            values = {part: pick(found, f"{part}.median") or 0.0 for part in parts}
-            rows.append({"label": record["arms"][name]["label"], "values": values, "total": sum(values.values())})
-    if not rows:
-        return None
-    top = max(row["total"] for row in rows) or 1
-    for row in rows:
-        row["pieces"] = [
-            {"part": part, "ms": value, "width": 100 * value / top, "share": 100 * value / (row["total"] or 1)}
-            for part, value in row["values"].items()
-        ]
-    return {"arms": rows, "parts": list(rows[0]["values"]), "method": pick(record, "arms.bf16.parts.method") or ""}
-
-
-def _memory_bars(record: Record) -> list[dict[str, Any]]:
-    groups = [_bars(record, name, f"memory.{key}", size, "lower is better") for name, key in MEMORY]
-    return [group for group in _present(groups) if any(bar["value"] for bar in group["bars"])]
 
 
 METRICS = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
@@ -320,53 +236,6 @@ def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
     ]
     frames = pick(record, "data.future_frames") or 0
     return {"players": players, "embedded": embedded, "missing": missing, "frames": frames, "total": total}
-
-
-def _table_rows(section: Any) -> list[dict[str, Any]]:
-    """Rows of a mapping of mappings, or of a list of mappings, flattened; empty if it is neither."""
-    if isinstance(section, Mapping) and section and all(isinstance(row, Mapping) for row in section.values()):
-        return [{"name": name, **flatten(row)} for name, row in section.items()]
-    if isinstance(section, Sequence) and section and all(isinstance(row, Mapping) for row in section):
-        rows = [flatten(row) for row in section]
-        keys = [key for key in ("name", "linear", "layer") if key in rows[0]]
-        first = keys[0] if keys else None
-        return [
-            {"name": str(row[first]) if first else str(index), **{k: v for k, v in row.items() if k != first}}
-            for index, row in enumerate(rows)
-        ]
-    return []
-
-
-def _numerics(record: Record) -> list[dict[str, Any]]:
-    """Tables (and for Linears a chart) of whatever the record's ``numerics`` holds; empty without it."""
-    blocks = []
-    for name, section in (pick(record, "numerics") or {}).items():
-        rows = _table_rows(section)
-        if not rows:
-            continue
-        columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
-        table = [[row["name"], *(row.get(column) for column in columns)] for row in rows]
-        heading = {"linears": "Error of each MX Linear", "kv": "KV cache, layer by layer"}.get(
-            name, name.replace("_", " ")
-        )
-        blocks.append({"heading": heading, "columns": columns, "rows": table, "chart": _error_chart(rows, columns)})
-    return blocks
-
-
-def _error_chart(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Markup | None:
-    drawn = next((column for column in columns if column.startswith("rel")), None)
-    if drawn is None:
-        return None
-    read_out = [column for column in (drawn, "mae", "max", "sqnr_db", "bf16.rel") if column in columns]
-    figures = {column: [row.get(column) for row in rows] for column in read_out}
-    styles = [_category(str(row["name"])) for row in rows]
-    return column_chart("Relative error per Linear", [str(row["name"]) for row in rows], figures, drawn, styles)
-
-
-def _category(name: str) -> str:
-    if ".mlp" in name:
-        return "c-mlp"
-    return "c-attention" if ".attn" in name else "c-modulation" if "adaln" in name or "gate" in name else "c-other"
 
 
 def _setup(record: Record) -> list[dict[str, Any]]:
