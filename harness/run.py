@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.callbacks import ClipOutputs, RolloutProgress
-from harness.config import ROOT, RunPlan, plan_run, register
+from harness.config import ROOT, RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
 from harness.measure.stability import InstabilityError
 from harness.models.checkpoint import load_encoder
@@ -39,10 +39,10 @@ from harness.outcome import arm_labels, build_record
 from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes, stop_others
 from harness.report import incidents
 from harness.report.gates import EXIT_CODES, check_comparable, evaluate
+from harness.report.page.run_page import write_run_page
 from harness.report.record import RunRecord, load_record, save_record, write_atomically
 from harness.report.table import WIDTH, build, render
 
-register()
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # it advertises
 warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning against a newer torch
 
@@ -94,6 +94,8 @@ def run(cfg: DictConfig) -> str | None:
     """
     started, hydra_cfg = datetime.now(UTC), HydraConfig.get()
     plan = plan_run(cfg)
+    if plan.conf.threads is not None:
+        torch.set_num_threads(plan.conf.threads)
     check_processes(plan.conf, hydra_cfg.mode)
     baseline = load_baseline(plan, cfg)
     folder = Path(hydra_cfg.runtime.output_dir)
@@ -144,7 +146,7 @@ def build_trainer(plan: RunPlan, folder: Path, callbacks: list[Callback]) -> Tra
 
 
 def write_report(record: RunRecord, folder: Path, incident_log: str | None) -> None:
-    """Write the record, its table and its line of the incident log, and show the table."""
+    """Write the record, its table, its line of the incident log and its page, and show the table."""
     save_record(record, folder / "record.json")
     write_atomically(folder / "table.txt", render(record))
     if incident_log:
@@ -152,7 +154,8 @@ def write_report(record: RunRecord, folder: Path, incident_log: str | None) -> N
     console = Console()
     console.width = max(console.width, WIDTH)
     console.print(build(record))
-    print(f"Record, table and videos: {folder}")
+    write_run_page(folder)
+    print(f"Record, table, report.html and videos: {folder}")
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")

@@ -235,7 +235,16 @@ def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
         for clip, path in found
     ]
     frames = pick(record, "data.future_frames") or 0
-    return {"players": players, "embedded": embedded, "missing": missing, "frames": frames, "total": total}
+    recording = ["recording"] if pick(record, "quality.all.bf16") else []
+    panels = [*recording, *(arm["label"] for arm in record["arms"].values())]
+    return {
+        "players": players,
+        "panels": panels,
+        "embedded": embedded,
+        "missing": missing,
+        "frames": frames,
+        "total": total,
+    }
 
 
 def _setup(record: Record) -> list[dict[str, Any]]:
