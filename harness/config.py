@@ -145,7 +145,11 @@ class MeasureConf:
 
 @dataclass
 class RunConf:
-    """A whole run; ``flags`` are the old environment flags that are set, see :mod:`harness.flags`."""
+    """A whole run.
+
+    ``flags``: the old environment flags that are set, see :mod:`harness.flags`. ``threads``: CPU threads of torch, for
+    jobs that share a machine; null = torch's own choice, all cores.
+    """
 
     model: ModelConf = field(default_factory=ModelConf)
     decoder: DecoderConf = field(default_factory=DecoderConf)
@@ -164,6 +168,7 @@ class RunConf:
     drift: DriftConf = field(default_factory=DriftConf)
     seed: int = 0
     flags: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -356,3 +361,8 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         )
         if value < least
     ]
+    if conf.threads is not None and conf.threads < 1:
+        problems.append(f"threads={conf.threads}: must be at least 1, or null for torch's own choice")
+
+
+register()  # on import: a launcher's worker imports this module, but does not run the command
