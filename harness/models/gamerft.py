@@ -173,7 +173,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Map ``x [B, T, D]`` to ``[B, T, D]``; ``rotary`` is ``(cos, sin) [T, Dh/2]``."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x)
+        if hasattr(attend, "projected"):  # see ProjectedAttend
+            return self.out(attend.projected(self.layer, qkv, rotary))
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = (apply_rotary(rms_norm(z), *rotary) for z in (q, k))
         return self.out(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
 

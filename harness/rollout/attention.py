@@ -12,14 +12,21 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from harness.kv import KVCache
 from harness.models.attention import Attend
+from harness.mx.conf import ScaleMode
+from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
 
 
 class AttentionKind(Enum):
-    """How one frame attends to the ring: ``sdpa`` is torch's fused attention, ``flex`` its FlexAttention."""
+    """How one frame attends to the ring.
+
+    ``sdpa`` is torch's fused attention, ``flex`` its FlexAttention; both unpack a quantised ring first. ``fused`` are
+    our kernels, which read it packed (:mod:`harness.rollout.fused`).
+    """
 
     sdpa = "sdpa"
     flex = "flex"
+    fused = "fused"
 
 
 def sdpa_over_window(cache: KVCache) -> Attend:
@@ -59,13 +66,19 @@ FRAME_ATTENTION: dict[AttentionKind, Callable[[KVCache], Attend]] = {
 """Attention of one frame, made for a cache. Once prefilled, a ring is full: no mask."""
 
 
-def check_attention(kind: AttentionKind, device: torch.device) -> None:
-    """Raise ``ValueError`` if ``kind`` cannot run on ``device``."""
+def check_attention(kind: AttentionKind, device: torch.device, head_dim: int | None = None) -> None:
+    """Raise ``ValueError`` if ``kind`` cannot run on ``device``, or not with heads of size ``head_dim``."""
     vectors = torch.backends.cpu.get_cpu_capability()
     if kind is AttentionKind.flex and device.type == "cpu" and not vectors.startswith("AVX"):
         raise ValueError(
             f"attention=flex: FlexAttention on a CPU needs AVX2, this one offers {vectors}; use attention=sdpa"
         )
+    if kind is AttentionKind.fused:
+        reason = fused.unavailable(device)
+        if reason is not None:
+            raise ValueError(f"attention=fused: {reason}; use attention=sdpa")
+        if head_dim is not None:
+            fused.check_head_dim(head_dim)
 
 
 class PrefillAttention:
@@ -81,11 +94,11 @@ class PrefillAttention:
 
 
 class RingAttention:
-    """Attention of the current frame to its window.
+    """Attention of the current frame to its window with torch's operators.
 
     Args:
         cache: the rings.
-        kind: which attention.
+        kind: which attention; not ``fused``.
         store: whether this is a frame's last step, whose K and V are kept.
     """
 
@@ -98,3 +111,54 @@ class RingAttention:
         if self.store:
             self.cache.store(layer, k, v)
         return out
+
+
+class FusedAttention:
+    """Attention of the current frame to its window with our kernels, from the projection on.
+
+    Args:
+        cache: the rings.
+        store: whether this is a frame's last step, whose K and V are kept. A plain ring keeps every step's, as its
+            ``window`` would.
+    """
+
+    def __init__(self, cache: KVCache, store: bool) -> None:
+        self.cache, self.store = cache, store
+        self._views = [{name: fused.ring_view(ring) for name, ring in rings.items()} for rings in cache.rings]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :class:`~harness.models.attention.Attend`."""
+        slot, views = self.cache.slot(layer), self._views[layer]
+        out = self._attend(layer, q, k, v)
+        for name, x in (("k", k), ("v", v)):
+            if views[name].scales is None:
+                views[name].data.index_copy_(2, slot, x.unsqueeze(2))
+            elif self.store:
+                self.cache.rings[layer][name].store(slot, x)
+        return out
+
+    def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """See :class:`~harness.models.attention.ProjectedAttend`."""
+        slot, (key, value) = self.cache.slot(layer), self._views[layer].values()
+        heads = key.data.shape[1]
+        store_k, store_v = (view.scales is None or (self.store and view.stores) for view in (key, value))
+        mode = key.scale_mode or value.scale_mode or ScaleMode.rceil
+        rings = (key.data, key.scales, value.data, value.scales)
+        q, k = fused.frame_heads(qkv, *rotary, *rings, slot, store_k, store_v, key.format, value.format, mode.value)
+        v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2].transpose(1, 2)
+        out = self._attend(layer, q, k, v)
+        for name, view, x in (("k", key, k), ("v", value, v)):
+            if self.store and not view.stores:
+                self.cache.rings[layer][name].store(slot, x)
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        key, value = self._views[layer].values()
+        rings = (key.data, key.scales, value.data, value.scales)
+        formats = (key.format, key.per, value.format, value.per)
+        return fused.window_attention(q, k, v, *rings, self.cache.slot(layer), *formats)
+
+
+def frame_attention(cache: KVCache, kind: AttentionKind, store: bool) -> Attend:
+    """Attention of one frame's step; ``store``: it is the last, whose K and V are kept."""
+    return FusedAttention(cache, store) if kind is AttentionKind.fused else RingAttention(cache, kind, store)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+import torch._inductor
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -32,12 +33,14 @@ class CompileConf:
         cuda_graph: capture one whole frame in a CUDA graph and replay it; null = where compiled code runs on a GPU
             in a mode that captures nothing by itself.
         backend: inductor, or aot_eager / eager to trace without generating code (debugging).
+        options: Inductor options over those of ``mode``, by name as in ``torch._inductor.list_options()``.
     """
 
     enabled: bool = False
     mode: str = "default"
     cuda_graph: bool | None = None
     backend: str = "inductor"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def captures(self, device: torch.device) -> bool:
         """Whether a frame on ``device`` is captured in our CUDA graph."""
@@ -57,6 +60,11 @@ def validate(conf: CompileConf, device: torch.device) -> None:
         problems.append(f"mode={conf.mode!r}: allowed are {', '.join(MODES)}")
     if conf.backend not in BACKENDS:
         problems.append(f"backend={conf.backend!r}: allowed are {', '.join(BACKENDS)}")
+    if conf.options and conf.backend != "inductor":
+        problems.append(f"options with backend={conf.backend}: they are Inductor's; drop them or use backend=inductor")
+    unknown = sorted(set(conf.options) - set(torch._inductor.list_options())) if conf.options else []
+    if unknown:
+        problems.append(f"options: Inductor has no {', '.join(unknown)}; see torch._inductor.list_options()")
     if conf.cuda_graph and device.type != "cuda":
         problems.append(f"cuda_graph=true on {device.type}: CUDA graphs need a CUDA device; use cuda_graph=null")
     if conf.enabled and conf.mode == "reduce-overhead" and device.type != "cuda":
@@ -94,8 +102,10 @@ def compile_function(function: Function, conf: CompileConf) -> Function:
         function.__defaults__,
         function.__closure__,
     )
-    mode = conf.mode if conf.backend == "inductor" else None
-    return torch.compile(own, fullgraph=True, dynamic=False, mode=mode, backend=conf.backend)  # type: ignore[return-value]
+    options = None
+    if conf.backend == "inductor":  # a mode is a set of options; torch.compile takes one or the other
+        options = {**torch._inductor.list_mode_options(conf.mode), **conf.options}
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options, backend=conf.backend)  # type: ignore[return-value]
 
 
 def compile_decoder(decoder: nn.Module, conf: CompileConf) -> Callable[[Tensor], Tensor]:

@@ -167,8 +167,8 @@ def _(q: Tensor, *_: Any) -> Tensor:
 
 def _storing(store: bool, fmt: str, mode: str) -> tuple[bool, str, float, int, int]:
     """Compile-time arguments that say how the kernel encodes."""
-    if fmt == "plain":
-        return store, fmt, 0.0, 0, 0
+    if fmt == "plain" or not store:
+        return store, "plain", 0.0, 0, 0
     element, never = FORMATS[fmt], 1 << 23
     threshold = never if mode == ScaleMode.floor else carry_threshold(element, ScaleMode(mode))
     return store, fmt, element.max, element.emax, threshold

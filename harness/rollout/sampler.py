@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.kv import KVCache, KVConf
 from harness.models.gamerft import GameRFTCore, Modulation
-from harness.rollout.attention import AttentionKind, PrefillAttention, RingAttention, check_attention
+from harness.rollout.attention import AttentionKind, PrefillAttention, check_attention, frame_attention
 from harness.rollout.compile import (
     CapturedGraph,
     CompileConf,
@@ -24,6 +24,7 @@ from harness.rollout.compile import (
     without_grad,
 )
 from harness.rollout.compile import validate as validate_compile
+from harness.rollout.modulation import StackedModulation
 
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
@@ -126,7 +127,7 @@ class Rollout:
         self.compile = CompileConf() if compile is None else compile
         validate(sampler)
         validate_compile(self.compile, cache.device)
-        check_attention(attention, cache.device)
+        check_attention(attention, cache.device, core.cfg.head_dim)
         self.core, self.cache, self.sampler, self.attention = core, cache, sampler, attention
         self.cuda_graph = self.compile.captures(cache.device)
         keep_in_place(cache.buffers(), self.compile)
@@ -149,17 +150,18 @@ class Rollout:
 
     def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[Modulation], Rotary]]:
         core, cache, times, steps = self.core, self.cache, self._times, len(self._drops)
+        modulate = StackedModulation(core) if self.compile.enabled else core.modulation
 
         def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[Modulation], Rotary]:
             cache.advance()
             mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
-            modulation = core.modulation(core.conditioning(times, mouse, btn))
+            modulation = modulate(core.conditioning(times, mouse, btn))
             return [modulation.frames(i, i + 1) for i in range(steps)], core.rotary(cache.frame)
 
         return prepare
 
     def _step_function(self, store: bool) -> Step:
-        core, attend = self.core, RingAttention(self.cache, self.attention, store)
+        core, attend = self.core, frame_attention(self.cache, self.attention, store)
 
         def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
             velocity = core.denoise(x[:, None], modulation, rotary, attend)[:, 0].float()
