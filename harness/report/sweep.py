@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from markupsafe import Markup
 from omegaconf import DictConfig
@@ -286,8 +287,10 @@ class SweepPage(Callback):
         """Keep the reason of a failure, which otherwise only the terminal saw."""
         if job_return.status is JobStatus.FAILED:
             error = job_return._return_value  # the property would raise it
-            text = str(error).removeprefix("error: ") if type(error).__name__ == "UserError" else f"{type(error).__name__}: {error}"
-            write_atomically(Path(config.hydra.runtime.output_dir) / ERROR_FILE, text + "\n")
+            # What the user can put right says all there is to say; of anything else the type may be the best clue.
+            kind = "" if isinstance(error, CompactHydraException) else f"{type(error).__name__}: "
+            reason = kind + str(error).removeprefix("error: ")
+            write_atomically(Path(config.hydra.runtime.output_dir) / ERROR_FILE, reason + "\n")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write the page."""

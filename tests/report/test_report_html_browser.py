@@ -1,0 +1,188 @@
+"""The pages in headless Chromium: no errors, curves drawn, read-outs, sorting, players in step."""
+
+import shutil
+import time
+from dataclasses import asdict, replace
+
+import pytest
+from report_cases import FRAMES, NASTY, clip, record, write
+
+from harness.report.page.run_page import run_page, write_run_page
+from harness.report.sweep import write_sweep_page
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra [pages])")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1000",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = write(tmp_path_factory.mktemp("run"), record(notes=[NASTY], emulated=True), videos=True)
+    write_run_page(folder)
+    return folder
+
+
+def open_page(driver, folder):
+    driver.get((folder / "report.html").as_uri())
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+
+def wait_for(driver, script, seconds=20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = driver.execute_script(script)
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"never true within {seconds} s: {script}")
+
+
+def positions(driver):
+    return driver.execute_script("return [...document.querySelectorAll('video')].map(v => v.currentTime)")
+
+
+def videos_ready(driver):
+    ready = "return [...document.querySelectorAll('video')].every(v => v.readyState >= 3)"
+    wait_for(driver, ready)
+
+
+def test_a_runs_page_loads_without_errors_or_network(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith(("blob:", "data:"))] == []
+    assert browser.execute_script("return window.hacked") is None
+    text = browser.execute_script("return document.body.innerText")
+    for words in ("No gate was asked for", "not measured", "its speed says nothing about MX", "mxfp8_all", NASTY):
+        assert words in text
+    assert browser.get_log("browser") == []
+
+
+def test_curves_are_drawn_inside_their_charts(browser, run_folder):
+    open_page(browser, run_folder)
+    boxes = browser.execute_script("""
+        return [...document.querySelectorAll('figure.lines')].map(figure => {
+          const svg = figure.querySelector('svg').getBoundingClientRect();
+          const lines = [...figure.querySelectorAll('path.line')].map(path => path.getBoundingClientRect());
+          return lines.map(b => b.width > svg.width / 2 && b.top >= svg.top && b.bottom <= svg.bottom);
+        })""")
+    assert [len(lines) for lines in boxes] == [2, 2, 1, 1] * 2
+    assert all(inside for lines in boxes for inside in lines)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling"
+
+
+def test_a_chart_reads_out_every_arm_under_the_pointer(browser, run_folder):
+    open_page(browser, run_folder)
+    chart = browser.find_element("css selector", "figure.lines svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    webdriver.ActionChains(browser).move_to_element_with_offset(chart, -200, 0).perform()
+    read_out = browser.find_element("id", "tip")
+    assert read_out.is_displayed()
+    lines = read_out.text.splitlines()
+    frame = int(lines[0].removeprefix("frame "))
+    assert lines[1:] == [f"BF16 {25 - frame} dB", f"mxfp8_all {24.5 - frame} dB", "drop 0.5 dB"]
+
+
+def test_players_start_stop_and_seek_together(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    play, clock = browser.find_element("id", "play"), browser.find_element("id", "clock")
+    play.click()
+    moving = "return [...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime > 0.1)"
+    wait_for(browser, moving)
+    first, second = positions(browser)
+    assert abs(first - second) < 0.15
+    play.click()
+    assert browser.execute_script("return [...document.querySelectorAll('video')].every(v => v.paused)")
+    settled = "const t = [...document.querySelectorAll('video')].map(v => v.currentTime); return t[0] === t[1]"
+    wait_for(browser, settled)
+    browser.execute_script(
+        "const s = document.getElementById('seek'); s.value = 0; s.dispatchEvent(new Event('input'))"
+    )
+    wait_for(browser, "return document.getElementById('clock').textContent.startsWith('frame 0 ')")
+    for frame in (1, 2):
+        browser.find_element("id", "ahead").click()
+        wait_for(browser, f"return document.getElementById('clock').textContent.startsWith('frame {frame} ')")
+    first, second = positions(browser)
+    assert first == second == pytest.approx(0.25, abs=0.01), "the middle of frame 2 at ten frames a second"
+    assert clock.text == f"frame 2 / {FRAMES - 1}"
+
+
+def test_players_start_over_together_at_their_end(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    for _ in range(FRAMES - 2):
+        browser.find_element("id", "ahead").click()
+    wait_for(browser, f"return document.getElementById('clock').textContent.startsWith('frame {FRAMES - 2} ')")
+    browser.find_element("id", "play").click()
+    again = "return [...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime < 0.5)"
+    wait_for(browser, again)
+    first, second = positions(browser)
+    assert abs(first - second) < 0.15
+
+
+def test_a_click_in_a_curve_takes_the_videos_to_that_frame(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    chart = browser.find_element("css selector", "figure.lines svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    chart.click()
+    wait_for(browser, "return /^frame [34] /.test(document.getElementById('clock').textContent)")
+    first, second = positions(browser)
+    assert first == second > 0.3
+
+
+def test_videos_beside_the_page_play_too(browser, tmp_path):
+    folder = write(tmp_path, record(), videos=True)
+    (folder / "report.html").write_text(run_page(asdict(record()), folder, embed_limit=0))
+    open_page(browser, folder)
+    videos_ready(browser)
+    browser.find_element("id", "ahead").click()
+    wait_for(browser, "return document.getElementById('clock').textContent.startsWith('frame 1 ')")
+
+
+def test_a_sweeps_page_sorts_and_tells_what_its_points_are(browser, tmp_path):
+    for number, (name, factor) in enumerate((("slow", 2.0), ("quick", 0.5), ("middling", 0.8))):
+        write(
+            tmp_path / f"{number}_{name}",
+            replace(record(candidate=name, factor=factor), clips=[clip("walk", "motion")]),
+        )
+    write_sweep_page(tmp_path)
+    open_page(browser, tmp_path)
+    head = next(head for head in browser.find_elements("css selector", "th") if head.text == "speed")
+    names = "return [...document.querySelectorAll('tbody tr')].map(row => row.cells[0].innerText.trim())"
+    assert browser.execute_script(names) == ["slow", "quick", "middling"]
+    head.click()
+    assert browser.execute_script(names) == ["quick", "middling", "slow"]
+    head.click()
+    assert browser.execute_script(names) == ["slow", "middling", "quick"]
+    webdriver.ActionChains(browser).move_to_element(browser.find_element("css selector", "circle.dot")).perform()
+    assert browser.find_element("id", "tip").text.startswith("slow\ndrop +0.500 dB, fidelity 41.50 dB\nspeed 0.50×")
+    assert browser.get_log("browser") == []
