@@ -1,7 +1,9 @@
 """The sampler: prefill, few-step rollout, compilation and CUDA graphs."""
 
 from harness.rollout.attention import FRAME_ATTENTION, AttentionKind
-from harness.rollout.compile import CompileConf, CompileCounters, compile_decoder
+from harness.rollout.compile import CompileConf, CompileCounters
+from harness.rollout.decoder import DecoderGroups, FrameDecoder, compile_decoder
+from harness.rollout.overlap import OverlappedDecoding
 from harness.rollout.sampler import Frame, Rollout, SamplerConf, Warmup, make_cache
 
 __all__ = [
@@ -9,7 +11,10 @@ __all__ = [
     "AttentionKind",
     "CompileConf",
     "CompileCounters",
+    "DecoderGroups",
     "Frame",
+    "FrameDecoder",
+    "OverlappedDecoding",
     "Rollout",
     "SamplerConf",
     "Warmup",

@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch._inductor
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -106,22 +106,6 @@ def compile_function(function: Function, conf: CompileConf) -> Function:
     if conf.backend == "inductor":  # a mode is a set of options; torch.compile takes one or the other
         options = {**torch._inductor.list_mode_options(conf.mode), **conf.options}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options, backend=conf.backend)  # type: ignore[return-value]
-
-
-def compile_decoder(decoder: nn.Module, conf: CompileConf) -> Callable[[Tensor], Tensor]:
-    """The frame decoder ``latent [B, C, s, s] -> RGB [B, 3, h, w]``, compiled as ``conf`` says, without gradients."""
-
-    def decode(latent: Tensor) -> Tensor:
-        return decoder(latent)
-
-    compiled = compile_function(decode, conf)
-
-    @without_grad
-    def run(latent: Tensor) -> Tensor:
-        # Whatever mode the latent was made in, compiled code sees an ordinary tensor.
-        return compiled(latent.clone() if latent.is_inference() else latent)
-
-    return run
 
 
 def keep_in_place(buffers: list[Tensor], conf: CompileConf) -> None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.kv import KVCache
 from harness.kv.codecs import HeadEMACodec, Int8Codec, MXCodec
 from harness.kv.storage import FrameRing, PlainRing, QuantisedRing
 from harness.models.gamerft import RMS_EPS
@@ -26,7 +25,7 @@ from harness.mx.conf import ScaleMode
 from harness.mx.formats import FORMATS, carry_threshold
 
 WAVES = 2
-"""Programs per multiprocessor that a window is split for: enough to hide the memory's latency, few enough to combine."""
+"""Programs per multiprocessor that a window is split for: enough to hide latency, few enough to combine."""
 
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
@@ -43,7 +42,9 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it is made of Triton kernels, which need a CUDA GPU; this run is on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if (major, minor) >= (8, 9) else f"it needs FP8 conversions (sm_89 or newer); this GPU is sm_{major}{minor}"
+    if (major, minor) < (8, 9):
+        return f"it needs FP8 conversions (sm_89 or newer); this GPU is sm_{major}{minor}"
+    return None
 
 
 class RingView(NamedTuple):

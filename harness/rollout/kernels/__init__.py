@@ -1,1 +1,1 @@
-"""Triton device code of the rollout. Importing a module here needs Triton; its host side is ``harness.rollout.fused``."""
+"""Triton device code of the rollout; its host side is ``harness.rollout.fused``. Importing it needs Triton."""

@@ -1,5 +1,7 @@
 """From a layer's fused projection to rotated queries and keys, and the frame's K and V into the ring."""
 
+# mypy: disable-error-code="no-untyped-def"
+
 import triton
 import triton.language as tl
 
@@ -8,7 +10,7 @@ from harness.rollout.kernels.blocks import encode_tile
 
 @triton.jit
 def rotated(even, odd, cos, sin, dtype: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr):
-    """RMS norm over the head, then rotation of the pairs; rounds where the eager model does. Halves are concatenated."""
+    """RMS norm over the head, then rotation of pairs into concatenated halves; rounds where the eager model does."""
     mean = (tl.sum(even * even, 1) + tl.sum(odd * odd, 1)) / DIM
     norm = tl.rsqrt(mean + EPS)[:, None]
     even = (even * norm).to(dtype).to(tl.float32)
