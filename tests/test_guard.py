@@ -1,0 +1,158 @@
+"""Instabilities of whole runs: faults put into a candidate, and what the run makes of them."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+import harness.arm
+from harness.arm import Arm
+from harness.measure.stability import InstabilityError
+from harness.report.record import load_record
+from harness.run import run
+
+
+@pytest.fixture
+def record(composed, tmp_path):
+    def run_and_load(*words):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        run(composed(*words))
+        return load_record(tmp_path / "run" / "record.json")
+
+    return run_and_load
+
+
+@pytest.fixture
+def broken_mxfp4(monkeypatch):
+    """Every MXFP4 model gives NaN in one layer, from the first generated frame on."""
+    plain = harness.arm.apply_mx
+
+    def apply(core, conf):
+        summary = plain(core, conf)
+        if conf.enabled and conf.bits == 4:
+            tokens = core.cfg.tokens_per_frame
+            hook = lambda module, inputs, output: output * torch.nan if inputs[0].shape[1] == tokens else output  # noqa: E731
+            core.blocks[1].mlp.fc1.register_forward_hook(hook)
+        return summary
+
+    monkeypatch.setattr("harness.arm.apply_mx", apply)
+
+
+@pytest.fixture
+def black_candidate(monkeypatch):
+    """An arm with a quantised cache shows black frames from the second on, in the clip that the fixture is given."""
+    plain = Arm.roll
+
+    def use(clip):
+        def roll(self, batch, *args):
+            rolled = plain(self, batch, *args)
+            if self.kv.enabled and clip in batch.clip_ids:
+                rolled = dataclasses.replace(rolled, rgb=rolled.rgb.clone())
+                rolled.rgb[batch.clip_ids.index(clip), 1:] = -1
+            return rolled
+
+        monkeypatch.setattr(Arm, "roll", roll)
+
+    return use
+
+
+LAYER = "transformer.blocks.1.mlp.fc1"
+
+
+def test_nan_ends_the_run_and_names_arm_clip_frame_and_layer(composed, game, overrides, tmp_path, broken_mxfp4):
+    with pytest.raises(InstabilityError, match=rf"arm candidate: clip clip_0 .* frame 0 .*first in {LAYER}\."):
+        run(composed(*overrides(game), "quant=mxfp4_mlp"))
+    found = load_record(tmp_path / "run" / "record.json")
+    assert found.status == "failed"
+    (incident,) = found.incidents
+    assert (incident["kind"], incident["layer"], incident["action"]) == ("non_finite", LAYER, "run ended")
+
+
+def test_fallback_rebuilds_the_candidate_and_says_what_each_clip_ran_with(record, game, overrides, broken_mxfp4):
+    found = record(*overrides(game), "quant=mxfp4_mlp", "on_instability=fallback")
+    assert found.status == "complete"
+    assert [clip["fallback"] for clip in found.clips] == ["MXFP4 off, 8 bits instead"] * 2
+    (taken,) = found.fallbacks
+    assert (taken["clip"], taken["quant"]["bits"], taken["kv"]["storage"]) == ("clip_0", 8, "bf16")
+    (incident,) = found.incidents
+    assert incident["action"] == "fallback: MXFP4 off, 8 bits instead"
+    assert "E4M3" in found.candidate.numeric_path["linears"]
+    assert found.candidate.label == "mxfp4_mlp (MXFP4 off, 8 bits instead)"
+    assert found.quality["all"]["fidelity"]["psnr"] > 20
+
+
+def test_finished_clips_keep_what_they_ran_with(record, game, overrides, black_candidate):
+    black_candidate("clip_3")
+    found = record(*overrides(game), "kv=mx_v_only", "on_instability=fallback", "quant=mxfp8_mlp")
+    assert [clip["fallback"] for clip in found.clips] == [None, "KV cache back to BF16"]
+    assert [taken["step"] for taken in found.fallbacks] == [
+        "only the last 1 layers of the KV cache",
+        "KV cache back to BF16",
+    ]
+    assert [incident["clip"] for incident in found.incidents] == ["clip_3"] * 2
+
+
+def test_record_goes_on_and_the_gate_fails(record, game, overrides, black_candidate, tmp_path):
+    black_candidate("clip_0")
+    found = record(*overrides(game), "kv=mx_v_only", "on_instability=record", "gates=d", "gates.min_clips=1")
+    assert len(found.clips) == 2
+    assert [(one["kind"], one["frame"], one["action"]) for one in found.incidents] == [("black", 1, "recorded")]
+    assert found.gates["verdict"] == "do not ship"
+    log = (tmp_path / "incidents.log").read_text()
+    for text in ("Hardware/Software:", "Transform summary:", "Metrics:", "Quality:", "black frames"):
+        assert text in log
+
+
+def test_a_clip_with_nan_is_left_out_and_the_others_of_its_batch_kept(record, game, overrides, monkeypatch):
+    from harness.rollout import Rollout
+
+    plain, frames = Rollout.next_frame, []
+
+    def poisoned(self, *args):
+        frames.append(None)
+        latent = plain(self, *args)
+        if len(frames) == 6:  # the candidate's second frame
+            latent[0] = torch.nan
+        return latent
+
+    monkeypatch.setattr(Rollout, "next_frame", poisoned)
+    found = record(*overrides(game), "kv=mx_v_only", "on_instability=record", "data.batch_size=2")
+    assert [clip["clip_id"] for clip in found.clips] == ["clip_3"]
+    (incident,) = found.incidents
+    assert (incident["clip"], incident["frame"], incident["layer"]) == ("clip_0", 1, None)
+    assert "no layer shows it" in incident["message"]
+
+
+def test_bf16_itself_has_nothing_to_fall_back_to(composed, game, overrides, monkeypatch):
+    from harness.rollout import Rollout
+
+    monkeypatch.setattr(Rollout, "next_frame", lambda self, noise, *args: torch.full_like(noise, torch.inf))
+    with pytest.raises(InstabilityError, match="arm bf16: clip clip_0"):
+        run(composed(*overrides(game), "kv=mx_v_only", "on_instability=fallback"))
+
+
+@pytest.mark.parametrize("name", ["gate_a", "gate_d"])
+def test_a_gate_experiment_ends_with_a_verdict(record, game, overrides, name):
+    found = record(*overrides(game, **{"data.limit": 3}), f"experiment={name}")
+    assert found.gates["verdict"] in ("ship", "do not ship")
+    assert found.gates["title"] == f"gate {name[-1].upper()}"
+
+
+def test_gates_b_and_c_stand_on_the_record_before(record, game, overrides, tmp_path, composed):
+    words = overrides(game)
+    with pytest.raises(ValueError, match="give gates.baseline"):
+        run(composed(*words, "experiment=gate_b"))
+    before = "bf16"
+    record(*words, "experiment=gate_a")
+    for name, verdict in (("b", {"ship", "do not ship"}), ("c", {"ship", "do not ship"})):
+        kept = tmp_path / f"before_{name}.json"
+        shutil.copy(tmp_path / "run" / "record.json", kept)
+        found = record(*words, f"experiment=gate_{name}", f"gates.baseline={kept}")
+        assert found.gates["verdict"] in verdict
+        assert found.gates["against"] != before
+        before = found.gates["against"]
+    with pytest.raises(ValueError, match=r"data.future_frames: 4 in the baseline, 3 here"):
+        run(composed(*words, "experiment=gate_b", f"gates.baseline={kept}", "data.future_frames=3"))
+    with pytest.raises(ValueError, match="is the baseline; use gates=none"):
+        run(composed(*words, "gates=a"))
