@@ -31,10 +31,14 @@ class Scope(StrEnum):
 
 
 class Activation(StrEnum):
-    """What enters the product: BF16 as it is, or MX blocks encoded on the fly in the weights' format."""
+    """What enters the product: BF16 as it is, or MX blocks encoded on the fly.
+
+    `mx`: in the weights' format. `mxfp8`: in E4M3 whatever the weights' format (W4A8 with 4-bit weights).
+    """
 
     bf16 = "bf16"
     mx = "mx"
+    mxfp8 = "mxfp8"
 
 
 class KernelChoice(StrEnum):

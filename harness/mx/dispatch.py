@@ -13,7 +13,8 @@ from torch import nn
 
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.formats import E5M2
-from harness.mx.kernels import native
+from harness.mx.kernels import native, triton_linear
+from harness.mx.kernels.triton_config import MEASURED_FASTER
 from harness.mx.linear import LinearFormat, MXLinear, MXModule
 from harness.mx.torchao_linear import TorchaoMXLinear
 
@@ -26,6 +27,7 @@ class Kernel:
 
     `unavailable(device, format)` and `unfit(linear)` give a reason, or None when all is well. `build(linear, format)`
     returns the module that takes the place of `linear`. `emulated` marks kernels whose speed says nothing about MX.
+    `preferred(format)`: whether `auto` may take it.
     """
 
     name: KernelChoice
@@ -33,21 +35,22 @@ class Kernel:
     unfit: Callable[[nn.Linear], str | None]
     build: Callable[[nn.Linear, LinearFormat], MXModule]
     emulated: bool = False
+    preferred: Callable[[LinearFormat], bool] = lambda fmt: True
 
 
 def _cutlass_unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
     reason = native.unavailable(device, fmt.element.bits)
     if reason is None and fmt.activation != Activation.mx:
-        return "the native MX path multiplies MX by MX only; it needs activation=mx"
+        return "the native MX path multiplies MX by MX of one format only; it needs activation=mx"
     if reason is None and fmt.element is E5M2:
         return "torchao's native MX path has E4M3 and E2M1 elements, not E5M2"
     return reason
 
 
 def _build_emulated(linear: nn.Linear, fmt: LinearFormat) -> MXModule:
-    if fmt.activation == Activation.bf16:
-        return MXLinear.from_linear(linear, fmt)
-    return TorchaoMXLinear.from_linear(linear, fmt, native=False)
+    if fmt.activation == Activation.mx:
+        return TorchaoMXLinear.from_linear(linear, fmt, native=False)
+    return MXLinear.from_linear(linear, fmt)
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -58,6 +61,13 @@ KERNELS: tuple[Kernel, ...] = (
         build=lambda linear, fmt: TorchaoMXLinear.from_linear(linear, fmt, native=True),
     ),
     Kernel(
+        KernelChoice.triton,
+        unavailable=triton_linear.unavailable,
+        unfit=lambda linear: None,
+        build=triton_linear.TritonMXLinear.from_linear,
+        preferred=lambda fmt: (fmt.element.bits, str(fmt.activation)) in MEASURED_FASTER,
+    ),
+    Kernel(
         KernelChoice.emulated,
         unavailable=lambda device, fmt: None,
         unfit=lambda linear: None,
@@ -65,7 +75,7 @@ KERNELS: tuple[Kernel, ...] = (
         emulated=True,
     ),
 )
-"""Every kernel of this version, fastest first: `auto` takes the first that is available."""
+"""Every kernel of this version, fastest first: `auto` takes the first that is available and preferred."""
 
 
 def available_kernels(device: torch.device, fmt: LinearFormat) -> dict[str, str]:
@@ -82,7 +92,8 @@ def resolve_kernel(choice: KernelChoice, device: torch.device, fmt: LinearFormat
     """
     verdicts = available_kernels(device, fmt)
     for kernel in KERNELS:
-        if choice in (KernelChoice.auto, kernel.name) and verdicts[kernel.name] == AVAILABLE:
+        asked = kernel.preferred(fmt) if choice == KernelChoice.auto else kernel.name == choice
+        if asked and verdicts[kernel.name] == AVAILABLE:
             return kernel
     runnable = [name for name, verdict in verdicts.items() if verdict == AVAILABLE]
     refused = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != AVAILABLE)

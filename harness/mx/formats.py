@@ -236,7 +236,7 @@ def _element_values(elements: Tensor, fmt: ElementFormat, dtype: torch.dtype) ->
     return elements.view(fmt.float8).to(dtype)
 
 
-def _scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """2^(byte - 127), built from its bits: the byte is the exponent field, but for 2^-127, which is subnormal, and NaN.
 
     torch's float8_e8m0fnu converts the same, but compilers for GPUs do not know it.
@@ -250,7 +250,7 @@ def _scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _decode_by_arithmetic(blocks: MXBlocks, fmt: ElementFormat, dtype: torch.dtype) -> Tensor:
     values = _element_values(blocks.elements, fmt, dtype).unflatten(-1, (-1, BLOCK))
-    return (values * _scale_values(blocks.scales, dtype).unsqueeze(-1)).flatten(-2)
+    return (values * scale_values(blocks.scales, dtype).unsqueeze(-1)).flatten(-2)
 
 
 # Eager torch converts float8 on the CPU one value at a time (about 4 ns each). Looking values up two at a
@@ -287,7 +287,7 @@ def _pair_table(fmt: ElementFormat, dtype: torch.dtype) -> Tensor:
         byte = torch.arange(256, dtype=torch.uint8, device="cpu")
         if fmt.bits == 4:
             pair = _unpack_e2m1(byte.view(256, 1), dtype)  # [256, 2]
-            pairs = _scale_values(byte, dtype).view(256, 1, 1) * pair
+            pairs = scale_values(byte, dtype).view(256, 1, 1) * pair
         else:
             value = _element_values(byte, fmt, dtype)
             pairs = torch.stack((value.expand(256, 256), value.unsqueeze(1).expand(256, 256)), dim=-1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.mx.conf import Activation, MXConf, ScaleMode
-from harness.mx.formats import BLOCK, E2M1, FORMATS, ElementFormat, MXBlocks, decode, encode
+from harness.mx.formats import BLOCK, E2M1, E4M3, FORMATS, ElementFormat, MXBlocks, decode, encode
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,19 @@ class LinearFormat:
         return cls(element, ScaleMode(conf.scale_mode), Activation(conf.activation))
 
     @property
+    def activation_element(self) -> ElementFormat | None:
+        """Element format of the activations, None where they stay BF16."""
+        return {Activation.bf16: None, Activation.mx: self.element, Activation.mxfp8: E4M3}[self.activation]
+
+    @property
     def numeric_path(self) -> str:
         """Such as `W4A16 E2M1 weights, floor scales`."""
-        bits, name = self.element.bits, self.element.name.upper()
-        if self.activation == Activation.bf16:
+        bits, name, other = self.element.bits, self.element.name.upper(), self.activation_element
+        if other is None:
             return f"W{bits}A16 {name} weights, {self.scale_mode} scales"
-        return f"W{bits}A{bits} {name} weights and activations, {self.scale_mode} scales"
+        if other is self.element:
+            return f"W{bits}A{bits} {name} weights and activations, {self.scale_mode} scales"
+        return f"W{bits}A{other.bits} {name} weights, {other.name.upper()} activations, {self.scale_mode} scales"
 
 
 class MXModule(nn.Module, ABC):
@@ -58,10 +65,11 @@ class MXModule(nn.Module, ABC):
 
 
 class MXLinear(MXModule):
-    """Linear with MX weights and BF16 activations, emulated: decodes its weight at every call, then `F.linear`.
+    """Linear with MX weights, emulated: decodes its weight at every call, then `F.linear`.
 
-    Decoding is exact, so this is what any weight-only kernel must match up to summation order. No BF16 copy of the
-    weight outlives a call. For inference: the weight takes no gradient.
+    Activations that are not to stay BF16 are rounded to MX first. Decoding is exact, so this is what any kernel must
+    match up to summation order. No BF16 copy of the weight outlives a call. For inference: the weight takes no
+    gradient.
 
     Buffers: `elements` uint8 [N, K] (8 bit) or [N, K/2] (4 bit), `scales` uint8 [N, K/32], `bias` BF16 [N] or None,
     with N = out_features and K = in_features.
@@ -88,6 +96,9 @@ class MXLinear(MXModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""
+        element = self.fmt.activation_element
+        if element is not None:
+            x = decode(encode(x, element, self.fmt.scale_mode), element)
         return F.linear(x, decode(self.weight_blocks(), self.fmt.element), self.bias)
 
     def weight_blocks(self) -> MXBlocks:

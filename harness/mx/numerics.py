@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.mx.conf import Activation
 from harness.mx.formats import BLOCK, SCALE_NAN, ElementFormat, MXBlocks, decode, encode
 from harness.mx.linear import MXModule
 
@@ -27,10 +26,9 @@ def linear_error(linear: nn.Linear, mx: MXModule, x: Tensor) -> dict[str, Any]:
         result["bf16"] = error(linear(x), reference)
     blocks = mx.weight_blocks()
     result["weight"] = block_stats(blocks, mx.fmt.element) | {"clipped": clipped(weight, blocks, mx.fmt.element)}
-    if mx.fmt.activation == Activation.mx:
-        blocks = encode(x, mx.fmt.element, mx.fmt.scale_mode)
-        stats = block_stats(blocks, mx.fmt.element)
-        result["activation"] = stats | {"clipped": clipped(x, blocks, mx.fmt.element)}
+    if (element := mx.fmt.activation_element) is not None:
+        blocks = encode(x, element, mx.fmt.scale_mode)
+        result["activation"] = block_stats(blocks, element) | {"clipped": clipped(x, blocks, element)}
     return result
 
 

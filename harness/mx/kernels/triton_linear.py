@@ -1,0 +1,158 @@
+"""`kernel=triton`: an MX Linear whose packed weight our own Triton kernels read directly.
+
+Runs on NVIDIA GPUs from compute capability 8.0 on; written for Hopper. Equal to the emulated kernels up to the order
+of float32 summation (on FP8 tensor cores also up to their rounding inside a block of 32: Hopper aligns the products
+of one instruction to about 14 bits).
+"""
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.mx.conf import Activation
+from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, ElementFormat, MXBlocks, decode, encode, scale_values
+from harness.mx.kernels import packing
+from harness.mx.kernels.triton_config import GemmConfig, Path, Shape, choose
+from harness.mx.linear import LinearFormat, MXModule
+
+WIDTH: dict[Path, int] = {"bf16": 128, "fp8": 32}
+"""Bytes of a packed tile's rows, by path."""
+
+
+def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
+    """Why the Triton kernels cannot run on `device`, or None. Every format is supported where any is."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (torch's CUDA builds bring it)"
+    if device.type != "cuda":
+        return f"the Triton kernels need an NVIDIA GPU, the model is on {device.type}"
+    if torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA GPUs, this is a ROCm build of torch"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need BF16 tensor cores (sm_80 or newer), this GPU is sm_{major}{minor}"
+    return None
+
+
+def natural_path(fmt: LinearFormat, capability: tuple[int, int]) -> Path:
+    """FP8 tensor cores where both operands are MX with elements that E4M3 holds and the GPU has them, else BF16."""
+    operands = {fmt.element.name, (fmt.activation_element or E5M2).name}
+    return "fp8" if operands <= {E4M3.name, E2M1.name} and capability >= (8, 9) else "bf16"
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors; those of an H200 where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return (9, 0), 132
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class TritonMXLinear(MXModule):
+    """Linear over a packed MX weight; activations BF16, or MX blocks encoded at every call.
+
+    Buffers: `elements` uint8 [tiles, NP, width] and `scales` int32 [blocks/4, NP] (see `packing`), `bias` BF16 [N] or
+    None, `tickets` int32, zero between calls. `path` says which tensor cores multiply; with "bf16" MX activations are
+    rounded to MX and enter as BF16, which is exact. `config` overrides the launch shape for every M.
+
+    Two streams must not run one module at the same time: they would share the tickets.
+    """
+
+    elements: Tensor
+    scales: Tensor
+    tickets: Tensor
+    config: GemmConfig | None = None
+
+    def __init__(self, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat, path: Path | None = None) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.out_features = blocks.scales.shape[0]
+        self.in_features = blocks.scales.shape[1] * BLOCK
+        self.capability, self.multiprocessors = _machine(blocks.scales.device)
+        self.path: Path = path or natural_path(fmt, self.capability)
+        if self.path == "fp8" and natural_path(fmt, (9, 0)) != "fp8":
+            raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
+        packed = packing.pack(blocks, fmt.element, WIDTH[self.path])
+        self.wide = packed.wide
+        self.padded = packing.padded_inputs(self.in_features, fmt.element)
+        self.register_buffer("elements", packed.elements)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("bias", bias)
+        tickets = torch.zeros(self._most_tickets(), dtype=torch.int32, device=packed.scales.device)
+        self.register_buffer("tickets", tickets, persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, path: Path | None = None) -> "TritonMXLinear":
+        """Encode and pack the weight of a BF16 `linear`. Raises ValueError when K is not a multiple of 32."""
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(encode(linear.weight.detach(), fmt.element, fmt.scale_mode), bias, fmt, path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map BF16 [..., K] to BF16 [..., N]."""
+        from harness.mx.kernels import triton_ops  # needs the package triton, which CPU builds of torch lack
+
+        rows = x.reshape(-1, self.in_features)
+        config = self._launch_config(rows.shape[0]).as_ints()
+        rows = F.pad(rows, (0, self.padded - self.in_features)).contiguous()
+        weight = (self.elements, self.scales, self.bias, self.tickets, self.out_features, self.fmt.element.name)
+        if self.path == "fp8":
+            out = triton_ops.gemm_fp8(*self._encoded(rows), *weight, self.wide, config)
+        else:
+            out = triton_ops.gemm_bf16(self._rounded(rows), *weight, self.wide, config)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def weight_blocks(self) -> MXBlocks:
+        """The weight in MX form, unpacked."""
+        packed = packing.PackedWeight(self.elements, self.scales, self.wide)
+        return packing.unpack(packed, self.fmt.element, self.out_features, self.in_features)
+
+    def weight_bytes(self) -> int:
+        """Elements and scales with their padding, bias and tickets."""
+        buffers = (self.elements, self.scales, self.bias, self.tickets)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+    def shape(self, rows: int) -> Shape:
+        """The product of this weight and `rows` activation rows."""
+        return Shape(rows, self.out_features, self.padded, self.fmt.element.bits, self.path)
+
+    def _launch_config(self, rows: int) -> GemmConfig:
+        return self.config or choose(self.shape(rows), self.capability, self.multiprocessors)
+
+    def _most_tickets(self) -> int:
+        """Enough for every launch that splits K (see `triton_config.rule` and `candidates`)."""
+        return -(-self.out_features // 16) * 64
+
+    def _encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [M, KP] as `gemm_fp8` reads them; in compiled code by operations that fuse with what made the rows."""
+        from harness.mx.kernels import triton_ops
+
+        element, mode = self._activation_element(), self.fmt.scale_mode
+        if not torch.compiler.is_compiling():
+            return triton_ops.quantise(rows, element.name, str(mode))
+        blocks = encode(rows, element, mode)
+        if element is E2M1:
+            ones = MXBlocks(blocks.elements, torch.full_like(blocks.scales, 127))
+            elements = decode(ones, E2M1).to(E4M3.float8).view(torch.uint8)
+        else:
+            elements = blocks.elements
+        tiles = elements.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
+        return tiles, scale_values(blocks.scales, torch.float32).t().contiguous()
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        """Rows [M, KP] rounded to MX if activations are to be, in BF16."""
+        from harness.mx.kernels import triton_ops
+
+        if self.fmt.activation == Activation.bf16:
+            return rows
+        element, mode = self._activation_element(), self.fmt.scale_mode
+        # Compilers convert to E4M3 only where the GPU can.
+        if torch.compiler.is_compiling() and self.capability >= (8, 9):
+            return decode(encode(rows, element, mode), element)
+        return triton_ops.round_to_mx(rows, element.name, str(mode))
+
+    def _activation_element(self) -> ElementFormat:
+        element = self.fmt.activation_element
+        assert element is not None
+        return element
