@@ -57,6 +57,9 @@ SPEED_ADVICE = "confirm the kernel that ran, try quant.kernel=triton, and compil
 FILE_WIDTH = 160
 """Columns of the table where there is no terminal."""
 
+PATIENCE_S = 10
+"""Seconds that an interrupted run has to end."""
+
 Words = tuple[str, ...]
 Launch = Callable[[Sequence[str], Path], int]
 """Runs the harness with these words, outputs in this folder; returns its exit code."""
@@ -127,8 +130,11 @@ def launch_process(words: Sequence[str], folder: Path) -> int:
         try:
             return child.wait()
         except BaseException:
-            child.terminate()
-            child.wait()
+            child.send_signal(signal.SIGINT)  # Lightning waits for the end of the batch on SIGTERM
+            try:
+                child.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
             raise
 
 
@@ -425,7 +431,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")
     args = parser.parse_intermixed_args(argv)
     register()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed ladder takes its run along
     try:
         ladder = Ladder(args.out, args.overrides, args.kv)
         if git_state()["dirty"]:
@@ -442,4 +447,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed ladder takes its run along
     sys.exit(main())
