@@ -121,19 +121,21 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     return [row for row in rows if re.search(args.only, row.name)]
 
 
-def plan_of(row: Row, args: argparse.Namespace) -> RunPlan:
-    """The checked config of a row."""
-    overrides = [
-        f"model={row.model}", f"quant={row.quant}", f"kv={row.kv}", f"attention={row.attention}",
-        f"compile={args.compile}", f"trainer={'gpu' if args.device == 'cuda' else 'cpu'}",
-        f"data.batch_size={row.batch}", f"hydra.runtime.output_dir={args.out}", *args.overrides,
-    ]  # fmt: skip
+def compose_plan(overrides: list[str], out: Path) -> RunPlan:
+    """The checked config that ``overrides`` of ``conf/run.yaml`` give."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("run", overrides, return_hydra_config=True)
+        cfg = compose("run", [*overrides, f"hydra.runtime.output_dir={out}"], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     return plan_run(cfg)
+
+
+def plan_of(row: Row, args: argparse.Namespace) -> RunPlan:
+    """The checked config of a row."""
+    groups = {"model": row.model, "quant": row.quant, "kv": row.kv, "attention": row.attention, "compile": args.compile}
+    groups |= {"trainer": "gpu" if args.device == "cuda" else "cpu", "data.batch_size": str(row.batch)}
+    return compose_plan([*(f"{name}={value}" for name, value in groups.items()), *args.overrides], args.out)
 
 
 @contextmanager
