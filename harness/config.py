@@ -7,7 +7,6 @@ Each config group of ``conf/`` fills one field of :class:`RunConf`. Hydra checks
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from harness import kv as kv_room
 from harness.data import conf as data_conf
 from harness.data.conf import DataConf
 from harness.data.sources import ClipShape
+from harness.extras import missing_logger
 from harness.flags import FlagError, register_flags
 from harness.kv import KVConf
 from harness.measure import stability as stability_room
@@ -117,16 +117,6 @@ class TrainerConf:
 
 
 @dataclass
-class LoggerConf:
-    """Arguments of one of Lightning's loggers."""
-
-    _target_: str = MISSING
-    save_dir: str | None = None
-    name: str = "log"
-    version: str = ""
-
-
-@dataclass
 class MeasureConf:
     """What is measured beside quality.
 
@@ -147,6 +137,7 @@ class MeasureConf:
 class RunConf:
     """A whole run.
 
+    ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
     ``flags``: the old environment flags that are set, see :mod:`harness.flags`. ``threads``: CPU threads of torch, for
     jobs that share a machine; null = torch's own choice, all cores.
     """
@@ -160,7 +151,7 @@ class RunConf:
     compile: CompileConf = field(default_factory=CompileConf)
     sampler: SamplerConf = field(default_factory=SamplerConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
-    logger: LoggerConf = field(default_factory=LoggerConf)
+    logger: dict[str, Any] = field(default_factory=dict)
     measure: MeasureConf = field(default_factory=MeasureConf)
     gates: GatesConf = field(default_factory=GatesConf)
     on_instability: OnInstability = OnInstability["raise"]
@@ -350,8 +341,8 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         problems.append("gates judge a candidate, and quant=bf16 kv=bf16 is the baseline; use gates=none")
     if conf.data.source == data_conf.Source.clips and not (conf.decoder.encoder or conf.decoder.checkpoint):
         problems.append("data.source=clips: recorded frames must be encoded; give decoder.encoder")
-    if conf.logger._target_.endswith("TensorBoardLogger") and importlib.util.find_spec("tensorboard") is None:
-        problems.append("logger=tensorboard: tensorboard is not installed; install the extra [tensorboard] or use csv")
+    if (missing := missing_logger(conf.logger.get("_target_", ""))) is not None:
+        problems.append(missing)
     problems += [
         f"measure.{name}={value}: must be at least {least}"
         for name, value, least in (

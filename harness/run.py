@@ -32,6 +32,7 @@ from rich.console import Console
 from harness.callbacks import ClipOutputs, RolloutProgress
 from harness.config import ROOT, RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
+from harness.extras import missing_launcher
 from harness.measure.stability import InstabilityError
 from harness.models.checkpoint import load_encoder
 from harness.module import RolloutModule
@@ -42,9 +43,6 @@ from harness.report.gates import EXIT_CODES, check_comparable, evaluate
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RunRecord, load_record, save_record, write_atomically
 from harness.report.table import WIDTH, build, render
-
-logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # it advertises
-warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning against a newer torch
 
 
 class UserError(CompactHydraException):
@@ -134,6 +132,8 @@ def run(cfg: DictConfig) -> str | None:
 
 def build_trainer(plan: RunPlan, folder: Path, callbacks: list[Callback]) -> Trainer:
     """Lightning's trainer, which rolls nothing out yet and has started no other process."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # it advertises
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning against a newer torch
     return hydra.utils.instantiate(
         plan.conf.trainer,
         logger=hydra.utils.instantiate(plan.conf.logger),
@@ -184,6 +184,9 @@ def cli() -> None:
     Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
     3: do not ship; 4: undecided. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
     """
+    if (missing := missing_launcher(sys.argv[1:])) is not None:
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(2)
     try:
         main()
     except SystemExit as stop:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sqlite3
 
 import pytest
 import torch
@@ -149,14 +150,20 @@ def test_a_latent_cache_is_compared_with_its_own_decoded_latents(record, tmp_pat
     json.dumps(found.quality, allow_nan=False)
 
 
-@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
-def test_loggers_get_a_line_per_clip(record, tmp_path, logger):
-    if logger == "tensorboard":
-        pytest.importorskip("tensorboard")
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", "mlflow", "wandb"])
+def test_loggers_get_a_line_per_clip(record, tmp_path, monkeypatch, logger):
+    if logger != "csv":
+        pytest.importorskip(logger)
+    monkeypatch.chdir(tmp_path)
     record(*SMOKE, "kv=mx_v_only", f"logger={logger}")
-    logged = list((tmp_path / "run" / "log").iterdir())
-    assert logged
-    assert any(file.stat().st_size > 50 for file in logged)
+    if logger == "mlflow":
+        with sqlite3.connect(tmp_path / "mlflow.db") as database:
+            assert database.execute("select key, step from metrics where key = 'fidelity/psnr'").fetchall() == [
+                ("fidelity/psnr", 0)
+            ]
+        return
+    where = {"wandb": tmp_path / "run" / "wandb"}.get(logger, tmp_path / "run" / "log")
+    assert any(file.is_file() and file.stat().st_size > 50 for file in where.rglob("*"))
 
 
 def test_a_video_per_clip_is_written(record, tmp_path):
