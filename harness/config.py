@@ -38,7 +38,7 @@ from harness.report import drift as drift_room
 from harness.report import gates as gates_room
 from harness.report.drift import DriftConf
 from harness.report.gates import GatesConf
-from harness.rollout import AttentionKind, CompileConf, SamplerConf
+from harness.rollout import AttentionKind, CompileConf, DecoderGroups, SamplerConf
 from harness.rollout import compile as compile_room
 from harness.rollout import sampler as sampler_room
 from harness.rollout.attention import check_attention
@@ -81,6 +81,7 @@ class DecoderConf:
         encoder: encoder or whole autoencoder, needed for recorded frames; null = ``checkpoint``.
         vae_scale: the decoder's latents are this times the model's; null = as the config files say.
         seed: of random weights.
+        groups: how its grouped convolutions run, see :class:`DecoderGroups`.
     """
 
     config_file: str | None = None
@@ -89,6 +90,7 @@ class DecoderConf:
     encoder: str | None = None
     vae_scale: float | None = None
     seed: int = 0
+    groups: DecoderGroups = DecoderGroups.auto
 
 
 @dataclass
@@ -321,7 +323,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     with _collect(problems):
         compile_room.validate(conf.compile, device)
     with _collect(problems):
-        check_attention(conf.attention.kind, device)
+        check_attention(conf.attention.kind, device, arch.head_dim)
     with _collect(problems):
         data_conf.validate(conf.data)
     with _collect(problems):

@@ -111,7 +111,7 @@ class RolloutModule(LightningModule):
             load_decoder(conf.checkpoint, dcae) if conf.checkpoint else random_decoder(dcae, conf.seed)
         )
         to_bf16(decoder)
-        self._decoder = compile_decoder(decoder.to(device), self.plan.conf.compile)
+        self._decoder = compile_decoder(decoder.to(device), self.plan.conf.compile, conf.groups)
         start = time.perf_counter()
         shape = self.plan.clip_shape
         with torch.inference_mode():
