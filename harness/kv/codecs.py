@@ -7,6 +7,7 @@ carries the scales it was encoded with.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from harness.kv.conf import EMAConf
 from harness.mx.formats import (
     BLOCK,
+    E2M1,
     SCALE_NAN,
     ElementFormat,
     MXBlocks,
@@ -30,6 +32,12 @@ E8M0_BIAS = 127
 """The byte of an E8M0 scale is its exponent plus this."""
 
 INT8_MAX = 127
+
+BIAS = {"e4m3": 7, "e5m2": 15}
+"""Exponent bias of the 8-bit formats."""
+
+CHUNKS = 4
+"""4-bit elements are looked up in so many chunks, which bounds the room that the indices take."""
 
 
 class RingShape(NamedTuple):
@@ -131,7 +139,16 @@ class MXCodec:
 
     def decode(self, stored: Stored, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """See :class:`Codec`."""
-        return decode(MXBlocks(*stored), self.fmt, dtype, out)
+        if out is None or out.dtype != torch.bfloat16 or not out.is_contiguous():
+            return decode(MXBlocks(*stored), self.fmt, dtype, out)
+        elements, scales = stored
+        if self.fmt.bits == 8:
+            _shift_in_place(elements, self.fmt, out)
+        else:
+            _look_up_in_place(elements, out)
+        factor = scales.view(torch.float8_e8m0fnu).to(out.dtype)
+        out.unflatten(-1, (-1, BLOCK)).mul_(factor.unsqueeze(-1))
+        return out
 
     def state(self) -> list[Tensor]:
         """None."""
@@ -286,6 +303,34 @@ class Int8Codec:
 def _frame_amax(x: Tensor) -> Tensor:
     """Largest magnitude of each head and frame, float32 ``[B, H, F]``; NaN if it holds NaN."""
     return torch.maximum(x.amax((-2, -1)), -x.amin((-2, -1))).float()
+
+
+def _shift_in_place(elements: Tensor, fmt: ElementFormat, out: Tensor) -> None:
+    """BF16 values of E4M3 or E5M2 elements, without scale, made within ``out``.
+
+    Their bits, moved to where BF16 has its own, are the value times a power of two, subnormals included. NaN and Inf
+    elements would not survive this: encoding makes none but in blocks whose scale is NaN.
+    """
+    shift = 7 - fmt.mantissa
+    bits = out.view(torch.int16)
+    bits.copy_(elements.view(torch.int8)).bitwise_left_shift_(shift).bitwise_and_(0x7F << shift | -0x8000)
+    out.mul_(2.0 ** (E8M0_BIAS - BIAS[fmt.name]))
+
+
+def _look_up_in_place(elements: Tensor, out: Tensor) -> None:
+    """BF16 values of E2M1 elements, without scale: bytes are looked up, pairs of values are written to ``out``."""
+    table, bytes_, pairs = _e2m1_pairs(out.device), elements.view(-1), out.view(torch.int32).view(-1)
+    for part, into in zip(bytes_.chunk(CHUNKS), pairs.chunk(CHUNKS), strict=True):
+        torch.index_select(table, 0, part.to(torch.int32), out=into)
+
+
+@functools.cache
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """The two BF16 values in each of the 256 bytes, seen as one int32 ``[256]``."""
+    with torch.inference_mode(False):  # the table outlives the caller's mode
+        elements = torch.arange(256, dtype=torch.uint8).view(16, 16)  # as blocks of 32 under the scale 1
+        blocks = MXBlocks(elements, torch.full((16, 1), E8M0_BIAS, dtype=torch.uint8))
+        return decode(blocks, E2M1, torch.bfloat16).view(torch.int32).view(-1).to(device)
 
 
 def _max_code(fmt: ElementFormat) -> int:

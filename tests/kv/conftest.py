@@ -10,3 +10,8 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gen():
+    return torch.Generator().manual_seed(0)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
@@ -119,3 +121,39 @@ def test_yaml_values_type_check():
         OmegaConf.merge(schema, {"storage": "int8"})
     nested = OmegaConf.to_object(OmegaConf.merge(schema, {"ema": {"momentum": 0.5}}))
     assert nested.ema == EMAConf(momentum=0.5)
+
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "kv"
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("bf16", "K bf16, V bf16"),
+        ("i8_scale", "K int8, V int8"),
+        ("i8_v_only", "K bf16, V int8"),
+        ("mx_v_only", "K bf16, V e4m3"),
+        ("mx_k_only", "K e5m2, V bf16"),
+        ("mx_kv", "K e5m2, V e4m3"),
+        ("mx_kv_e4m3", "K e4m3, V e4m3"),
+        ("mx_late4", "K e5m2 (last 4 of 16 layers), V e4m3 (last 4 of 16 layers)"),
+        ("mx_late8", "K e5m2 (last 8 of 16 layers), V e4m3 (last 8 of 16 layers)"),
+        ("mx_late12", "K e5m2 (last 12 of 16 layers), V e4m3 (last 12 of 16 layers)"),
+        ("mx_ema", "K e5m2 per-head EMA, V e4m3 per-head EMA"),
+        ("mx_ema_v_only", "K bf16, V e4m3 per-head EMA"),
+        ("mx_k_late4_v", "K e5m2 (last 4 of 16 layers), V e4m3"),
+        ("mx_k_late8_v", "K e5m2 (last 8 of 16 layers), V e4m3"),
+        ("mx_k_late12_v", "K e5m2 (last 12 of 16 layers), V e4m3"),
+        ("mxfp4_v_only", "K bf16, V e2m1"),
+        ("mxfp4_kv", "K e2m1, V e2m1"),
+        ("mxfp4_k_late4_v", "K e2m1 (last 4 of 16 layers), V e2m1"),
+        ("mx_k_mxfp4_v", "K e5m2, V e2m1"),
+        ("mx_k_late4_mxfp4_v", "K e5m2 (last 4 of 16 layers), V e2m1"),
+        ("i8_k_mx_v", "K int8, V e4m3"),
+        ("i8_k_mxfp4_v", "K int8, V e2m1"),
+    ],
+)
+def test_the_experiment_matrix_has_names(option, text):
+    conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(KVConf), OmegaConf.load(CONF / f"{option}.yaml")))
+    validate(conf, head_dim=64)
+    assert describe(conf, 16) == text

@@ -4,58 +4,8 @@ import pytest
 import torch
 
 from harness.kv import KVCache, KVConf, KVStorage
-from harness.mx.formats import E2M1, ScaleMode, decode, encode
-
-B, H, P, DH, W = 2, 3, 4, 32, 5
-WINDOWS = [5, 2, 3, 1]  # global and local layers side by side
-MX = KVConf(storage=KVStorage.mx, quantize_k=True)
-
-
-class RollCat:
-    """Keeps every frame in order; concatenates and cuts on every call."""
-
-    def __init__(self, windows):
-        self.windows, self.frames = windows, [([], []) for _ in windows]
-
-    def load(self, layer, k, v):
-        self.frames[layer] = (list(k.split(P, dim=2)), list(v.split(P, dim=2)))
-
-    def window(self, layer, k, v):
-        keep = self.windows[layer]
-        return tuple(torch.cat([*old, own][-keep:], dim=2) for old, own in zip(self.frames[layer], (k, v), strict=True))
-
-    def store(self, layer, k, v):
-        for old, own in zip(self.frames[layer], (k, v), strict=True):
-            old.append(own)
-
-    def ordered(self, layer):
-        return tuple(torch.cat(old[-self.windows[layer] :], dim=2) for old in self.frames[layer])
-
-
-def make_cache(conf=None, windows=WINDOWS, dtype=torch.float32, head_dim=DH, batch=B):
-    return KVCache(len(windows), batch, H, head_dim, P, windows, conf or KVConf(), dtype, "cpu")
-
-
-def frames_of(n, gen, batch=B):
-    return torch.randn(batch, H, n * P, DH, generator=gen), torch.randn(batch, H, n * P, DH, generator=gen)
-
-
-def in_order(window, frame, keep):
-    """A window in slot order, rearranged to oldest first."""
-    slots = torch.tensor([f % keep for f in range(frame - keep + 1, frame + 1)])
-    return window.unflatten(2, (keep, P))[:, :, slots].flatten(2, 3)
-
-
-@pytest.fixture
-def gen():
-    return torch.Generator().manual_seed(0)
-
-
-def prefill(caches, windows, frames, gen, batch=B):
-    for layer in range(len(windows)):
-        k, v = frames_of(frames, gen, batch)
-        for cache in caches:
-            cache.load(layer, k, v)
+from harness.mx.formats import ScaleMode, decode, encode
+from kv_cases import DH, MX_KV, STORAGES, WINDOWS, B, H, P, RollCat, W, frames_of, in_order, make_cache, prefill, roll
 
 
 @pytest.mark.parametrize("prefilled", [W, W + 3])
@@ -128,7 +78,7 @@ def test_v_only_leaves_k_exact_and_uncopied(gen):
 
 
 def test_all_layers_share_one_scratch(gen):
-    cache = make_cache(MX)
+    cache = make_cache(MX_KV)
     prefill((cache,), WINDOWS, W, gen)
     cache.advance()
     starts = {cache.window(layer, *frames_of(1, gen))[0].data_ptr() for layer in range(len(WINDOWS))}
@@ -136,7 +86,7 @@ def test_all_layers_share_one_scratch(gen):
     assert cache.nbytes().scratch == 2 * B * H * W * P * DH * 4
 
 
-@pytest.mark.parametrize("conf", [KVConf(), MX], ids=["plain", "mx"])
+@pytest.mark.parametrize("conf", STORAGES.values(), ids=STORAGES)
 def test_buffers_never_move(gen, conf):
     cache = make_cache(conf)
 
@@ -146,26 +96,16 @@ def test_buffers_never_move(gen, conf):
     before = addresses()
     for _rollout in range(2):
         prefill((cache,), WINDOWS, W, gen)
-        for _frame in range(W + 2):
-            cache.advance()
-            for layer in range(len(WINDOWS)):
-                own = frames_of(1, gen)
-                cache.window(layer, *own)
-                cache.store(layer, *own)
+        roll(cache, W + 2, gen)
     cache.reset()
     assert addresses() == before
 
 
-@pytest.mark.parametrize("conf", [KVConf(), MX], ids=["plain", "mx"])
+@pytest.mark.parametrize("conf", STORAGES.values(), ids=STORAGES)
 def test_second_prefill_leaves_nothing_of_the_first(gen, conf):
     used, fresh = make_cache(conf), make_cache(conf)
     prefill((used,), WINDOWS, W + 1, gen)
-    for _frame in range(3):
-        used.advance()
-        for layer in range(len(WINDOWS)):
-            own = frames_of(1, gen)
-            used.window(layer, *own)
-            used.store(layer, *own)
+    roll(used, 3, gen)
     prefill((used, fresh), WINDOWS, W, gen)
     for cache in (used, fresh):
         cache.advance()
@@ -180,10 +120,11 @@ def test_second_prefill_leaves_nothing_of_the_first(gen, conf):
     [
         (KVConf(), 16, 16),
         (KVConf(storage=KVStorage.mx), 16, 8.25),
-        (MX, 8.25, 8.25),
-        (KVConf(storage=KVStorage.mx, quantize_k=True, bits=4), 4.25, 4.25),
+        (MX_KV, 8.25, 8.25),
+        (STORAGES["mx4_kv"], 4.25, 4.25),
+        (STORAGES["i8"], 8.5, 8.5),
     ],
-    ids=["bf16", "v8", "kv8", "kv4"],
+    ids=["bf16", "v8", "kv8", "kv4", "i8"],
 )
 def test_allocated_bytes_are_the_computed_ones(conf, bits_k, bits_v):
     cache = make_cache(conf, dtype=torch.bfloat16)
