@@ -120,7 +120,7 @@ def test_wide_scales_need_no_luck(fmt, path):
         elements &= 0xBB if fmt.element is E5M2 else 0xFE
     scales[3, 2] = 255
     scales[4], elements[5] = 0, 0
-    mx = TritonMXLinear(MXBlocks(elements.to(DEVICE), scales.to(DEVICE)), None, fmt, path)
+    mx = TritonMXLinear.from_blocks(MXBlocks(elements.to(DEVICE), scales.to(DEVICE)), None, fmt, path)
     assert mx.wide
     x = activations(6, k) * torch.exp2(torch.randint(-30, 20, (6, k // BLOCK, 1)).float()).expand(
         -1, -1, BLOCK
@@ -148,7 +148,7 @@ def test_every_code_under_every_scale_decodes_exactly(fmt, wide):
     if fmt.bits == 8 and not wide:
         codes &= 0xBB if fmt is E5M2 else 0xFE
     blocks = MXBlocks(codes.repeat(len(scales), 1).to(DEVICE), scales.to(DEVICE))
-    mx = TritonMXLinear(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+    mx = TritonMXLinear.from_blocks(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
     mx.wide = wide
     got = mx(torch.eye(BLOCK, dtype=torch.bfloat16, device=DEVICE)).t()
     want = decode(blocks, fmt)
@@ -184,6 +184,29 @@ def test_the_packed_module_keeps_blocks_and_size():
         assert torch.equal(got.cpu(), want.cpu())
     assert mx.weight_bytes() < linear.weight.nbytes / 3.5 + mx.tickets.nbytes + 256
     assert "W4A16" in repr(mx)
+
+
+@pytest.mark.parametrize(("fmt", "path"), [(W4A16, "bf16"), (W8A8, "fp8")], ids=["W4A16", "W8A8"])
+def test_stacked_linears_share_one_weight_and_give_the_same(fmt, path):
+    members = [make(n, 64, fmt, path) for n in (128, 256)]
+    x = activations(2, 64)
+    before, blocks = [m(x) for m in members], [m.weight_blocks() for m in members]
+    for _ in range(2):
+        stack = members[0].stacked(members[1:])
+        assert torch.equal(stack(x), torch.cat(before, dim=1))
+        for m, kept, out in zip(members, blocks, before, strict=True):
+            assert m.elements.untyped_storage().data_ptr() == stack.elements.untyped_storage().data_ptr()
+            assert all(torch.equal(a, b) for a, b in zip(m.weight_blocks(), kept, strict=True))
+            assert torch.equal(m(x), out)
+    assert stack.weight_bytes() < sum(m.weight_bytes() for m in members) + 4 * stack.tickets.numel()
+
+
+def test_linears_that_do_not_fit_together_are_not_stacked():
+    first = make(128, 64, W4A16, "bf16")
+    assert first.stacked([make(128, 96, W4A16, "bf16")]) is None
+    assert first.stacked([make(40, 64, W4A16, "bf16")]) is None
+    assert first.stacked([make(128, 64, W8A16, "bf16")]) is None
+    assert first.stacked([nn.Linear(64, 128)]) is None
 
 
 def test_fp8_tensor_cores_are_refused_for_bf16_activations():

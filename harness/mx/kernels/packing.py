@@ -49,19 +49,24 @@ def pack(blocks: MXBlocks, fmt: ElementFormat, width: int) -> PackedWeight:
     scales = F.pad(blocks.scales, (0, (kp - k) // BLOCK, 0, rows), value=_ONE)
     if fmt.bits == 4:
         elements = elements[:, : kp // 2] | elements[:, kp // 2 :] << 4
-    tiled = elements.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
-    words = scales.contiguous().view(torch.int32).t().contiguous()
+    tiled = _compact(elements.unflatten(1, (-1, width)).transpose(0, 1))
+    words = _compact(scales.contiguous().view(torch.int32).t())
     return PackedWeight(tiled, words, _needs_wide(blocks, fmt))
 
 
 def unpack(packed: PackedWeight, fmt: ElementFormat, out_features: int, in_features: int) -> MXBlocks:
     """The blocks that `pack` was given."""
     rows = packed.elements.transpose(0, 1).flatten(1)[:out_features]
-    scales = packed.scales.t().contiguous().view(torch.uint8)[:out_features, : in_features // BLOCK].contiguous()
+    scales = _compact(packed.scales.t()).view(torch.uint8)[:out_features, : in_features // BLOCK].contiguous()
     if fmt.bits == 8:
         return MXBlocks(rows[:, :in_features].contiguous(), scales)
     codes = torch.cat((rows & 0xF, rows >> 4), dim=1)[:, :in_features]
     return MXBlocks(codes[:, 0::2] | codes[:, 1::2] << 4, scales)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """A copy of `x` with row-major strides, also along dimensions of size 1, whose strides `contiguous` leaves."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _one_per_byte(elements: Tensor, fmt: ElementFormat) -> Tensor:

@@ -7,6 +7,8 @@ of one instruction to about 14 bits).
 
 import functools
 import importlib.util
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,18 +67,15 @@ class TritonMXLinear(MXModule):
     tickets: Tensor
     config: GemmConfig | None = None
 
-    def __init__(self, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat, path: Path | None = None) -> None:
+    def __init__(
+        self, packed: packing.PackedWeight, sizes: tuple[int, int], bias: Tensor | None, fmt: LinearFormat, path: Path
+    ) -> None:
+        """`sizes` are (out_features, in_features) of the weight that `packed` holds."""
         super().__init__()
-        self.fmt = fmt
-        self.out_features = blocks.scales.shape[0]
-        self.in_features = blocks.scales.shape[1] * BLOCK
-        self.capability, self.multiprocessors = _machine(blocks.scales.device)
-        self.path: Path = path or natural_path(fmt, self.capability)
-        if self.path == "fp8" and natural_path(fmt, (9, 0)) != "fp8":
-            raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
-        packed = packing.pack(blocks, fmt.element, WIDTH[self.path])
-        self.wide = packed.wide
+        self.fmt, self.path, self.wide = fmt, path, packed.wide
+        self.out_features, self.in_features = sizes
         self.padded = packing.padded_inputs(self.in_features, fmt.element)
+        self.capability, self.multiprocessors = _machine(packed.elements.device)
         self.register_buffer("elements", packed.elements)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("bias", bias)
@@ -84,10 +83,43 @@ class TritonMXLinear(MXModule):
         self.register_buffer("tickets", tickets, persistent=False)
 
     @classmethod
+    def from_blocks(
+        cls, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat, path: Path | None = None
+    ) -> "TritonMXLinear":
+        """Pack an encoded weight [N, K] and its BF16 `bias` [N]. `path` None: the natural one.
+
+        Raises ValueError when `path` is "fp8" and an operand is not MX with elements that E4M3 holds.
+        """
+        path = path or natural_path(fmt, _machine(blocks.scales.device)[0])
+        if path == "fp8" and natural_path(fmt, (9, 0)) != "fp8":
+            raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
+        sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
+        return cls(packing.pack(blocks, fmt.element, WIDTH[path]), sizes, bias, fmt, path)
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, path: Path | None = None) -> "TritonMXLinear":
         """Encode and pack the weight of a BF16 `linear`. Raises ValueError when K is not a multiple of 32."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(encode(linear.weight.detach(), fmt.element, fmt.scale_mode), bias, fmt, path)
+        return cls.from_blocks(encode(linear.weight.detach(), fmt.element, fmt.scale_mode), bias, fmt, path)
+
+    def stacked(self, others: Sequence[nn.Module]) -> "TritonMXLinear | None":
+        """One Linear whose output is that of this one, then those of `others`, which read the same input.
+
+        Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
+        when they do not fit together: another format or K, padded outputs, or too large for 32-bit addresses.
+        """
+        members = [self, *(other for other in others if isinstance(other, TritonMXLinear))]
+        kind = {(m.fmt, m.path, m.in_features, m.bias is None) for m in members}
+        outputs = [m.out_features for m in members]
+        size = sum(outputs) * self.elements.shape[0] * WIDTH[self.path]
+        if len(members) <= len(others) or len(kind) > 1 or any(n % packing.ROWS for n in outputs) or size >= 2**31:
+            return None
+        with torch.inference_mode(False):
+            elements = _joined(members, "elements", outputs)
+            scales = _joined(members, "scales", outputs)
+            bias = None if self.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
+            packed = packing.PackedWeight(elements, scales, any(m.wide for m in members))
+            return TritonMXLinear(packed, (sum(outputs), self.in_features), bias, self.fmt, self.path)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""
@@ -121,8 +153,8 @@ class TritonMXLinear(MXModule):
         return self.config or choose(self.shape(rows), self.capability, self.multiprocessors)
 
     def _most_tickets(self) -> int:
-        """Enough for every launch that splits K (see `triton_config.rule` and `candidates`)."""
-        return -(-self.out_features // 16) * 64
+        """Enough for every launch that splits K: of up to 1024 rows, in blocks of 64 by 64 or larger, or 16 rows."""
+        return -(-self.out_features // 64) * 16
 
     def _encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [M, KP] as `gemm_fp8` reads them; in compiled code by operations that fuse with what made the rows."""
@@ -156,3 +188,19 @@ class TritonMXLinear(MXModule):
         element = self.fmt.activation_element
         assert element is not None
         return element
+
+
+def _joined(members: Sequence[TritonMXLinear], name: str, outputs: Sequence[int]) -> Tensor:
+    """Buffer `name` of all members side by side (dimension 1); theirs become views of it, unless they are already."""
+    parts = [getattr(m, name) for m in members]
+    shape = (parts[0].shape[0], sum(outputs), *parts[0].shape[2:])
+    stride = parts[0].stride()
+    row = stride[1] * parts[0].element_size()
+    starts = [parts[0].data_ptr() + row * n for n in itertools.accumulate(outputs, initial=0)]
+    whole = stride[0] == shape[1] * stride[1]
+    if whole and [part.data_ptr() for part in parts] == starts[:-1]:
+        return parts[0].as_strided(shape, stride)
+    joined = torch.cat(parts, dim=1)
+    for member, part in zip(members, joined.split(list(outputs), dim=1), strict=True):
+        setattr(member, name, part)
+    return joined

@@ -57,9 +57,9 @@ def gemm_bf16(
 ) -> Tensor:
     """`x @ decode(weight).T + bias`: BF16 `x` [M, KP], contiguous, to BF16 [M, N].
 
-    `weight` uint8 [tiles, NP, 128] and `scales` int32 [blocks/4, NP] come from `packing.pack`, `bias` is BF16 [N] or
-    None, `config` is `GemmConfig.as_ints()`, `tickets` has a zero for every output tile.
-    Raises ValueError when K is split and there are fewer tickets than output tiles.
+    `weight` uint8 [tiles, NP, 128] and `scales` int32 [blocks/4, NP] come from `packing.pack` (or are rows of larger
+    such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()`, `tickets` has a zero for every
+    output tile. Raises ValueError when K is split and there are fewer tickets than output tiles.
     """
     shape = GemmConfig.from_ints(config)
     m, k = x.shape
@@ -75,7 +75,7 @@ def gemm_bf16(
         tickets,
         m,
         out_features,
-        weight.shape[1],
+        weight.stride(0) // weight.shape[2],
         k,
         weight.shape[0],
         ELEMENT=element,
@@ -123,7 +123,7 @@ def gemm_fp8(
         tickets,
         m,
         out_features,
-        weight.shape[1],
+        weight.stride(0) // weight.shape[2],
         weight.shape[0] // 4,
         ELEMENT=element,
         WIDE=wide,
