@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
+from kv_cases import STORAGES
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.kv import KVCache, KVConf
-from kv_cases import STORAGES
 
 HEADS, TOKENS, HEAD_DIM, BF16 = 2, 64, 32, torch.bfloat16
 

@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
+from kv_cases import DH, I8, MX, MX_KV, STORAGES, WINDOWS, B, H, P, W, make_cache, prefill, roll
 
 from harness.kv import KVConf, KVScales, KVStats, KVStorage
-from kv_cases import DH, I8, MX, MX_KV, STORAGES, WINDOWS, B, H, P, W, make_cache, prefill, roll
 
 
 def sampled(conf, windows, frames):
