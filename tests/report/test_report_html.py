@@ -47,7 +47,7 @@ def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
     assert rows["SSIM drop"] == "pass"
     assert rows["FPS ratio (pipeline_fps)"] == "not_measured"
     assert "≤ 0.3" in text
-    assert "-0.050" in text, "margin"
+    assert '<td class="n">-0.05</td>' in text, "margin"
     assert "0.2 … 0.5" in text, "bootstrap interval of the two clips' drops"
 
 

@@ -35,6 +35,7 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A figure with its digits, or a dash."""
     if value is None:
         return ABSENT
+    value = round(value, digits) + 0.0  # no "-0.00"
     return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
 
 

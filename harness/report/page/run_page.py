@@ -16,6 +16,7 @@ from harness.report import drift
 from harness.report.page.charts import Series, line_chart
 from harness.report.page.costs import fps_bars, memory_bars, part_bars, span_bars
 from harness.report.page.figures import (
+    ABSENT,
     ARMS,
     EMULATED,
     Record,
@@ -67,6 +68,7 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
         verdict=verdict(record),
         tiles=_tiles(record),
         checks=_checks(record),
+        mild=record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"]),
         emulated=EMULATED if emulated(record) else "",
         fps=fps_bars(record),
         spans=span_bars(record),
@@ -133,8 +135,8 @@ def _checks(record: Record) -> list[dict[str, Any]]:
                 "figure": check["figure"],
                 "value": significant(check["value"]),
                 "threshold": f"{check['relation'].replace('<=', '≤').replace('>=', '≥')} {check['threshold']:g}",
-                "margin": number(check["margin"], 3, sign=True),
-                "interval": "" if interval is None else f"{significant(interval[0])} … {significant(interval[1])}",
+                "margin": ABSENT if check["margin"] is None else f"{check['margin']:+.3g}",
+                "interval": "" if interval is None else f"{interval[0]:.3g} … {interval[1]:.3g}",
                 "status": check["status"],
                 "note": check.get("note", ""),
             }
