@@ -136,7 +136,7 @@ class Arm:
         ``frames`` in ``noise`` to warm up; uses fewer if there are fewer.
         """
         context_noise, frame_noise = (part.to(self.device) for part in noise)
-        rollout, window = self._eager(), context_noise.shape[1]
+        rollout, window = self.eager(), context_noise.shape[1]
         rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], context_noise)
         timer = PartTimer(self.device)
         with timer.installed(*self._instruments(rollout)):
@@ -155,7 +155,7 @@ class Arm:
         layer after attention. ``None`` if no layer shows any.
         """
         context_noise, frame_noise = (part.to(self.device) for part in noise)
-        rollout, window = self._eager(), context_noise.shape[1]
+        rollout, window = self.eager(), context_noise.shape[1]
         with watch_non_finite(self.core) as found:
             rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], context_noise)
         if found:
@@ -166,7 +166,7 @@ class Arm:
                 rollout.next_frame(frame_noise[:, index], mouse, btn)
         return found[0] if found else None
 
-    def _eager(self) -> Rollout:
+    def eager(self) -> Rollout:
         """The same model and cache, not compiled: its layers can be watched."""
         sampler, attention = self.rollout.sampler, self.rollout.attention
         return Rollout(self.core, self.cache, sampler, attention, CompileConf(cuda_graph=False))

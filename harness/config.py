@@ -127,12 +127,14 @@ class MeasureConf:
         skip_frames: first frames of each clip that are not timed (at least one is).
         parts_frames: frames of the instrumented pass that splits a frame into its parts; 0 = none.
         videos: write an A/B video per clip.
+        numerics_rows: input rows on which the error of each MX Linear is measured, after the rollouts; 0 = none.
     """
 
     warmup_frames: int = 2
     skip_frames: int = 1
     parts_frames: int = 4
     videos: bool = True
+    numerics_rows: int = 64
 
 
 @dataclass
@@ -351,6 +353,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
             ("warmup_frames", conf.measure.warmup_frames, 1),
             ("skip_frames", conf.measure.skip_frames, 0),
             ("parts_frames", conf.measure.parts_frames, 0),
+            ("numerics_rows", conf.measure.numerics_rows, 0),
         )
         if value < least
     ]

@@ -25,6 +25,7 @@ from harness.models.checkpoint import load_decoder, load_gamerft, random_decoder
 from harness.models.dcae import DCAEDecoder, to_frames
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
+from harness.numerics import FRAMES, layer_numerics
 from harness.rollout import compile_decoder
 
 
@@ -77,6 +78,7 @@ class RolloutModule(LightningModule):
         self.guard = Guard(plan)
         self.parameters_total = 0
         self.decoder_cold_start_s = 0.0
+        self.numerics: dict[str, Any] | None = None
         self.on_frame: Callable[[], None] = lambda: None
         self._first: ClipBatch | None = None
 
@@ -183,10 +185,15 @@ class RolloutModule(LightningModule):
         return ClipOutcome(quality, batch.fps[clip], frames, {name: rolled[name].times for name in self.arms})
 
     def on_predict_epoch_end(self) -> None:
-        """Split a few frames into their parts, after all timed work."""
-        frames = self.plan.conf.measure.parts_frames
-        if not frames or self._first is None or not self.trainer.is_global_zero:
+        """After all timed work: split a few frames into their parts, and measure the error of each MX Linear."""
+        conf, batch = self.plan.conf.measure, self._first
+        if batch is None or not self.trainer.is_global_zero:
             return
-        noise = self.noise(self._first.clip_ids, min(frames + 1, self.plan.conf.data.future_frames))
-        for arm in self.arms.values():
-            arm.measure_parts(self._first, noise, frames)
+        frames = min(max(conf.parts_frames + 1, FRAMES), self.plan.conf.data.future_frames)
+        noise = self.noise(batch.clip_ids, frames)
+        if conf.parts_frames:
+            for arm in self.arms.values():
+                arm.measure_parts(batch, noise, conf.parts_frames)
+        if conf.numerics_rows and "candidate" in self.arms:
+            bf16, candidate = self.arms["bf16"], self.arms["candidate"]
+            self.numerics = layer_numerics(bf16, candidate, batch, noise, conf.numerics_rows)

@@ -190,6 +190,9 @@ def build_record(
     for row in clips:
         video = outputs.video_path(row["clip_id"])
         row["video"] = str(video.relative_to(outputs.folder)) if video.is_file() else None
+    arms = {name: arm_record(arm, labels[name], plan) for name, arm in module.arms.items()}
+    if "candidate" in arms:
+        arms["candidate"].numerics = module.numerics
     now = datetime.now(UTC)
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(config, dict)
@@ -205,7 +208,7 @@ def build_record(
         environment=environment(plan.device) | {"processes": module.trainer.world_size},
         model=_model(module, plan),
         data=_data(data, len(clips)),
-        arms={name: arm_record(arm, labels[name], plan) for name, arm in module.arms.items()},
+        arms=arms,
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
         notes=_notes(plan, choices),

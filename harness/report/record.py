@@ -32,7 +32,8 @@ class ArmRecord:
         ``total_ms``, ``prefill_ms``, the two FPS. parts: ``Stats`` per part from the instrumented eager
         pass; ``None`` if it was not asked for. memory: bytes of weights and KV window, allocator figures.
         compile: set-up times and counters of compilation. kv_stats: what the KV cache stored, frame by frame, as
-        :meth:`harness.kv.KVStats.report` gives it.
+        :meth:`harness.kv.KVStats.report` gives it. numerics: error of each MX Linear on sampled inputs, as
+        :func:`harness.numerics.layer_numerics` gives it.
     """
 
     label: str
@@ -44,6 +45,7 @@ class ArmRecord:
     memory: dict[str, Any]
     compile: dict[str, Any]
     kv_stats: dict[str, Any] | None = None
+    numerics: dict[str, Any] | None = None
 
 
 @dataclass

@@ -155,6 +155,29 @@ def _compile_text(arm: ArmRecord) -> str:
     )
 
 
+def _numerics_text(numerics: dict[str, Any]) -> str:
+    """The worst MX Linear, and each category."""
+    name = numerics["worst"]
+    layer = numerics["layers"][name]
+    shares = ", ".join(
+        f"{kind} {_percent(found['rel_mean'])} (at most {_percent(found['rel_max'])})"
+        for kind, found in numerics["categories"].items()
+    )
+    return (
+        f"Error of the Linears on real inputs, against float64: {shares}; worst {name}: relative "
+        f"{_percent(layer['rel'])}, BF16 alone {_percent(layer['bf16']['rel'])}, MAE {_short(layer['mae'])}, "
+        f"max {_short(layer['max'])}."
+    )
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{100 * value:.2g} %"
+
+
+def _short(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2g}"
+
+
 def _notes(record: RunRecord) -> Iterator[str]:
     for arm in record.arms.values():
         yield f"{arm.label}: {_path_text(arm)}."
@@ -165,6 +188,8 @@ def _notes(record: RunRecord) -> Iterator[str]:
         categories = ", ".join(f"{count} {name}" for name, count in candidate.transform["categories"].items())
         kept = f"; {len(candidate.transform['kept_bf16'])} in scope kept BF16" * bool(candidate.transform["kept_bf16"])
         yield f"Linears in MX: {candidate.transform['count']} ({categories}){kept}."
+        if candidate.numerics is not None:
+            yield _numerics_text(candidate.numerics)
     for arm in record.arms.values():
         if arm.compile["enabled"]:
             yield _compile_text(arm)
