@@ -142,10 +142,15 @@ def test_errors_of_linears_and_kv_statistics_are_shown_where_the_record_has_them
     assert "Saturated elements, share by layer" in text
     assert "layer 2 V" in text
     plain = asdict(record())
+    errors = {"category": "mlp", "rows": 64, "mae": 0.001, "rel": 0.02, "max": 0.1, "bf16": {"rel": 0.002}}
     plain["arms"]["candidate"]["numerics"] = {
-        "linears": {"blocks.0.mlp.fc1": {"mae": 0.001, "rel": 0.02, "max": 0.1, "bf16": {"rel": 0.002}}}
+        "method": "64 rows, against float64",
+        "layers": {"blocks.0.mlp.fc1": errors, "blocks.0.mlp.fc2": {**errors, "rel": None}},
+        "categories": {"mlp": {"layers": 2, "rel_mean": None, "rel_max": None}},
     }
     text = run_page(plain, tmp_path)
+    assert "64 rows, against float64" in text
+    assert text.count('class="column c-mlp"') == 1, "an error that is not finite has no column"
     assert "Relative error of each Linear" in text
     assert "blocks.0.mlp.fc1" in text
     assert "did not sample" not in text

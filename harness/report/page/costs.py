@@ -11,7 +11,7 @@ PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
 MEMORY = (
     ("Weights", "weight_bytes"),
     ("KV window", "kv_window_bytes"),
-    ("KV read scratch", "kv_scratch_bytes"),
+    ("KV window and the room it is read through, peak", "kv_peak_bytes"),
     ("Cache and graph, as allocated", "cache_and_graph_allocated"),
     ("Transient peak", "transient"),
     ("Peak allocated (both arms in)", "peak_allocated"),

@@ -13,8 +13,6 @@ from markupsafe import Markup
 from harness.report.table import bytes_text
 
 ABSENT = "–"
-MEMORY_HELD = ("weight_bytes", "kv_window_bytes", "kv_scratch_bytes")
-"""What an arm holds while it runs: weights, KV window, and the scratch that a quantised window is read through."""
 ARMS = (("bf16", "bf16"), ("candidate", "cand"))
 """Arms and their CSS class."""
 EMULATED = "emulated kernel: its speed says nothing about MX"
@@ -65,9 +63,16 @@ def speed_ratio(record: Record) -> float | None:
 
 
 def held_bytes(arm: Any) -> float | None:
-    """Bytes an arm holds while it runs, see ``MEMORY_HELD``; ``None`` without an arm or a figure."""
-    found = [pick(arm, f"memory.{name}") for name in MEMORY_HELD]
-    return sum(value or 0 for value in found) if found[0] is not None else None
+    """Bytes an arm needs while it runs: weights, KV window, and the room the window is dequantised into.
+
+    ``None`` without an arm or a figure.
+    """
+    weights, window, peak = (
+        pick(arm, f"memory.{name}") for name in ("weight_bytes", "kv_window_bytes", "kv_peak_bytes")
+    )
+    if peak is None and window is not None:
+        peak = window + (pick(arm, "memory.kv_scratch_bytes") or 0)
+    return None if weights is None or peak is None else weights + peak
 
 
 def emulated(record: Record) -> bool:

@@ -8,63 +8,44 @@ from typing import Any
 from markupsafe import Markup
 
 from harness.report.page.charts import Series, column_chart, line_chart
-from harness.report.page.figures import Record, flatten, pick
+from harness.report.page.figures import Record, flatten, pick, significant
 
 READ_OUT = ("rel", "mae", "max", "sqnr_db", "bf16.rel")
 """Figures of a Linear's error that its column shows under the pointer."""
+CATEGORIES = {"mlp": "c-mlp", "attn": "c-attention", "modulation": "c-modulation"}
+"""CSS class of each category of Linears."""
 TENSORS = {"k": "s-bf16", "v": "s-cand"}
 """CSS class of K's and V's curves."""
 
 
 def numerics_blocks(record: Record) -> list[dict[str, Any]]:
-    """Blocks of ``heading``, ``charts``, ``columns`` and ``rows``; empty where nothing was sampled."""
+    """Blocks of ``heading``, ``lead``, ``charts``, ``columns`` and ``rows``; empty where nothing was sampled."""
     candidate = record["arms"].get("candidate")
-    found = pick(record, "numerics") or pick(candidate, "numerics") or {}
-    blocks = [_linears(found.get("linears")), _kv(pick(candidate, "kv_stats"))]
+    blocks = [_linears(pick(candidate, "numerics")), _kv(pick(candidate, "kv_stats"))]
     return [block for block in blocks if block is not None]
 
 
-def _rows(section: Any, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a mapping of mappings or a list of them, flattened, ``name`` made of the first of ``names`` found."""
-    if isinstance(section, Mapping):
-        section = [{"name": name, **row} for name, row in section.items()]
-    rows = []
-    for row in section or []:
-        flat = {key: value for key, value in flatten(row).items() if not isinstance(value, list)}
-        key = next(name for name in names if name in flat)
-        rows.append({"name": str(flat.pop(key)), **flat})
-    return rows
-
-
-def _block(heading: str, rows: Sequence[Mapping[str, Any]], charts: Sequence[Markup]) -> dict[str, Any]:
+def _block(heading: str, lead: str, rows: Sequence[Mapping[str, Any]], charts: Sequence[Markup]) -> dict[str, Any]:
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
     table = [[row["name"], *(row.get(column) for column in columns)] for row in rows]
-    return {"heading": heading, "columns": columns, "rows": table, "charts": charts}
+    return {"heading": heading, "lead": lead, "columns": columns, "rows": table, "charts": charts}
 
 
 def _linears(section: Any) -> dict[str, Any] | None:
-    rows = _rows(section, ("name", "linear"))
-    if not rows:
+    layers: Mapping[str, Any] = pick(section, "layers") or {}
+    if not layers:
         return None
-    figures = {figure: [row.get(figure) for row in rows] for figure in READ_OUT if any(figure in row for row in rows)}
-    charts = []
-    if "rel" in figures:
-        names = [row["name"] for row in rows]
-        styles = [_category(name) for name in names]
-        charts.append(column_chart("Relative error of each Linear's output", names, figures, "rel", styles))
-    return _block("MX Linears, layer by layer", rows, charts)
-
-
-def _category(name: str) -> str:
-    for part, style in (
-        (".mlp", "c-mlp"),
-        (".attn", "c-attention"),
-        ("adaln", "c-modulation"),
-        ("gate", "c-modulation"),
-    ):
-        if part in name:
-            return style
-    return "c-other"
+    rows = [{"name": name, **flatten(layer)} for name, layer in layers.items()]
+    figures = {figure: [row.get(figure) for row in rows] for figure in READ_OUT}
+    styles = [CATEGORIES.get(row.get("category", ""), "c-other") for row in rows]
+    chart = column_chart("Relative error of each Linear's output", list(layers), figures, "rel", styles)
+    kinds = pick(section, "categories") or {}
+    means = [
+        f"{kind} {significant(found['rel_mean'])} (largest {significant(found['rel_max'])})"
+        for kind, found in kinds.items()
+    ]
+    lead = f"{pick(section, 'method') or ''}. Mean relative error: {', '.join(means)}." if means else ""
+    return _block("MX Linears, layer by layer", lead, rows, [chart])
 
 
 def _kv(stats: Any) -> dict[str, Any] | None:
@@ -88,7 +69,11 @@ def _kv(stats: Any) -> dict[str, Any] | None:
             if lines:
                 charts.append(line_chart(title, lines, "", "sampled frame", labels=labels, synced=False))
     rows = [{"name": f"layer {row['layer']} {row['tensor'].upper()}", **_plain(row)} for row in layers]
-    return _block("KV cache, layer by layer", rows, charts)
+    broken = [
+        f"layer {one['layer']} {one['tensor'].upper()} frame {one['frame']}" for one in stats.get("nonfinite") or []
+    ]
+    lead = f"NaN or Inf stored: {', '.join(broken)}." if broken else ""
+    return _block("KV cache, layer by layer", lead, rows, charts)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
