@@ -76,12 +76,12 @@ class Codec(Protocol):
         """Begin a rollout whose prefill leaves ``x`` in the ring."""
         ...
 
-    def observe(self, x: Tensor) -> None:
-        """Take note of a new frame ``x`` (F = 1), just before it is encoded."""
+    def encode(self, x: Tensor) -> Stored:
+        """What to store for frames ``x`` of the prefill."""
         ...
 
-    def encode(self, x: Tensor) -> Stored:
-        """What to store for ``x``."""
+    def encode_next(self, x: Tensor) -> Stored:
+        """What to store for ``x``, the next new frame (F = 1)."""
         ...
 
     def decode(self, stored: Stored, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -130,8 +130,9 @@ class MXCodec:
     def calibrate(self, x: Tensor) -> None:
         """Nothing: a block's scale depends on the block alone."""
 
-    def observe(self, x: Tensor) -> None:
-        """Nothing, likewise."""
+    def encode_next(self, x: Tensor) -> Stored:
+        """See :class:`Codec`."""
+        return self.encode(x)
 
     def encode(self, x: Tensor) -> Stored:
         """See :class:`Codec`."""
@@ -215,20 +216,24 @@ class HeadEMACodec(MXCodec):
         self.amax.copy_(torch.where(amax.isfinite(), amax, 0).amax(-1))
         self.frames.zero_()
 
-    def observe(self, x: Tensor) -> None:
+    def encode(self, x: Tensor) -> Stored:
         """See :class:`Codec`."""
-        new = _frame_amax(x).squeeze(-1)
-        new = torch.where(new.isfinite(), new, self.amax)
+        return self._encode(x, _frame_amax(x))
+
+    def encode_next(self, x: Tensor) -> Stored:
+        """See :class:`Codec`."""
+        own = _frame_amax(x)
+        new = torch.where(own.isfinite(), own, self.amax.unsqueeze(-1)).squeeze(-1)
         average = torch.lerp(new, self.amax, self.conf.momentum)
         growing = self.frames < self.conf.warmup_frames
         self.amax.copy_(torch.where(growing, torch.maximum(self.amax, new), average))
         self.frames.add_(1)
+        return self._encode(x, own)
 
-    def encode(self, x: Tensor) -> Stored:
-        """See :class:`Codec`."""
+    def _encode(self, x: Tensor, own: Tensor) -> Stored:
         amax = self.amax.clamp(min=self.conf.floor).unsqueeze(-1)
         scales = scale_bytes(amax, self.fmt, self.scale_mode).clamp(min=1)
-        scales = torch.where(_frame_amax(x).isfinite(), scales, SCALE_NAN)[..., None, None]
+        scales = torch.where(own.isfinite(), scales, SCALE_NAN)[..., None, None]
         return Stored(encode_with_scales(x, scales, self.fmt), scales)
 
     def decode(self, stored: Stored, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -265,8 +270,9 @@ class Int8Codec:
     def calibrate(self, x: Tensor) -> None:
         """Nothing: a token's scale depends on the token alone."""
 
-    def observe(self, x: Tensor) -> None:
-        """Nothing, likewise."""
+    def encode_next(self, x: Tensor) -> Stored:
+        """See :class:`Codec`."""
+        return self.encode(x)
 
     def encode(self, x: Tensor) -> Stored:
         """See :class:`Codec`."""

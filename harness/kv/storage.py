@@ -194,9 +194,7 @@ class QuantisedRing:
 
     def store(self, slot: Tensor, x: Tensor) -> None:
         """See :class:`FrameRing`."""
-        frame = x.unsqueeze(2)
-        self._codec.observe(frame)
-        for stored, new in zip(self.stored, self._codec.encode(frame), strict=True):
+        for stored, new in zip(self.stored, self._codec.encode_next(x.unsqueeze(2)), strict=True):
             stored.index_copy_(2, slot, new)
 
     def read(self) -> Tensor:
