@@ -46,6 +46,10 @@ def test_recorded_clips_are_scored_against_the_recording(record, game, overrides
     assert candidate.transform["count"] > 0
     assert candidate.memory["weight_bytes"] < found.arms["bf16"].memory["weight_bytes"]
     assert candidate.memory["kv_window_bytes"] < found.arms["bf16"].memory["kv_window_bytes"]
+    sampled = candidate.kv_stats
+    assert (len(sampled["frames"]), sampled["nonfinite"]) == (4, [])
+    assert {entry["format"] for entry in sampled["layers"]} == {"e4m3"}
+    assert found.arms["bf16"].kv_stats["layers"] == []
     assert found.model["weights"] == "checkpoint"
     assert not any("Random weights" in note for note in found.notes)
     rows = (tmp_path / "run" / "frames.csv").read_text().splitlines()
