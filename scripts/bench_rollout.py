@@ -45,7 +45,7 @@ from harness.measure.timing import FrameTimer, summarise
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
 from harness.mx.transform import apply_mx
-from harness.rollout import OverlappedDecoding, Rollout, compile_decoder, make_cache
+from harness.rollout import FrameDecoder, OverlappedDecoding, Rollout, make_cache
 
 FORMATS = (("bf16", "bf16"), ("mxfp8_all", "mx_v_only"), ("mxfp8_all", "mx_kv"), ("mxfp4_all", "mx_v_only"))
 """(quant, kv) config groups."""
@@ -336,14 +336,15 @@ class Bench:
 
     def _decoder(self, plan: RunPlan) -> Callable[[Tensor], Tensor]:
         start = time.perf_counter()
-        decoder = compile_decoder(build(lambda: DCAEDecoder(plan.dcae), plan), plan.conf.compile)
+        module = build(lambda: DCAEDecoder(plan.dcae), plan)
+        decoder = FrameDecoder(module, plan.conf.compile, plan.conf.decoder.groups)
 
         def decode(latent: Tensor) -> Tensor:
             return decoder((latent * plan.vae_scale).to(torch.bfloat16))
 
         (_, _, _, noise), _ = random_inputs(plan, plan.conf.data.batch_size)
         decode(noise[:, 0])
-        print(f"decoder: ready after {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"decoder: ready after {time.perf_counter() - start:.1f} s, groups {decoder.groups}", flush=True)
         return decode
 
     def write(self) -> None:

@@ -25,13 +25,12 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_rollout import build, compose_plan, random_inputs
-
 from harness.config import RunPlan, register
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.mx.transform import apply_mx
 from harness.rollout import Rollout, make_cache
+from scripts.bench_rollout import build, compose_plan, random_inputs
 
 PARTS = (
     ("attention", r"window_kernel|combine_kernel|window_attention|flash|fmha|attention|flex|sdpa"),

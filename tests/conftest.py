@@ -1,9 +1,15 @@
 """Composing and running whole configs inside the test process: importing torch anew takes longer than a smoke run."""
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own library reads it then
+
 import dataclasses
 
 import pytest
-import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig

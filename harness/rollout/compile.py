@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-import torch._inductor
 from torch import Tensor
 from torch._dynamo.utils import counters
 

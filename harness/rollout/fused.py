@@ -166,7 +166,7 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def _storing(store: bool, fmt: str, mode: str) -> tuple[bool, str, float, int, int]:
+def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, str, float, int, int]:
     """Compile-time arguments that say how the kernel encodes."""
     if fmt == "plain" or not store:
         return store, "plain", 0.0, 0, 0
@@ -220,7 +220,7 @@ def frame_heads(
     heads_kernel[math.ceil(tokens / rows), batch * heads](
         qkv, cos, sin, q, k, k_ring, k_scales, v_ring, v_scales, slot,
         heads, frames, tokens, dim, RMS_EPS,
-        *_storing(store_k, k_format, scale_mode), *_storing(store_v, v_format, scale_mode),
+        *encoding(store_k, k_format, scale_mode), *encoding(store_v, v_format, scale_mode),
         scale_mode == ScaleMode.rceil, rows, num_warps=1,
     )  # fmt: skip
     return q, k

@@ -1,0 +1,74 @@
+"""The measuring scripts on a tiny model: what they write, and that one failing row leaves the others alone."""
+
+import itertools
+import json
+
+import pytest
+
+from scripts import bench_rollout
+
+TINY = ["model.arch.n_layers=2", "model.arch.local_idx=2", "sampler.window=3"]
+
+
+def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
+    base = ["--models", "smoke", "--device", "cpu", "--compile", "off", "--batches", "1", "--out", str(tmp_path)]
+    rows = ["--attention", "sdpa,none", "--only", "bf16.bf16|mxfp4_all", "--frames", "2"]
+    assert bench_rollout.main([*base, *rows, *TINY]) == 1
+    record = json.loads((tmp_path / "bench.json").read_text())
+    by_name = {row["row"]: row for row in record["rows"]}
+    failed = {name for name, row in by_name.items() if row["failed"]}
+    assert failed == {name for name in by_name if name.endswith("/none")}
+    done = by_name["smoke/B1/mxfp4_all+mx_v_only/sdpa"]
+    baseline = by_name["smoke/B1/bf16+bf16/sdpa"]
+    assert done["dit"]["n"] == 2
+    assert done["of_bf16"] == pytest.approx(done["dit"]["median"] / baseline["dit"]["median"])
+    assert 0 < done["weight_bytes"] < baseline["weight_bytes"]
+    assert done["cache_bytes"] < baseline["cache_bytes"]
+    assert 0 < done["floor_ms"] < baseline["floor_ms"]
+    assert record["environment"]["packages"]["torch"]
+    table = (tmp_path / "bench.md").read_text().splitlines()
+    assert len(table) == 2 + len(by_name)
+    assert len({row.count("|") for row in table}) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_bench_says_when_nothing_matches(capsys):
+    assert bench_rollout.main(["--only", "nothing"]) == 2
+    assert "no row matches" in capsys.readouterr().err
+
+
+def test_a_row_that_takes_too_long_is_stopped():
+    with pytest.raises(TimeoutError, match="not ready within"), bench_rollout.time_limit(0.05):
+        sum(itertools.count())
+
+
+def test_profile_splits_a_frame_and_compares(tmp_path, capsys):
+    from scripts import profile_frame
+
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    run = ["--device", "cpu", "--frames", "1", "--out"]
+    assert profile_frame.main([*run, str(first), "model=smoke", *TINY]) == 0
+    assert profile_frame.main([*run, str(second), "--before", str(first), "model=smoke", "kv=mx_kv", *TINY]) == 0
+    now = json.loads(second.read_text())
+    assert sum(part["us"] for part in now["frame"]["parts"].values()) == pytest.approx(now["frame"]["us"])
+    assert now["frame"]["parts"]["attention"]["us"] > 0
+    assert now["frame"]["calls_per_step"] == now["frame"]["calls"] / 2
+    assert "before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("window_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
+        ("heads_kernel", "cache"),
+        ("nvjet_tst_64x64_splitK", "GEMM"),
+        ("triton_red_fused_add_mean_0", "norm and elementwise"),
+        ("Memcpy DtoD", "copy"),
+        ("something", "other"),
+    ],
+)
+def test_kernels_have_parts(name, part):
+    from scripts.profile_frame import part_of
+
+    assert part_of(name) == part
