@@ -123,17 +123,22 @@ class TritonMXLinear(MXModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""
+        operands = self.operands(x.reshape(-1, self.in_features))
+        return self.product(*operands).view(*x.shape[:-1], self.out_features)
+
+    def operands(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """BF16 rows [M, K] as the path's kernel takes them, for `product`: encoded if activations are to be MX."""
+        rows = F.pad(rows, (0, self.padded - self.in_features)).contiguous()
+        return self._encoded(rows) if self.path == "fp8" else (self._rounded(rows),)
+
+    def product(self, *operands: Tensor) -> Tensor:
+        """BF16 [M, N] from what `operands` made of the rows."""
         from harness.mx.kernels import triton_ops  # needs the package triton, which CPU builds of torch lack
 
-        rows = x.reshape(-1, self.in_features)
-        config = self._launch_config(rows.shape[0]).as_ints()
-        rows = F.pad(rows, (0, self.padded - self.in_features)).contiguous()
+        rows = operands[0].shape[1 if self.path == "fp8" else 0]
+        gemm = triton_ops.gemm_fp8 if self.path == "fp8" else triton_ops.gemm_bf16
         weight = (self.elements, self.scales, self.bias, self.tickets, self.out_features, self.fmt.element.name)
-        if self.path == "fp8":
-            out = triton_ops.gemm_fp8(*self._encoded(rows), *weight, self.wide, config)
-        else:
-            out = triton_ops.gemm_bf16(self._rounded(rows), *weight, self.wide, config)
-        return out.view(*x.shape[:-1], self.out_features)
+        return gemm(*operands, *weight, self.wide, self.config_for(rows).as_ints())
 
     def weight_blocks(self) -> MXBlocks:
         """The weight in MX form, unpacked."""
@@ -149,7 +154,8 @@ class TritonMXLinear(MXModule):
         """The product of this weight and `rows` activation rows."""
         return Shape(rows, self.out_features, self.padded, self.fmt.element.bits, self.path)
 
-    def _launch_config(self, rows: int) -> GemmConfig:
+    def config_for(self, rows: int) -> GemmConfig:
+        """The launch shape for `rows` activation rows."""
         return self.config or choose(self.shape(rows), self.capability, self.multiprocessors)
 
     def _most_tickets(self) -> int:
