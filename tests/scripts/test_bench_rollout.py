@@ -39,7 +39,7 @@ def test_bench_says_when_nothing_matches(capsys):
 
 def test_a_row_that_takes_too_long_is_stopped():
     with pytest.raises(TimeoutError, match="not ready within"), bench_rollout.time_limit(0.05):
-        sum(itertools.count())
+        sum(number for number in itertools.count())  # Python code, which a signal can interrupt
 
 
 def test_profile_splits_a_frame_and_compares(tmp_path, capsys):
