@@ -7,7 +7,7 @@ import pytest
 from report_cases import NASTY, arm, clip, quality, record, write
 
 from harness.report.gates import GatesConf, evaluate
-from harness.report.page.charts import Series, line_chart, make_axis, nice_ticks, pareto
+from harness.report.page.charts import Series, column_chart, line_chart, make_axis, nice_ticks, pareto
 from harness.report.page.run_page import run_page, write_run_page
 from harness.report.record import RecordError
 from scripts.report import main
@@ -183,3 +183,15 @@ def test_a_gap_in_a_line_stays_a_gap():
 def test_the_front_holds_what_nothing_beats():
     assert pareto([(1, 5), (2, 4), (2, 5), (3, 1), (0, 0)]) == [False, False, True, True, False]
     assert pareto([(1, 1), (1, 1)]) == [True, True]
+
+
+def test_columns_start_at_zero_unless_they_differ_by_magnitudes():
+    def heights(*values):
+        chart = str(column_chart("t", ["x"] * len(values), {"rel": values}, "rel", ["c-mlp"] * len(values)))
+        return [float(height) for height in re.findall(r'<rect[^>]* height="([\d.]*)"', chart)]
+
+    small, large = heights(0.01, 0.1)
+    assert large == pytest.approx(10 * small, rel=0.02)
+    small, middle, large = heights(1e-5, 1e-3, 1e-1)
+    assert large - middle == pytest.approx(middle - small, abs=0.2)
+    assert min(small, middle) > 0

@@ -14,8 +14,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 560.0, 210.0
+WIDTH, WIDE, HEIGHT = 560.0, 1150.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 12.0, 34.0
+LOG_FROM = 30.0
+"""Columns whose heights differ by more than this factor get a logarithmic axis."""
 MARGIN_SHARE = 0.06
 """Share of the range of values that stays free above and below them."""
 
@@ -82,8 +84,8 @@ def tick_text(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> list[Markup]:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+def _grid(x: Axis, y: Axis, x_label: str, y_label: str, width: float = WIDTH) -> list[Markup]:
+    right, bottom = width - RIGHT, HEIGHT - BOTTOM
     parts = []
     for tick in y.ticks:
         at = y.at(tick)
@@ -119,11 +121,13 @@ def _path(values: Values, x: Axis, y: Axis) -> str:
     return "".join(commands)
 
 
-def _figure(title: str, legend: Markup, drawing: Sequence[Markup], data: dict[str, Any], kind: str) -> Markup:
+def _figure(
+    title: str, legend: Markup, drawing: Sequence[Markup], data: dict[str, Any], kind: str, width: float = WIDTH
+) -> Markup:
     return Markup(
         '<figure class="chart {}" tabindex="0" data-chart="{}"><figcaption><span>{}</span>{}</figcaption>'
         '<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg></figure>'
-    ).format(kind, json.dumps(data, allow_nan=False), title, legend, WIDTH, HEIGHT, title, Markup("").join(drawing))
+    ).format(kind, json.dumps(data, allow_nan=False), title, legend, width, HEIGHT, title, Markup("").join(drawing))
 
 
 def line_chart(
@@ -190,7 +194,7 @@ def _frame_ticks(length: int) -> list[float]:
 def column_chart(
     title: str, names: Sequence[str], columns: Mapping[str, Values], drawn: str, styles: Sequence[str]
 ) -> Markup:
-    """One column per name on a logarithmic axis, whose read-out shows every figure of that name.
+    """One column per name across the whole page, whose read-out shows every figure of that name.
 
     Args:
         title: what the chart shows.
@@ -200,15 +204,16 @@ def column_chart(
         styles: CSS class of each column.
     """
     positive = [value for value in columns[drawn] if value is not None and value > 0] or [1.0]
-    exponents = [math.log10(value) for value in positive]
-    low, high = math.floor(min(exponents) - 0.3), math.ceil(max(exponents) + 1e-9)
-    y = Axis(low, max(high, low + 1), HEIGHT - BOTTOM, TOP)
-    x = Axis(-0.5, len(names) - 0.5, LEFT + 2, WIDTH - RIGHT)
-    drawing = _log_grid(x, y, drawn)
+    logarithmic = max(positive) > LOG_FROM * min(positive)
+    y = _log_axis(positive) if logarithmic else _axis_from_zero(max(positive))
+    x = Axis(-0.5, len(names) - 0.5, LEFT + 2, WIDE - RIGHT)
+    drawing = _grid(x, Axis(y.low, y.high, y.start, y.end), "Linears, first layer to last", "", WIDE)
+    for tick in y.ticks:
+        drawing += _y_tick(y.at(tick), tick_text(10.0**tick if logarithmic else tick))
     width = (x.end - x.start) / len(names)
     for index, value in enumerate(columns[drawn]):
         if value is not None and value > 0:
-            top = y.at(math.log10(value))
+            top = y.at(math.log10(value) if logarithmic else value)
             drawing.append(
                 Markup('<rect class="column {}" x="{:.2f}" y="{:.1f}" width="{:.2f}" height="{:.1f}"/>').format(
                     styles[index], x.at(index) - width * 0.38, top, width * 0.76, HEIGHT - BOTTOM - top
@@ -226,21 +231,23 @@ def column_chart(
         "top": TOP,
         "bottom": HEIGHT - BOTTOM,
     }
-    return _figure(title, legend, drawing, data, "columns")
+    return _figure(title, legend, drawing, data, "columns", WIDE)
 
 
-def _log_grid(x: Axis, y: Axis, label: str) -> list[Markup]:
-    powers = list(range(round(y.low), round(y.high) + 1))
-    labelled = Axis(y.low, y.high, y.start, y.end, [])
-    parts = _grid(Axis(x.low, x.high, x.start, x.end, []), labelled, "Linears, first layer to last", label)
-    for power in powers:
-        at = y.at(power)
-        text = tick_text(10.0**power) if -4 < power < 4 else f"1e{power}"
-        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
-        parts.append(line.format(LEFT, WIDTH - RIGHT, at, at))
-        tick = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
-        parts.append(tick.format(LEFT - 7, at + 3.5, text))
-    return parts
+def _axis_from_zero(high: float) -> Axis:
+    return Axis(0.0, high * (1 + MARGIN_SHARE), HEIGHT - BOTTOM, TOP, nice_ticks(0.0, high, 4))
+
+
+def _log_axis(values: Sequence[float]) -> Axis:
+    """An axis of exponents of ten."""
+    low, high = math.floor(math.log10(min(values)) - 0.1), math.ceil(math.log10(max(values)))
+    return Axis(low, high, HEIGHT - BOTTOM, TOP, [float(power) for power in range(low, high + 1)])
+
+
+def _y_tick(at: float, text: str) -> list[Markup]:
+    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
+    tick = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
+    return [line.format(LEFT, WIDE - RIGHT, at, at), tick.format(LEFT - 7, at + 3.5, text)]
 
 
 def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, flip_y: bool = False) -> Markup:
