@@ -296,7 +296,7 @@ def tune_module(bench: Bench, mx: TritonMXLinear, x: Tensor) -> str:
                 timed[config] = float("inf")
         return timed[config]
 
-    start = mx.config_for(shape.m).as_ints()
+    start = triton_config.choose(shape, *triton_config.machine(bench.device)).as_ints()
     best = min(allowed, key=lambda c: [abs(a - b) for a, b in zip(c.as_ints(), start, strict=True)])
     for _ in range(2):
         for dimension in ("split_k", "block_n", "warps", "swap", "stages"):

@@ -3,8 +3,11 @@
 `scripts/microbench.py --tune` measures and prints entries for `TUNED`.
 """
 
-from dataclasses import astuple, dataclass, replace
+import functools
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 Path = Literal["bf16", "fp8"]
 
@@ -25,7 +28,7 @@ class GemmConfig:
 
     def as_ints(self) -> list[int]:
         """For an operator's signature."""
-        return [int(value) for value in astuple(self)]
+        return [self.block_m, self.block_n, self.split_k, self.warps, self.stages, int(self.swap)]
 
     @classmethod
     def from_ints(cls, values: list[int]) -> "GemmConfig":
@@ -64,6 +67,14 @@ _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227
 _BYTES_PER_NS = 60.0  # what one multiprocessor takes in from HBM and L2 at best
 _L2_BYTES_PER_NS = 5000.0  # partial sums written and read back, all multiprocessors together
 _SPLIT_NS = 500.0  # one more round trip: announcing and collecting partial sums
+
+
+@functools.cache
+def machine(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors; those of an H200 where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return (9, 0), 132
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose(shape: Shape, capability: tuple[int, int], multiprocessors: int) -> GemmConfig:

@@ -5,7 +5,6 @@ of float32 summation (on FP8 tensor cores also up to their rounding inside a blo
 of one instruction to about 14 bits).
 """
 
-import functools
 import importlib.util
 import itertools
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from harness.mx.conf import Activation
 from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, ElementFormat, MXBlocks, decode, encode, scale_values
 from harness.mx.kernels import packing
-from harness.mx.kernels.triton_config import GemmConfig, Path, Shape, choose
+from harness.mx.kernels.triton_config import GemmConfig, Path, Shape, machine
 from harness.mx.linear import LinearFormat, MXModule
 
 WIDTH: dict[Path, int] = {"bf16": 128, "fp8": 32}
@@ -44,20 +43,13 @@ def natural_path(fmt: LinearFormat, capability: tuple[int, int]) -> Path:
     return "fp8" if operands <= {E4M3.name, E2M1.name} and capability >= (8, 9) else "bf16"
 
 
-@functools.cache
-def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; those of an H200 where Triton's interpreter runs."""
-    if device.type != "cuda":
-        return (9, 0), 132
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class TritonMXLinear(MXModule):
     """Linear over a packed MX weight; activations BF16, or MX blocks encoded at every call.
 
     Buffers: `elements` uint8 [tiles, NP, width] and `scales` int32 [blocks/4, NP] (see `packing`), `bias` BF16 [N] or
     None, `tickets` int32, zero between calls. `path` says which tensor cores multiply; with "bf16" MX activations are
-    rounded to MX and enter as BF16, which is exact. `config` overrides the launch shape for every M.
+    rounded to MX and enter as BF16, which is exact. `config` overrides the launch shape (see
+    `triton_config.choose`) for every M.
 
     Two streams must not run one module at the same time: they would share the tickets.
     """
@@ -75,7 +67,7 @@ class TritonMXLinear(MXModule):
         self.fmt, self.path, self.wide = fmt, path, packed.wide
         self.out_features, self.in_features = sizes
         self.padded = packing.padded_inputs(self.in_features, fmt.element)
-        self.capability, self.multiprocessors = _machine(packed.elements.device)
+        self.capability = machine(packed.elements.device)[0]
         self.register_buffer("elements", packed.elements)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("bias", bias)
@@ -90,7 +82,7 @@ class TritonMXLinear(MXModule):
 
         Raises ValueError when `path` is "fp8" and an operand is not MX with elements that E4M3 holds.
         """
-        path = path or natural_path(fmt, _machine(blocks.scales.device)[0])
+        path = path or natural_path(fmt, machine(blocks.scales.device)[0])
         if path == "fp8" and natural_path(fmt, (9, 0)) != "fp8":
             raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
         sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
@@ -128,17 +120,18 @@ class TritonMXLinear(MXModule):
 
     def operands(self, rows: Tensor) -> tuple[Tensor, ...]:
         """BF16 rows [M, K] as the path's kernel takes them, for `product`: encoded if activations are to be MX."""
-        rows = F.pad(rows, (0, self.padded - self.in_features)).contiguous()
+        if self.padded > self.in_features:
+            rows = F.pad(rows, (0, self.padded - self.in_features))
+        rows = rows.contiguous()
         return self._encoded(rows) if self.path == "fp8" else (self._rounded(rows),)
 
     def product(self, *operands: Tensor) -> Tensor:
         """BF16 [M, N] from what `operands` made of the rows."""
         from harness.mx.kernels import triton_ops  # needs the package triton, which CPU builds of torch lack
 
-        rows = operands[0].shape[1 if self.path == "fp8" else 0]
         gemm = triton_ops.gemm_fp8 if self.path == "fp8" else triton_ops.gemm_bf16
         weight = (self.elements, self.scales, self.bias, self.tickets, self.out_features, self.fmt.element.name)
-        return gemm(*operands, *weight, self.wide, self.config_for(rows).as_ints())
+        return gemm(*operands, *weight, self.wide, [] if self.config is None else self.config.as_ints())
 
     def weight_blocks(self) -> MXBlocks:
         """The weight in MX form, unpacked."""
@@ -153,10 +146,6 @@ class TritonMXLinear(MXModule):
     def shape(self, rows: int) -> Shape:
         """The product of this weight and `rows` activation rows."""
         return Shape(rows, self.out_features, self.padded, self.fmt.element.bits, self.path)
-
-    def config_for(self, rows: int) -> GemmConfig:
-        """The launch shape for `rows` activation rows."""
-        return self.config or choose(self.shape(rows), self.capability, self.multiprocessors)
 
     def _most_tickets(self) -> int:
         """Enough for every launch that splits K: of up to 1024 rows, in blocks of 64 by 64 or larger, or 16 rows."""

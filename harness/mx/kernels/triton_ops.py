@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 from harness.mx.conf import ScaleMode
 from harness.mx.formats import BLOCK, FORMATS, carry_threshold
 from harness.mx.kernels import triton_kernels
-from harness.mx.kernels.triton_config import GemmConfig
+from harness.mx.kernels.triton_config import GemmConfig, Shape, choose, machine
 
 _QUANTISE_BLOCKS = 16  # MX blocks a program of quantise_rows takes
 
@@ -39,6 +39,11 @@ def _grid_and_partial(m: int, n: int, config: GemmConfig, tickets: Tensor) -> tu
     return grid, torch.empty(size, dtype=torch.float32, device=tickets.device)
 
 
+def _shape(config: list[int], shape: Shape, device: torch.device) -> GemmConfig:
+    # Chosen here, within an operator, because torch.compile does not trace the choice.
+    return GemmConfig.from_ints(config) if config else choose(shape, *machine(device))
+
+
 def _launch_options(config: GemmConfig) -> dict[str, int]:
     return {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
 
@@ -58,11 +63,13 @@ def gemm_bf16(
     """`x @ decode(weight).T + bias`: BF16 `x` [M, KP], contiguous, to BF16 [M, N].
 
     `weight` uint8 [tiles, NP, 128] and `scales` int32 [blocks/4, NP] come from `packing.pack` (or are rows of larger
-    such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()`, `tickets` has a zero for every
-    output tile. Raises ValueError when K is split and there are fewer tickets than output tiles.
+    such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()` or empty (see `triton_config.choose`),
+    `tickets` has a zero for every output tile.
+
+    Raises ValueError when K is split and there are fewer tickets than output tiles.
     """
-    shape = GemmConfig.from_ints(config)
     m, k = x.shape
+    shape = _shape(config, Shape(m, out_features, k, FORMATS[element].bits, "bf16"), x.device)
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     grid, partial = _grid_and_partial(m, out_features, shape, tickets)
     _launch(triton_kernels.gemm_bf16, grid)(
@@ -108,8 +115,8 @@ def gemm_fp8(
 
     `weight` uint8 [4 * tiles, NP, 32]: packed in tiles of 32 bytes.
     """
-    shape = GemmConfig.from_ints(config)
     m = x.shape[1]
+    shape = _shape(config, Shape(m, out_features, x.shape[0] * BLOCK, FORMATS[element].bits, "fp8"), x.device)
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     grid, partial = _grid_and_partial(m, out_features, shape, tickets)
     _launch(triton_kernels.gemm_fp8, grid)(
