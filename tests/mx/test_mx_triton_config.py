@@ -1,12 +1,21 @@
 """Packing and launch shapes of `kernel=triton`: plain Python and torch, so they are tested without Triton."""
 
+import importlib.util
+
 import pytest
 import torch
 
-from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, encode
+from harness.mx import dispatch
+from harness.mx.conf import Activation, KernelChoice, ScaleMode
+from harness.mx.dispatch import resolve_kernel
+from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
+from harness.mx.kernels import triton_linear
 from harness.mx.kernels.packing import pack, padded_inputs, unpack
 from harness.mx.kernels.triton_config import TUNED, GemmConfig, Shape, candidates, choose, rule, shared_bytes, steps
+from harness.mx.linear import LinearFormat
 
+W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
+W4A8 = LinearFormat(E2M1, ScaleMode.rceil, Activation.mxfp8)
 HOPPER, AMPERE = (9, 0), (8, 0)
 SHAPES = [
     Shape(m, n, k, bits, path)
@@ -99,3 +108,47 @@ def test_a_measured_shape_wins_over_the_rule(monkeypatch):
     assert choose(Shape(50, 4608, 1536, 8, "bf16"), HOPPER, 132) is best
     assert choose(Shape(50, 4608, 1536, 8, "bf16"), AMPERE, 108) is not best
     assert GemmConfig.from_ints(best.as_ints()) == best
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with an H200 and Triton, as far as the choice of a kernel looks."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "triton" else find_spec(name))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    return torch.device("cuda", 0)
+
+
+def test_where_the_kernels_run_and_why_not(hopper, monkeypatch):
+    assert triton_linear.unavailable(hopper, W8A16) is None
+    assert "the model is on cpu" in triton_linear.unavailable(torch.device("cpu"), W8A16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "sm_75" in triton_linear.unavailable(hopper, W8A16)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in triton_linear.unavailable(hopper, W8A16)
+
+
+def test_auto_takes_the_kernel_only_where_measurements_say_it_is_faster(hopper, monkeypatch):
+    assert resolve_kernel(KernelChoice.triton, hopper, W8A16).name == "triton"
+    monkeypatch.setattr(dispatch, "MEASURED_FASTER", frozenset({(8, "bf16")}))
+    assert resolve_kernel(KernelChoice.auto, hopper, W8A16).name == "triton"
+    assert resolve_kernel(KernelChoice.auto, hopper, W4A8).name == "emulated"
+
+
+def test_fp8_tensor_cores_are_for_mx_by_mx_that_e4m3_holds():
+    assert triton_linear.natural_path(W4A8, HOPPER) == "fp8"
+    assert triton_linear.natural_path(W4A8, AMPERE) == "bf16"
+    assert triton_linear.natural_path(W8A16, HOPPER) == "bf16"
+    assert triton_linear.natural_path(LinearFormat(E5M2, ScaleMode.rceil, Activation.mx), HOPPER) == "bf16"
+
+
+def test_emulated_w4a8_multiplies_mxfp4_by_mxfp8():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 16).bfloat16().requires_grad_(False)
+    mx = resolve_kernel(KernelChoice.emulated, torch.device("cpu"), W4A8).build(linear, W4A8)
+    x = torch.randn(5, 64).bfloat16()
+    rounded, weight = (decode(encode(t, fmt), fmt) for t, fmt in ((x, E4M3), (linear.weight, E2M1)))
+    assert torch.equal(mx(x), torch.nn.functional.linear(rounded, weight, linear.bias))
+    assert "W4A8 E2M1 weights, E4M3 activations" in W4A8.numeric_path
