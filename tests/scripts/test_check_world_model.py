@@ -8,7 +8,8 @@ from scripts.check_world_model import MARGIN_DB, WorldModelFigures, main, world_
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "doom"
 needs_weights = pytest.mark.skipif(
-    not (ASSETS / "dit.safetensors").is_file(), reason="assets/doom/dit.safetensors is not there (train_doom.py makes it)"
+    not (ASSETS / "dit.safetensors").is_file(),
+    reason="assets/doom/dit.safetensors is not there (train_doom.py makes it)",
 )
 
 
