@@ -27,6 +27,9 @@ from harness.mx.formats import FORMATS, carry_threshold
 WAVES = 2
 """Programs per multiprocessor that a window is split for: enough to hide latency, few enough to combine."""
 
+STAGES, WARPS = 3, 4
+"""Tiles in flight per program, and its warps: one warpgroup, which is what 64 queries occupy."""
+
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
 
@@ -150,7 +153,7 @@ def window_attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         math.log2(math.e) / math.sqrt(dim), programs,
         heads, frames, tokens, dim, share, splits, k_format, k_per, v_format, v_per, block_m, block_n,
-        num_warps=4, num_stages=3,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     if splits > 1:
         rows, block = programs * tokens, 4
