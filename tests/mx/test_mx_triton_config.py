@@ -33,7 +33,7 @@ def random_blocks(n: int, k: int, fmt, low=100, high=134) -> MXBlocks:
     return MXBlocks(elements, torch.randint(low, high + 1, (n, k // BLOCK), dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (40, 96), (128, 256), (130, 544)])
 def test_unpacking_gives_back_every_bit(n, k, fmt, width):

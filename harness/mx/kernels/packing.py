@@ -41,7 +41,7 @@ def padded_inputs(in_features: int, fmt: ElementFormat) -> int:
 
 
 def pack(blocks: MXBlocks, fmt: ElementFormat, width: int) -> PackedWeight:
-    """Lay out `blocks` of a weight [N, K] in tiles of `width` (32 or 128) bytes. Values are kept, bit for bit."""
+    """Lay out `blocks` of a weight [N, K] in tiles of `width` (32, 64 or 128) bytes. Values are kept, bit for bit."""
     n = blocks.scales.shape[0]
     k = blocks.scales.shape[1] * BLOCK
     kp, rows = padded_inputs(k, fmt), -n % ROWS

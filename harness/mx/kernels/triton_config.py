@@ -107,9 +107,15 @@ def rule(shape: Shape, capability: tuple[int, int], multiprocessors: int) -> Gem
     return best
 
 
+def tile_width(bits: int, path: Path) -> int:
+    """Bytes of a packed tile's rows. At 4 bits BF16 activations fill shared memory, so their tiles are half as wide."""
+    return 32 if path == "fp8" else 128 if bits == 8 else 64
+
+
 def steps(shape: Shape) -> int:
-    """Steps of the kernels' loop over all of K, 128 bytes of a weight row each."""
-    return -(-shape.k * shape.bits // (128 * 8))
+    """Steps of the kernels' loop over all of K: 128 bytes of a weight row each, 64 where tiles are 64 wide."""
+    width = 64 if shape.path == "bf16" and shape.bits == 4 else 128
+    return -(-shape.k * shape.bits // (width * 8))
 
 
 def estimate(shape: Shape, config: GemmConfig, multiprocessors: int) -> float:
@@ -134,8 +140,9 @@ def shared_bytes(shape: Shape, config: GemmConfig) -> int:
     halves = 8 // shape.bits
     if shape.path == "fp8":
         return (config.stages - 1) * 128 * (config.block_n + config.block_m * halves) + 8192
-    stage = 128 * (config.block_n + config.block_m * 2 * halves) + config.block_n * 4 * halves
-    return (config.stages - 1) * stage + config.block_n * 256 * halves * 2
+    width = tile_width(shape.bits, "bf16")
+    stage = width * (config.block_n + config.block_m * 2 * halves) + config.block_n * 4 * halves
+    return (config.stages - 1) * stage + config.block_n * width * 2 * halves * 2
 
 
 def candidates(shape: Shape, capability: tuple[int, int]) -> list[GemmConfig]:

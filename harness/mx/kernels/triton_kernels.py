@@ -297,39 +297,45 @@ def gemm_bf16(
     HAS_BIAS: tl.constexpr,
     SWAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """`out[M, N] = x[M, K] @ weight.T + bias`, weights decoded to BF16.
 
-    `x` and `out` BF16; `weight` uint8 [tiles, NP, 128] and `scales` int32 [blocks/4, NP] packed in tiles of 128
-    bytes; `partial` float32, SPLIT tiles for every output tile; `tickets` int32, 0 for every output tile.
+    `x` and `out` BF16; `weight` uint8 [tiles, NP, WIDTH] and `scales` int32 [blocks/4, NP] packed in tiles of 64 or
+    128 bytes; `partial` float32, SPLIT tiles for every output tile; `tickets` int32, 0 for every output tile.
     Grid: (tiles of N, tiles of M, SPLIT).
     """
     rows_n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows_m = tl.program_id(1) * BM + tl.arange(0, BM)
     part = tl.program_id(2)
-    columns = tl.arange(0, 128)
+    columns = tl.arange(0, WIDTH)
+    per_word = 128 // WIDTH  # tiles that a word of scales covers
     real = rows_m[:, None] < M
     x_tile = x + rows_m[:, None] * K + columns[None, :]
-    w_tile = weight + rows_n[:, None] * 128 + columns[None, :]
+    w_tile = weight + rows_n[:, None] * WIDTH + columns[None, :]
     if SWAP:
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
+    other = acc  # of the second half of K: two dots in a row on one accumulator get layouts that do not agree
     for t in range(tiles * part // SPLIT, tiles * (part + 1) // SPLIT):
-        w = tl.load(w_tile + t * NP * 128, eviction_policy="evict_first")
-        low = block_bytes(tl.load(scales + t * NP + rows_n), columns)
-        x_low = tl.load(x_tile + t * 128, mask=real, other=0.0)
+        w = tl.load(w_tile + t * NP * WIDTH, eviction_policy="evict_first")
+        inside = columns + (t % per_word) * WIDTH
+        low = block_bytes(tl.load(scales + (t // per_word) * NP + rows_n), inside)
+        x_low = tl.load(x_tile + t * WIDTH, mask=real, other=0.0)
         if ELEMENT == "e2m1":
             # A byte's low nibble belongs to the first half of K, its high nibble to the second.
-            high = block_bytes(tl.load(scales + (tiles + t) * NP + rows_n), columns)
-            x_high = tl.load(x_tile + (tiles + t) * 128, mask=real, other=0.0)
+            high = block_bytes(tl.load(scales + ((tiles + t) // per_word) * NP + rows_n), inside)
+            x_high = tl.load(x_tile + (tiles + t) * WIDTH, mask=real, other=0.0)
             w_low, w_high = decode4(w, low, high, WIDE, NATIVE)
             acc = multiply(acc, x_low, w_low, SWAP, NATIVE)
-            acc = multiply(acc, x_high, w_high, SWAP, NATIVE)
+            other = multiply(other, x_high, w_high, SWAP, NATIVE)
         else:
             acc = multiply(acc, x_low, decode8(w, low, ELEMENT, WIDE, NATIVE), SWAP, NATIVE)
+    if ELEMENT == "e2m1":
+        acc += other
     if SWAP:
         acc = tl.trans(acc)
     finish(acc, out, bias, partial, tickets, M, N, rows_m, rows_n, HAS_BIAS, SPLIT, NATIVE)

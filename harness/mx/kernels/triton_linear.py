@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from harness.mx.conf import Activation
 from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, ElementFormat, MXBlocks, decode, encode, scale_values
 from harness.mx.kernels import packing
-from harness.mx.kernels.triton_config import GemmConfig, Path, Shape, machine
+from harness.mx.kernels.triton_config import GemmConfig, Path, Shape, machine, tile_width
 from harness.mx.linear import LinearFormat, MXModule
-
-WIDTH: dict[Path, int] = {"bf16": 128, "fp8": 32}
-"""Bytes of a packed tile's rows, by path."""
 
 
 def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
@@ -86,7 +83,7 @@ class TritonMXLinear(MXModule):
         if path == "fp8" and natural_path(fmt, (9, 0)) != "fp8":
             raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
         sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
-        return cls(packing.pack(blocks, fmt.element, WIDTH[path]), sizes, bias, fmt, path)
+        return cls(packing.pack(blocks, fmt.element, tile_width(fmt.element.bits, path)), sizes, bias, fmt, path)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, path: Path | None = None) -> "TritonMXLinear":
@@ -103,7 +100,7 @@ class TritonMXLinear(MXModule):
         members = [self, *(other for other in others if isinstance(other, TritonMXLinear))]
         kind = {(m.fmt, m.path, m.in_features, m.bias is None) for m in members}
         outputs = [m.out_features for m in members]
-        size = sum(outputs) * self.elements.shape[0] * WIDTH[self.path]
+        size = sum(outputs) * self.elements.shape[0] * self.elements.shape[2]
         if len(members) <= len(others) or len(kind) > 1 or any(n % packing.ROWS for n in outputs) or size >= 2**31:
             return None
         with torch.inference_mode(False):

@@ -62,9 +62,9 @@ def gemm_bf16(
 ) -> Tensor:
     """`x @ decode(weight).T + bias`: BF16 `x` [M, KP], contiguous, to BF16 [M, N].
 
-    `weight` uint8 [tiles, NP, 128] and `scales` int32 [blocks/4, NP] come from `packing.pack` (or are rows of larger
-    such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()` or empty (see `triton_config.choose`),
-    `tickets` has a zero for every output tile.
+    `weight` uint8 [tiles, NP, 64 or 128] and `scales` int32 [blocks/4, NP] come from `packing.pack` (or are rows of
+    larger such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()` or empty (see
+    `triton_config.choose`), `tickets` has a zero for every output tile.
 
     Raises ValueError when K is split and there are fewer tickets than output tiles.
     """
@@ -91,6 +91,7 @@ def gemm_bf16(
         HAS_BIAS=bias is not None,
         SWAP=shape.swap,
         SPLIT=shape.split_k,
+        WIDTH=weight.shape[2],
         BM=shape.block_m,
         BN=shape.block_n,
         **_launch_options(shape),
