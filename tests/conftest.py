@@ -11,13 +11,13 @@ import dataclasses
 
 import pytest
 import yaml
+from game_clips import write_game_clip
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from safetensors.torch import save_file
 
 from harness.config import ROOT, register
-from harness.data.clips import Clip, write_clip
 from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
 from harness.models.dcae import DCAEEncoder
@@ -90,27 +90,6 @@ def game(tmp_path_factory):
         "measure.videos": "false",
         "measure.parts_frames": 0,
     }
-
-
-def write_game_clip(folder, name, tag, frames=10):
-    """A clip of ``frames`` frames of smooth noise, 32×32."""
-    generator = torch.Generator().manual_seed(sum(name.encode()))
-    coarse = torch.rand(frames, 3, 4, 4, generator=generator)
-    pictures = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
-    buttons = torch.zeros(frames, 11, dtype=torch.uint8)
-    buttons[:, 0] = int(tag == "motion")
-    write_clip(
-        folder,
-        Clip(
-            id=name,
-            frames=(pictures * 255).byte(),
-            buttons=buttons,
-            mouse=torch.zeros(frames, 2),
-            fps=10.0,
-            tag=tag,
-            scenario="noise",
-        ),
-    )
 
 
 @pytest.fixture

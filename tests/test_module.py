@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 import torch
-from conftest import write_game_clip
+from game_clips import write_game_clip
 
 from harness.data.datamodule import ClipBatch
 from harness.measure.stability import InstabilityError
