@@ -1,0 +1,142 @@
+"""Every named config of every group, and every experiment, runs on a tiny model or says why it cannot."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+from harness.config import ROOT, plan_run
+from harness.flags import FLAGS
+from harness.report.record import load_record
+from harness.run import cli, run
+
+GROUPS = {path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in (ROOT / "conf").iterdir()}
+TINY = ("model=smoke", "model.arch.n_heads=1", "model.arch.d_model=32", "model.window=4", "data.future_frames=2")
+TINY += ("data.limit=1", "measure.videos=false", "measure.parts_frames=0")
+LAYERS = "model.arch.n_layers=2"  # where no config names more of them
+
+NEEDS = {
+    ("attention", "fused"): "attention=fused",
+    ("trainer", "gpu"): "no CUDA GPU is visible",
+    ("trainer", "ddp"): "no CUDA GPU is visible",
+}
+"""Options that a machine without GPU refuses, and what they say."""
+
+
+@pytest.fixture(autouse=True)
+def _no_flags(monkeypatch):
+    for name in FLAGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def record(composed, tmp_path):
+    def run_and_load(*words):
+        run(composed(*TINY, *words))
+        return load_record(tmp_path / "run" / "record.json")
+
+    return run_and_load
+
+
+def formats():
+    """Each quant and each kv option at least once, in as few runs as that takes."""
+    quants, caches = GROUPS["quant"], GROUPS["kv"]
+    for turn in range(max(len(quants), len(caches))):
+        yield quants[turn % len(quants)], caches[turn % len(caches)]
+
+
+@pytest.mark.parametrize(("quant", "kv"), formats())
+def test_every_format_runs(record, quant, kv):
+    found = record(f"quant={quant}", f"kv={kv}", "measure.numerics_rows=4")
+    assert found.status == "complete"
+    assert found.choices["quant"] == quant
+    assert len(found.arms) == (1 if (quant, kv) == ("bf16", "bf16") else 2)
+    if quant != "bf16":
+        assert found.arms["candidate"].transform["count"] > 0
+    if (quant, kv) != ("bf16", "bf16"):
+        assert 15 < found.quality["all"]["fidelity"]["psnr"] <= 100
+
+
+@pytest.mark.parametrize("option", GROUPS["gates"])
+def test_every_gate_judges_or_asks_for_what_it_compares_with(record, tmp_path, option):
+    words = (LAYERS, "quant=mxfp8_mlp", "kv=mx_v_only", f"gates={option}")
+    rules = yaml.safe_load((ROOT / "conf" / "gates" / f"{option}.yaml").read_text())
+    if rules.get("against") == "record":
+        with pytest.raises(ValueError, match=r"gates\.baseline"):
+            record(*words)
+        record(LAYERS, "quant=mxfp8_mlp")
+        kept = (tmp_path / "run").rename(tmp_path / "kept") / "record.json"
+        words += (f"gates.baseline={kept}",)
+    found = record(*words)
+    assert (found.gates is None) == (option == "none")
+    if found.gates:
+        assert found.gates["verdict"] in ("ship", "do not ship", "undecided")
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, option) for group in ("attention", "compile", "sampler", "logger", "trainer") for option in GROUPS[group]],
+)
+def test_every_other_option_runs_or_says_why_not(record, composed, group, option, monkeypatch, tmp_path):
+    if (group, option) == ("trainer", "ddp_cpu"):
+        pytest.skip("starts processes: see test_ddp.py")
+    if group == "logger" and option != "csv":
+        pytest.skip("see test_loggers_get_a_line_per_clip")
+    words = [LAYERS, "kv=mx_v_only", f"{group}={option}"]
+    if group == "compile":
+        words.append("compile.backend=eager")  # Inductor itself: tests/rollout
+    if (group, option) in NEEDS and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=NEEDS[group, option]):
+            plan_run(composed(*TINY, *words))
+        return
+    assert record(*words).status == "complete"
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "path"),
+    [
+        (["quant=mxfp8_all", "quant.late_layers=1"], 8, "W8A16 E4M3"),
+        (["quant=mxfp8_mlp", "quant.include=['*.0.attn.out']"], 5, "W8A16 E4M3"),
+        (["quant=mxfp8_mlp", "quant.exclude=['*.blocks.0.*']"], 2, "W8A16 E4M3"),
+        (["quant=mxfp4_mlp", "quant.include=['*.1.mlp.fc2']"], 4, "W4A16 E2M1"),
+        (["quant=mxfp8_attn", "quant.scale_mode=floor", "quant.activation=mx"], 4, "W8A8 E4M3"),
+        (["quant=mxfp8_attn", "quant.element_8bit=e5m2", "quant.kernel=emulated"], 4, "W8A16 E5M2"),
+        (["quant=mxfp8_mlp", "quant.scope=modulation", "quant.scale_mode=even"], 8, "even scales"),
+    ],
+)
+def test_fields_of_a_format_follow_the_command_line(record, words, count, path):
+    candidate = record(LAYERS, *words).arms["candidate"]
+    assert candidate.transform["count"] == count
+    assert path in candidate.numeric_path["linears"]
+
+
+def experiments():
+    """Experiments of one run, and those that sweep."""
+    for name in GROUPS["experiment"]:
+        content = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
+        yield name, content.get("hydra", {}).get("sweeper", {}).get("params")
+
+
+@pytest.mark.parametrize("name", [name for name, swept in experiments() if not swept])
+def test_every_experiment_of_one_run_composes_with_a_gate(composed, name):
+    """They run in tests/test_guard.py, on recorded clips."""
+    conf = plan_run(composed(*TINY, f"experiment={name}", "gates.baseline=somewhere/record.json")).conf
+    assert conf.gates.enabled
+    assert not conf.is_baseline
+
+
+@pytest.mark.parametrize(("name", "swept"), [(name, swept) for name, swept in experiments() if swept])
+def test_every_experiment_that_sweeps_runs_its_whole_grid(monkeypatch, tmp_path, name, swept):
+    words = [*TINY, f"experiment={name}", f"hydra.sweep.dir={tmp_path / 'sweep'}", "measure.numerics_rows=0"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    cli()
+    grid = list(itertools.product(*(str(values).split(",") for values in swept.values())))
+    records = [load_record(path) for path in (tmp_path / "sweep").glob("*/record.json")]
+    assert len(records) == len(grid)
+    assert {tuple(record.choices[group] for group in swept) for record in records} == set(grid)
+    assert all(record.status == "complete" for record in records)
