@@ -122,7 +122,7 @@ def _outcome(path: Path) -> tuple[Record | None, str]:
     error_file = path / ERROR_FILE
     error = error_file.read_text(encoding="utf-8").strip() if error_file.is_file() else ""
     if not (path / "record.json").is_file():
-        return None, error or "ended before anything was recorded"
+        return None, error or "left no record: it was killed, or still runs"
     try:
         record = asdict(load_record(path / "record.json"))
     except RecordError as unreadable:
