@@ -24,7 +24,7 @@ def test_one_command_leaves_table_record_figures_and_videos(tmp_path):
         [*COMMAND, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "outputs").iterdir()
+    (folder,) = (path for path in (tmp_path / "outputs").iterdir() if path.is_dir())  # beside it: incidents.log
     assert folder.name.endswith("_smoke_mxfp8_all_mx_v_only")
     record = load_record(folder / "record.json")
     assert record.status == "complete"

@@ -21,9 +21,8 @@ def bench(monkeypatch):
 
 
 def test_a_run_times_every_part_and_writes_every_figure(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        microbench, "AttentionKind", [AttentionKind.sdpa, AttentionKind.fused]
-    )  # flex compiles for long
+    # flex compiles for long; fused is refused on a CPU, and Triton's interpreter cannot multiply its BF16
+    monkeypatch.setattr(microbench, "AttentionKind", [AttentionKind.sdpa])
     out = tmp_path / "figures.json"
     assert microbench.main([*QUICK, "--formats", "W8A16", "W4A8", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
