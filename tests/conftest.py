@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own library reads it then
 
 import dataclasses
+import shutil
 
 import pytest
 import yaml
@@ -21,6 +22,8 @@ from harness.config import ROOT, register
 from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
 from harness.models.dcae import DCAEEncoder
+from harness.report.record import load_record
+from harness.run import run
 
 register()
 TINY_MODEL = {
@@ -90,6 +93,18 @@ def game(tmp_path_factory):
         "measure.videos": "false",
         "measure.parts_frames": 0,
     }
+
+
+@pytest.fixture
+def record(composed, tmp_path):
+    """Run a config in this process and load its record."""
+
+    def run_and_load(*words):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        run(composed(*words))
+        return load_record(tmp_path / "run" / "record.json")
+
+    return run_and_load
 
 
 @pytest.fixture

@@ -14,16 +14,6 @@ from harness.run import run
 
 
 @pytest.fixture
-def record(composed, tmp_path):
-    def run_and_load(*words):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        run(composed(*words))
-        return load_record(tmp_path / "run" / "record.json")
-
-    return run_and_load
-
-
-@pytest.fixture
 def broken_mxfp4(monkeypatch):
     """Every MXFP4 model gives NaN in one layer, from the first generated frame on."""
     plain = harness.arm.apply_mx

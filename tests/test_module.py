@@ -1,5 +1,4 @@
 import json
-import shutil
 import sqlite3
 
 import pytest
@@ -13,18 +12,6 @@ from harness.report.record import load_record
 from harness.run import run
 
 SMOKE = ("model=smoke", "model.arch.n_layers=2", "data.future_frames=3", "data.limit=1", "measure.videos=false")
-
-
-@pytest.fixture
-def record(composed, tmp_path):
-    """Run a config in this process and load its record."""
-
-    def run_and_load(*words):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        run(composed(*words))
-        return load_record(tmp_path / "run" / "record.json")
-
-    return run_and_load
 
 
 def test_recorded_clips_are_scored_against_the_recording(record, game, overrides, tmp_path):
