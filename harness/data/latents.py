@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.data.clips import TAGS, ClipError, check_actions, derive_tag
+from harness.models.checkpoint import refused_content
 
 KEYS = ("vid", "mouse", "button")
 
@@ -132,7 +133,7 @@ def _unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise ClipError(
-            f"{path}: refused: it holds more than tensors, and loading it could run code ({_first_line(error)})"
+            f"{path}: refused: it holds more than tensors, and loading it could run code ({refused_content(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise ClipError(f"{path}: not a readable PyTorch file: {_first_line(error)}") from error

@@ -7,6 +7,7 @@ Accepted: ``.safetensors``; and ``.pt`` files (``weights_only=True``) holding a 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from harness.models.gamerft import GameRFTConfig, GameRFTCore
 
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of DDP and ``torch.compile``; stripped in any order and number, with a stray leading dot."""
+
+_BLOCK = re.compile(r"((?:\S*transformer\.blocks\.(?=\d))?)(\d*)(.*)", re.DOTALL)
+"""A key (or what is wrong with one) around the number of its transformer block, which is empty outside of them."""
 
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 
@@ -55,10 +59,16 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused: it is not a plain file of tensors, and loading it could run code "
-            f"({_first_line(error)}). Save a state dict of tensors with torch.save, or convert it to .safetensors"
+            f"({refused_content(error)}). Save a state dict of tensors with torch.save, or convert it to .safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {_first_line(error)}") from error
+
+
+def refused_content(error: pickle.UnpicklingError) -> str:
+    """What ``torch.load(weights_only=True)`` would not unpickle; torch's own text advises to load it all the same."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {found[1]}" if found else "it holds other objects than tensors"
 
 
 def _first_line(error: Exception) -> str:
@@ -146,9 +156,22 @@ def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "scalar"
 
 
-def _listed(keys: list[str], limit: int = 200) -> str:
-    shown = ", ".join(keys[:limit])
-    return shown + (f", and {len(keys) - limit} more" if len(keys) > limit else "")
+def _listed(entries: list[str], limit: int = 200) -> str:
+    """Entries that differ in the block's number alone are one, such as ``transformer.blocks.{0-11}.attn.out.bias``."""
+    blocks: dict[tuple[str, ...], list[str]] = {}
+    for entry in entries:
+        before, number, after = _BLOCK.match(entry).groups()  # type: ignore[union-attr]  # it matches everything
+        blocks.setdefault((before, after), []).append(number or "")
+    folded = [before + _span(numbers) + after for (before, after), numbers in blocks.items()]
+    return ", ".join(folded[:limit]) + (f", and {len(folded) - limit} more" if len(folded) > limit else "")
+
+
+def _span(numbers: list[str]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    found = [int(number) for number in numbers]
+    whole = found == list(range(found[0], found[-1] + 1))
+    return f"{{{found[0]}-{found[-1]}}}" if whole else "{" + ",".join(numbers) + "}"
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
