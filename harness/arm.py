@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from harness.measure.timing import FrameTimer, PartTimer
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
 from harness.mx.transform import TransformSummary, apply_mx
-from harness.rollout import CompileConf, CompileCounters, Rollout, make_cache
+from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, make_cache
 
 Decode = Callable[[Tensor], Tensor]
 """Model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
@@ -42,6 +42,18 @@ class Rolled:
     rgb: Tensor
     times: list[dict[str, float]]
     non_finite: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Throughput with decoding overlapped: ``fps`` of all clips together over ``frames`` frames each.
+
+    ``same_pixels``: whether every picture is, bit for bit, what decoding frame after frame gives.
+    """
+
+    fps: float
+    frames: int
+    same_pixels: bool
 
 
 class Arm:
@@ -75,6 +87,7 @@ class Arm:
         self.timed: list[dict[str, float]] = []
         self.recompiles = self.graph_breaks = 0
         self.parts: list[dict[str, float]] = []
+        self.overlap: Overlap | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -146,6 +159,26 @@ class Arm:
                 parts = defaultdict(float, timer.frame())
                 if index:
                     self.parts.append({part: parts[part] for part in PARTS})
+
+    @torch.inference_mode()
+    def measure_overlap(self, batch: ClipBatch, noise: tuple[Tensor, Tensor]) -> None:
+        """Roll the clips out once more, one frame after the other and then with overlapped decoding; needs CUDA."""
+        window = noise[0].shape[1]
+        context = batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], noise[0]
+        inputs = list(self._frame_inputs(batch, noise))
+        self.rollout.prefill(*context)
+        expected = [self.decode(self.rollout.next_frame(*frame)).clone() for frame in inputs]
+        self.rollout.prefill(*context)
+        pictures, seconds = OverlappedDecoding(self.rollout, self.decode).play(inputs)
+        same = all(torch.equal(one, two) for one, two in zip(pictures, expected, strict=True))
+        self.overlap = Overlap(len(inputs) * len(batch.clip_ids) / seconds, len(inputs), same)
+
+    def _frame_inputs(self, batch: ClipBatch, noise: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Noise, mouse and buttons of each new frame, on the device."""
+        window = noise[0].shape[1]
+        for index in range(noise[1].shape[1]):
+            inputs = noise[1][:, index], batch.mouse[:, window + index], batch.btn[:, window + index]
+            yield tuple(x.to(self.device) for x in inputs)  # type: ignore[misc]
 
     @torch.inference_mode()
     def locate_non_finite(self, batch: ClipBatch, noise: tuple[Tensor, Tensor], frame: int) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.arm import Arm, Rolled
 from harness.config import RunPlan
@@ -26,7 +26,10 @@ from harness.models.dcae import DCAEDecoder, to_frames
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
 from harness.numerics import FRAMES, layer_numerics
-from harness.rollout import compile_decoder
+from harness.rollout import FrameDecoder
+
+OVERLAP_FRAMES = 64
+"""Frames over which the throughput of overlapped decoding is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,6 @@ class ClipOutcome:
     fps: float
     frames: dict[str, Tensor]
     times: dict[str, list[dict[str, float]]]
-
-
-def to_bf16(module: nn.Module) -> None:
-    """Cast a module's parameters to BF16; buffers (RoPE frequencies) stay float32, as positions need."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def pad_batch(batch: ClipBatch, size: int) -> ClipBatch:
@@ -103,8 +100,7 @@ class RolloutModule(LightningModule):
     def _load_core(self) -> GameRFTCore:
         conf, arch = self.plan.conf.model, self.plan.arch
         core = load_gamerft(conf.checkpoint, arch) if conf.checkpoint else random_gamerft(arch, conf.seed)
-        to_bf16(core)
-        return core.to(self.plan.device)
+        return core.to(self.plan.device, torch.bfloat16)
 
     def _load_decoder(self) -> None:
         """Load and warm the decoder, which both arms share: the same frames for the same latents."""
@@ -112,8 +108,8 @@ class RolloutModule(LightningModule):
         decoder: DCAEDecoder = (
             load_decoder(conf.checkpoint, dcae) if conf.checkpoint else random_decoder(dcae, conf.seed)
         )
-        to_bf16(decoder)
-        self._decoder = compile_decoder(decoder.to(device), self.plan.conf.compile, conf.groups)
+        decoder.to(device, torch.bfloat16)
+        self._decoder = FrameDecoder(decoder, self.plan.conf.compile, conf.groups)
         start = time.perf_counter()
         shape = self.plan.clip_shape
         with torch.inference_mode():
@@ -121,6 +117,11 @@ class RolloutModule(LightningModule):
                 zeros = torch.zeros(self.plan.conf.data.batch_size, shape.channels, shape.side, shape.side)
                 self.decode(zeros.to(device)).cpu()
         self.decoder_cold_start_s = time.perf_counter() - start
+
+    @property
+    def decoder_groups(self) -> dict[str, int]:
+        """Groups in which each grouped convolution of the decoder runs."""
+        return self._decoder.groups
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1], BF16."""
@@ -194,6 +195,10 @@ class RolloutModule(LightningModule):
         if conf.parts_frames:
             for arm in self.arms.values():
                 arm.measure_parts(batch, noise, conf.parts_frames)
+        if self.plan.conf.compile.overlap_decode:
+            noise = self.noise(batch.clip_ids, min(OVERLAP_FRAMES, self.plan.conf.data.future_frames))
+            for arm in self.arms.values():
+                arm.measure_overlap(batch, noise)
         if conf.numerics_rows and "candidate" in self.arms:
             bf16, candidate = self.arms["bf16"], self.arms["candidate"]
             self.numerics = layer_numerics(bf16, candidate, batch, noise, conf.numerics_rows)

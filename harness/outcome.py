@@ -60,6 +60,7 @@ def _speed(arm: Arm, batch: int, skipped: int) -> dict[str, Any]:
         "total_fps": fps(spans["total"]),
         **{f"{span}_ms": None if stats is None else asdict(stats) for span, stats in spans.items()},
         "prefill_ms": _stats(arm.prefill_ms),
+        "overlapped": None if arm.overlap is None else asdict(arm.overlap),
     }
 
 
@@ -131,6 +132,7 @@ def _model(module: RolloutModule, plan: RunPlan) -> dict[str, Any]:
         "decoder_checkpoint": conf.decoder.checkpoint,
         "decoder_arch": asdict(plan.dcae),
         "decoder_cold_start_s": module.decoder_cold_start_s,
+        "decoder_groups": module.decoder_groups,
         "vae_scale": plan.vae_scale,
     }
 
@@ -145,7 +147,7 @@ def _data(data: ClipDataModule, done: int) -> dict[str, Any]:
     }
 
 
-def _notes(plan: RunPlan, choices: dict[str, str]) -> list[str]:
+def _notes(plan: RunPlan, choices: dict[str, str], arms: dict[str, Arm]) -> list[str]:
     notes = []
     if not plan.conf.model.checkpoint:
         notes.append(RANDOM_WEIGHTS)
@@ -153,6 +155,13 @@ def _notes(plan: RunPlan, choices: dict[str, str]) -> list[str]:
         notes.append("Random decoder weights: PSNR and SSIM mean nothing.")
     if plan.device.type == "cpu":
         notes.append("A CPU run: its times do not say which format is faster on a GPU.")
+    if plan.conf.compile.overlap_decode:
+        notes.append("FPS with decoding overlapped is throughput: a single frame is ready no sooner than without.")
+    notes += [
+        f"Arm {name}: overlapped decoding gave other pixels; its throughput does not count."
+        for name, arm in arms.items()
+        if arm.overlap is not None and not arm.overlap.same_pixels
+    ]
     if (unheard := ignored(plan.conf.flags, choices)) is not None:
         notes.append(unheard)
     return notes
@@ -211,7 +220,7 @@ def build_record(
         arms=arms,
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
-        notes=_notes(plan, choices),
+        notes=_notes(plan, choices, module.arms),
         incidents=_incidents(module.guard, error),
         drift=summarise_drift(clips, plan.conf.drift) if clips else None,
         fallbacks=module.guard.taken,

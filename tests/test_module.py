@@ -183,6 +183,58 @@ def test_a_short_clip_is_named_before_the_model_is_loaded(composed, game, overri
         run(composed(*overrides(game, **{"data.paths": f"[{tmp_path / 'clips'}]"})))
 
 
+def test_overlapped_decoding_is_refused_on_a_cpu(composed):
+    with pytest.raises(ValueError, match="overlap_decode=true on cpu: it needs CUDA streams; use overlap_decode=false"):
+        run(composed(*SMOKE, "compile.overlap_decode=true"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_throughput_with_overlapped_decoding_stands_beside_the_latency(record, monkeypatch, tmp_path, same):
+    """A CPU has no streams: something that decodes frame after frame stands in for what overlaps."""
+
+    class Sequential:
+        def __init__(self, rollout, decode):
+            self.rollout, self.decode = rollout, decode
+
+        def play(self, inputs):
+            return [self.decode(self.rollout.next_frame(*frame)).clone() + (not same) for frame in inputs], 0.5
+
+    monkeypatch.setattr("harness.arm.OverlappedDecoding", Sequential)
+    monkeypatch.setattr("harness.config.compile_room.validate", lambda conf, device: None)
+    monkeypatch.setattr("harness.rollout.sampler.validate_compile", lambda conf, device: None)
+    found = record(*SMOKE, "kv=mx_v_only", "compile.overlap_decode=true", "data.batch_size=2", "data.limit=2")
+    for arm in found.arms.values():
+        assert arm.speed["overlapped"] == {"fps": 3 * 2 / 0.5, "frames": 3, "same_pixels": same}
+        assert arm.speed["total_fps"] > 0
+    table = (tmp_path / "run" / "table.txt").read_text()
+    assert "FPS, decoding overlapped" in table
+    assert ("gave other pixels" in table) != same
+    assert "decoding overlapped" not in record(*SMOKE, "kv=mx_v_only").notes
+
+
+def test_the_record_says_in_which_groups_the_decoder_runs(record):
+    grouped, dense = (record(*SMOKE, f"decoder.groups={how}").model["decoder_groups"] for how in ("grouped", "dense"))
+    assert grouped.keys() == dense.keys()
+    assert min(grouped.values()) > 1
+    assert set(dense.values()) == {1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_overlapped_decoding_gives_the_same_pixels_in_a_run(record):
+    words = (
+        *SMOKE,
+        "trainer=gpu",
+        "compile=on",
+        "kv=mx_v_only",
+        "data.future_frames=12",
+        "compile.overlap_decode=true",
+    )
+    for arm in record(*words).arms.values():
+        assert arm.speed["overlapped"]["same_pixels"]
+        assert arm.speed["overlapped"]["fps"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_compiled_gpu_run_measures_time_and_memory_on_the_device(record):

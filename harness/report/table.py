@@ -95,6 +95,8 @@ def _speed_rows(record: RunRecord) -> Iterator[Row]:
         ("cold start s (compile, warm-up)", "compile.cold_start_s"),
     ):
         yield rows.row(name, path, show, _ratio)
+    if rows.bf16["speed"].get("overlapped") is not None:
+        yield rows.row("FPS, decoding overlapped", "speed.overlapped.fps", show, _ratio)
 
 
 def _part_rows(record: RunRecord) -> Iterator[Row]:

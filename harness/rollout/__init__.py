@@ -2,7 +2,7 @@
 
 from harness.rollout.attention import FRAME_ATTENTION, AttentionKind
 from harness.rollout.compile import CompileConf, CompileCounters
-from harness.rollout.decoder import DecoderGroups, FrameDecoder, compile_decoder
+from harness.rollout.decoder import DecoderGroups, FrameDecoder
 from harness.rollout.overlap import OverlappedDecoding
 from harness.rollout.sampler import Frame, Rollout, SamplerConf, Warmup, make_cache
 
@@ -18,6 +18,5 @@ __all__ = [
     "Rollout",
     "SamplerConf",
     "Warmup",
-    "compile_decoder",
     "make_cache",
 ]

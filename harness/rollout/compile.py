@@ -33,6 +33,7 @@ class CompileConf:
             in a mode that captures nothing by itself.
         backend: inductor, or aot_eager / eager to trace without generating code (debugging).
         options: Inductor options over those of ``mode``, by name as in ``torch._inductor.list_options()``.
+        overlap_decode: also measure throughput with each frame decoded while the next is denoised (CUDA alone).
     """
 
     enabled: bool = False
@@ -40,6 +41,7 @@ class CompileConf:
     cuda_graph: bool | None = None
     backend: str = "inductor"
     options: dict[str, Any] = field(default_factory=dict)
+    overlap_decode: bool = False
 
     def captures(self, device: torch.device) -> bool:
         """Whether a frame on ``device`` is captured in our CUDA graph."""
@@ -66,6 +68,10 @@ def validate(conf: CompileConf, device: torch.device) -> None:
         problems.append(f"options: Inductor has no {', '.join(unknown)}; see torch._inductor.list_options()")
     if conf.cuda_graph and device.type != "cuda":
         problems.append(f"cuda_graph=true on {device.type}: CUDA graphs need a CUDA device; use cuda_graph=null")
+    if conf.overlap_decode and device.type != "cuda":
+        problems.append(
+            f"overlap_decode=true on {device.type}: it needs CUDA streams; use overlap_decode=false, or trainer=gpu"
+        )
     if conf.enabled and conf.mode == "reduce-overhead" and device.type != "cuda":
         problems.append(f"mode=reduce-overhead on {device.type}: it is about CUDA graphs; use mode=default")
     if conf.cuda_graph and conf.enabled and conf.mode == "reduce-overhead":

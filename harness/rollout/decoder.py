@@ -170,10 +170,3 @@ class FrameDecoder:
         self._decode = compile_function(decode, self.compile)
         if self.compile.captures(latent.device):
             self._graph = CapturedGraph(lambda: self._decode(buffer), latent.device)
-
-
-def compile_decoder(
-    decoder: nn.Module, conf: CompileConf, groups: DecoderGroups = DecoderGroups.auto
-) -> Callable[[Tensor], Tensor]:
-    """A :class:`FrameDecoder`."""
-    return FrameDecoder(decoder, conf, groups)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +46,25 @@ class OverlappedDecoding:
             latent.record_stream(self._stream)
             picture = self.decode(latent)
         return latent, picture
+
+    def play(self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], float]:
+        """Roll out and decode frame after frame.
+
+        Args:
+            inputs: noise, mouse and buttons of each frame, on the device.
+
+        Returns:
+            The pictures, and the seconds from the first frame's start until the last one is decoded.
+        """
+        pictures = []
+        torch.cuda.synchronize(self._stream.device)
+        start = time.perf_counter()
+        for frame in inputs:
+            _, picture = self.next_frame(*frame)
+            with torch.cuda.stream(self._stream):
+                pictures.append(picture.clone())
+        torch.cuda.synchronize(self._stream.device)
+        return pictures, time.perf_counter() - start
 
     @property
     def stream(self) -> torch.cuda.Stream:

@@ -6,7 +6,7 @@ from rollout_cases import make_core, make_inputs, make_rollout, play
 from torch import nn
 
 from harness.kv import KVConf, KVStorage
-from harness.rollout import AttentionKind, CompileConf, CompileCounters, SamplerConf, compile_decoder
+from harness.rollout import AttentionKind, CompileConf, CompileCounters, FrameDecoder, SamplerConf
 from harness.rollout import attention as attention_module
 from harness.rollout.compile import compile_function, validate
 
@@ -84,12 +84,12 @@ def test_decoder_compiles():
     decoder = nn.Sequential(nn.Conv2d(4, 3, 1), nn.Upsample(scale_factor=2, mode="bicubic")).requires_grad_(False)
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     counters = CompileCounters()
-    decode = compile_decoder(decoder, CompileConf(**TRACED))
+    decode = FrameDecoder(decoder, CompileConf(**TRACED))
     torch.testing.assert_close(decode(z), decoder(z))
     with torch.inference_mode():
         decode(z * 2)
     assert counters.graphs == 1
-    torch.testing.assert_close(compile_decoder(decoder, CompileConf())(z), decoder(z))
+    torch.testing.assert_close(FrameDecoder(decoder, CompileConf())(z), decoder(z))
     assert counters.graphs == 1
 
 

@@ -68,12 +68,9 @@ def test_overlapped_decoding_gives_the_same_frames():
     decode(torch.zeros(2, 16, 8, 8, device="cuda"))
     expected = [decode(x).clone() for x in play(rollout, context, frames).unbind(1)]
     rollout.prefill(*context)
-    pipeline, pictures = OverlappedDecoding(rollout, decode), []
-    for frame in frames:
-        _, picture = pipeline.next_frame(*frame)
-        with torch.cuda.stream(pipeline.stream):
-            pictures.append(picture.clone())
-    torch.cuda.synchronize()
+    inputs = [tuple(x.cuda() for x in frame) for frame in frames]
+    pictures, seconds = OverlappedDecoding(rollout, decode).play(inputs)
+    assert seconds > 0
     assert all(torch.equal(a, b) for a, b in zip(pictures, expected, strict=True))
 
 

@@ -63,6 +63,7 @@ def fps_bars(record: Record) -> list[dict[str, Any]]:
         [
             _bars(record, "DiT alone (pipeline)", "speed.pipeline_fps", word, "higher is better"),
             _bars(record, "With decode (total)", "speed.total_fps", word, "higher is better"),
+            _bars(record, "With decode, overlapped (throughput)", "speed.overlapped.fps", word, "higher is better"),
         ]
     )
 
