@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.callbacks import ClipOutputs, RolloutProgress
-from harness.config import ROOT, RunPlan, plan_run
+from harness.config import ROOT, RunConf, RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
 from harness.extras import missing_launcher
 from harness.measure.stability import InstabilityError
@@ -123,9 +123,7 @@ def run(cfg: DictConfig) -> str | None:
             if module.arms:
                 parts.merge(trainer, module)
                 record = build_record(plan, cfg, hydra_cfg, module, data, outputs, started, error)
-                if plan.conf.gates.enabled:
-                    record.gates = evaluate(asdict(record), plan.conf.gates, baseline)
-                write_report(record, folder, plan.conf.stability.incident_log)
+                conclude(record, plan.conf, baseline, folder)
             parts.clean()
     return record.gates["verdict"] if record and record.gates else None
 
@@ -145,15 +143,38 @@ def build_trainer(plan: RunPlan, folder: Path, callbacks: list[Callback]) -> Tra
     )
 
 
+def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, folder: Path) -> None:
+    """Save the record, judge it, show its table, and write what is made from it.
+
+    Saved before it is judged and shown before anything more is written: neither a gate that cannot be evaluated nor a
+    full disk takes a finished run with it.
+
+    Raises:
+        GateError: if the gate cannot be evaluated.
+        OSError: naming the file that could not be written.
+    """
+    try:
+        save_record(record, folder / "record.json")
+        if conf.gates.enabled:
+            record.gates = evaluate(asdict(record), conf.gates, baseline)
+    finally:
+        show(record)
+    write_report(record, folder, conf.stability.incident_log)
+
+
+def show(record: RunRecord) -> None:
+    """Print the table."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    console.print(build(record))
+
+
 def write_report(record: RunRecord, folder: Path, incident_log: str | None) -> None:
-    """Write the record, its table, its line of the incident log and its page, and show the table."""
+    """Write the judged record, its table, its line of the incident log and its page."""
     save_record(record, folder / "record.json")
     write_atomically(folder / "table.txt", render(record))
     if incident_log:
         incidents.append(Path(incident_log), asdict(record))
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    console.print(build(record))
     write_run_page(folder)
     print(f"Record, table, report.html and videos: {folder}")
 

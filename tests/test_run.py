@@ -1,6 +1,7 @@
 """The command itself: one real process, and the rest in this one."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from harness.config import ROOT
+from harness.report.gates import GateError
 from harness.report.record import load_record
 from harness.run import cli
 
@@ -89,6 +91,43 @@ def test_a_checkpoint_that_would_run_code_is_refused(command, game, overrides, t
     assert code == 2
     assert "evil.pt: refused" in err
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_gate_that_cannot_be_evaluated_keeps_the_finished_run(command, monkeypatch, tmp_path):
+    def broken(*_):
+        raise GateError("gates: no figure")
+
+    monkeypatch.setattr("harness.run.evaluate", broken)
+    words = [*QUICK, "measure.videos=false", "quant=mxfp8_mlp", "gates=d", "hydra.run.dir=run"]
+    code, err = command(*words)
+    assert (code, err.strip().splitlines()[-1]) == (2, "error: gates: no figure")
+    record = load_record(tmp_path / "run" / "record.json")
+    assert (record.status, len(record.clips), record.gates) == ("complete", 2, None)
+
+
+@pytest.fixture
+def small_files():
+    """Files of this process cannot grow beyond so many bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_with_the_table_on_the_screen_and_the_file_named(monkeypatch, tmp_path, small_files, capfd):
+    monkeypatch.setattr(sys, "argv", ["run.py", *QUICK, "measure.videos=false", "quant=mxfp8_mlp", "hydra.run.dir=run"])
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    small_files(10_000)
+    with pytest.raises(SystemExit) as stop:
+        cli()
+    said = capfd.readouterr()
+    assert stop.value.code == 2
+    assert "FPS, pipeline (DiT)" in said.out
+    assert "record.json" in said.err.strip().splitlines()[-1]
+    assert "File too large" in said.err
+    assert "Traceback" not in said.err
+    assert (tmp_path / "run" / "frames.csv").is_file()
+    assert not list((tmp_path / "run").glob("*record.json*"))
 
 
 def test_a_sweep_goes_on_after_a_job_that_cannot_run(command, tmp_path):

@@ -90,8 +90,16 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either all of it or what it held before.
 
     Raises:
-        OSError: if the folder cannot be written or the disk is full; nothing half-written is left behind.
+        OSError: naming ``path``, if the folder cannot be written or the disk is full; nothing half-written is left
+            behind.
     """
+    try:
+        _write_atomically(path, text)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
