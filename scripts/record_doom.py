@@ -11,12 +11,12 @@ for training.
 **Actions.** One row a frame: what is held while that frame is produced. `buttons [n,11]` 0/1 in the order
 W, A, S, D, LSHIFT, SPACE, R, F, E, LMB, RMB: W/S/A/D move forward, back, left, right, LSHIFT runs, SPACE
 jumps, E uses, LMB attacks. R, F and RMB have no use in these scenarios and are always 0. `mouse [n,2]` is
-`(dx, dy)` in degrees of view rotation per recorded frame: dx > 0 turns right (typically 2 to 6, at most 9),
+`(dx, dy)` in degrees of view rotation per recorded frame: dx > 0 turns right (typically 0.5 to 2, at most 3),
 dy > 0 looks down.
 
 **Frames.** The game renders 320 x 256 square pixels at a 90 degree field of view without HUD, crosshair,
 damage flashes or blood; the middle 256 x 256 is averaged over whole blocks of pixels to `size` x `size` RGB,
-so nothing is stretched. One recorded frame every `frame_skip` tics of 1/35 s: 17.5 a second at the default 2.
+so nothing is stretched. One recorded frame every `frame_skip` tics of 1/35 s: 35 a second at the default 1.
 The player cannot be hurt, so that play goes on.
 
 **Seeds.** The same scenario, seed and VizDoom version give the same frames. Training uses seeds below
@@ -143,7 +143,7 @@ class Player:
     last_xy: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        self.timers["bout"] = int(self.rng.integers(50, 300))
+        self.timers["bout"] = int(self.rng.integers(100, 600))
 
     def stand(self) -> None:
         """Let go of everything, for good."""
@@ -163,13 +163,13 @@ class Player:
         self._plan_keys()
         self._plan_turn(view, reach, ahead)
         self._fight(view)
-        self.rate += 0.3 * (self.target_rate - self.rate) + self.rng.normal(0, 0.1)
+        self.rate += 0.2 * (self.target_rate - self.rate) + self.rng.normal(0, 0.03)
         buttons[[key for key in self.keys if ahead > 48 or key not in (W, LSHIFT)]] = 1
-        buttons[SPACE] = self.rng.random() < 0.004
-        buttons[E] = self.rng.random() < 0.004
+        buttons[SPACE] = self.rng.random() < 0.002
+        buttons[E] = self.rng.random() < 0.002
         buttons[LMB] = self.armed and self.timers["fire"] > 0
-        dy = float(np.clip(0.15 * (self.target_pitch - view.pitch), -1.5, 1.5))
-        return buttons, round(float(np.clip(self.rate, -9, 9)), 3), round(dy, 3)
+        dy = float(np.clip(0.1 * (self.target_pitch - view.pitch), -0.75, 0.75))
+        return buttons, round(float(np.clip(self.rate, -3, 3)), 3), round(dy, 3)
 
     def _room(self, view: View) -> tuple[NDArray[np.float64], float]:
         """Distance to a wall along each of `RAYS`, and ahead, in map units (at most 1000)."""
@@ -185,37 +185,37 @@ class Player:
             return
         self.standing = not self.standing
         if not self.standing:
-            self.timers["bout"] = int(self.rng.integers(100, 420))
+            self.timers["bout"] = int(self.rng.integers(200, 840))
         elif self.rng.random() < 0.65:
-            self.timers["bout"] = int(self.rng.integers(5, 24))
+            self.timers["bout"] = int(self.rng.integers(10, 48))
         else:
-            self.timers["bout"] = int(self.rng.integers(40, 120))
+            self.timers["bout"] = int(self.rng.integers(80, 240))
 
     def _plan_keys(self) -> None:
         if self.timers["keys"] > 0:
             return
         choices = [(W,), (W, A), (W, D), (A,), (D,), (S,), ()]
         keys = choices[self.rng.choice(len(choices), p=[0.60, 0.10, 0.10, 0.05, 0.05, 0.04, 0.06])]
-        self.timers["keys"] = int(self.rng.integers(10, 60) if keys[:1] == (W,) else self.rng.integers(8, 24))
-        self.keys = (*keys, LSHIFT) if keys and self.rng.random() < 0.25 else keys
+        self.timers["keys"] = int(self.rng.integers(20, 120) if keys[:1] == (W,) else self.rng.integers(16, 48))
+        self.keys = (*keys, LSHIFT) if keys and self.rng.random() < 0.05 else keys
         if not keys:  # turning on the spot: never a pause in disguise
-            self._turn_at(self._sign() * self.rng.uniform(2.5, 6), self.timers["keys"])
+            self._turn_at(self._sign() * self.rng.uniform(0.75, 2), self.timers["keys"])
         if self.rng.random() < 0.35:
             self.target_pitch = self.rng.normal(0, 4)
         if self.armed and self.rng.random() < 0.3:
-            self.timers["fire"] = int(self.rng.integers(4, 16))
+            self.timers["fire"] = int(self.rng.integers(8, 32))
 
     def _plan_turn(self, view: View, reach: NDArray[np.float64], ahead: float) -> None:
         if self._stuck(view) or (ahead < 130 and self.goal is None):
             self._head_for(view, np.where(np.abs(RAYS) < 20, 0, reach))
         elif self.goal is not None:
             off = (view.heading - self.goal + 180) % 360 - 180
-            self.target_rate = float(np.clip(0.2 * off, -6.5, 6.5))
+            self.target_rate = float(np.clip(0.08 * off, -2, 2))
             if abs(off) < 4:
-                self._turn_at(self.rng.normal(0, 0.4), int(self.rng.integers(4, 30)))
+                self._turn_at(self.rng.normal(0, 0.2), int(self.rng.integers(8, 60)))
         elif self.timers["turn"] <= 0:
             if ahead > 250 and self.rng.random() < 0.6:
-                self._turn_at(self._sign() * self.rng.uniform(1.5, 6), int(self.rng.integers(10, 40)))
+                self._turn_at(self._sign() * self.rng.uniform(0.5, 2), int(self.rng.integers(20, 80)))
             else:
                 self._head_for(view, np.where(np.abs(RAYS) > 100, 0, reach))
 
@@ -231,9 +231,9 @@ class Player:
         """Has the player pushed against something for several frames?"""
         if self.last_xy is not None and any(key in self.keys for key in (W, A, S, D)):
             moved = math.hypot(view.x - self.last_xy[0], view.y - self.last_xy[1])
-            self.blocked = self.blocked + 1 if moved < 4 else 0
+            self.blocked = self.blocked + 1 if moved < 2 else 0
         self.last_xy = (view.x, view.y)
-        if self.blocked < 6:
+        if self.blocked < 12:
             return False
         self.blocked = 0
         return True
@@ -251,9 +251,9 @@ class Player:
             700, self.walls.distance(view.x, view.y, bearing[near : near + 1])[0]
         )
         if seen:
-            self.target_rate = float(np.clip(0.35 * right[near], -6, 6))
-            if abs(right[near]) < 4 and self.timers["fire"] <= 0 and self.rng.random() < 0.3:
-                self.timers["fire"] = int(self.rng.integers(4, 14))
+            self.target_rate = float(np.clip(0.12 * right[near], -2, 2))
+            if abs(right[near]) < 4 and self.timers["fire"] <= 0 and self.rng.random() < 0.15:
+                self.timers["fire"] = int(self.rng.integers(8, 28))
 
     def _sign(self) -> float:
         return 1.0 if self.rng.random() < 0.5 else -1.0
@@ -375,7 +375,7 @@ def _walls(scenario: str) -> Walls:
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]
 
 
-def record_arrays(scenario: str, seed: int, frames: int, size: int = 128, frame_skip: int = 2) -> Arrays:
+def record_arrays(scenario: str, seed: int, frames: int, size: int = 128, frame_skip: int = 1) -> Arrays:
     """Play `frames` recorded frames of mixed play: motion, short stops, and standing (one frame in eight).
 
     Args:
@@ -416,7 +416,7 @@ def _play(game: Game, player: Player, frames: int) -> Arrays:
     return pictures, buttons, mouse, segment
 
 
-def record_clip(scenario: str, seed: int, frames: int, tag: str, size: int = 128, frame_skip: int = 2) -> Clip:
+def record_clip(scenario: str, seed: int, frames: int, tag: str, size: int = 128, frame_skip: int = 1) -> Clip:
     """One clip of a player that moves in all of it (`motion`) or stands in all of it (`stand_still`).
 
     Play goes on unrecorded for a while first. The clip is the first stretch in which no episode ends and, for
@@ -437,12 +437,12 @@ def record_clip(scenario: str, seed: int, frames: int, tag: str, size: int = 128
             rng = np.random.default_rng([seed, attempt])
             player = Player(rng, game.walls, SCENARIOS[scenario].armed, pauses=False)
             game.reset()
-            _play(game, player, int(rng.integers(60, 240)))
+            _play(game, player, int(rng.integers(120, 480)))
             if tag == "stand_still":
                 while player.hemmed_in(game.view()):
                     _play(game, player, 1)
                 player.stand()
-                _play(game, player, 12)  # until the player has slid to a halt
+                _play(game, player, 24)  # until the player has slid to a halt
             pictures, buttons, mouse, segment = _play(game, player, frames)
             if segment[0] == segment[-1] and (tag == "stand_still" or _moves(pictures, buttons, mouse)):
                 return Clip(
@@ -459,9 +459,9 @@ def record_clip(scenario: str, seed: int, frames: int, tag: str, size: int = 128
 
 
 def _moves(pictures: NDArray[np.uint8], buttons: NDArray[np.uint8], mouse: NDArray[np.float32]) -> bool:
-    acted = buttons[:, [W, A, S, D]].any(1) | (np.abs(mouse[:, 0]) > 0.5)
+    acted = buttons[:, [W, A, S, D]].any(1) | (np.abs(mouse[:, 0]) > 0.25)
     change = np.abs(np.diff(pictures.astype(np.int16), axis=0)).mean((1, 2, 3))
-    return bool(acted.all() and np.mean(change > 2) > 0.95)
+    return bool(acted.all() and np.mean(change > 1) > 0.95)
 
 
 def _schedule(jobs: int) -> list[str]:
@@ -493,7 +493,7 @@ def record_many(
     out_dir: str | Path,
     shard_frames: int = 4096,
     size: int = 128,
-    frame_skip: int = 2,
+    frame_skip: int = 1,
 ) -> list[dict[str, Any]]:
     """Record at least `n_total` frames of all scenarios with `workers` processes, as .npy shards.
 
@@ -542,7 +542,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEEDS, help=f"of the first clip, from {HELD_OUT_SEEDS} on")
     parser.add_argument("--frames", type=int, default=100, help="frames a clip")
     parser.add_argument("--size", type=int, default=128, choices=SIZES, help="side of the square frames, in pixels")
-    parser.add_argument("--frame-skip", type=int, default=2, help="game tics (1/35 s) a frame")
+    parser.add_argument("--frame-skip", type=int, default=1, help="game tics (1/35 s) a frame")
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--crf", type=int, default=24, help="quality of the video (x264): lower is better and larger")
     try:

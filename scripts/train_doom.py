@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Train the Doom demo model: record play, fit the autoencoder, then the world model in two phases.
+"""Train the Doom demo model: record play, fit the autoencoder, then the world model in phases.
 
-    python scripts/train_doom.py --work outputs/doom record autoencoder flow rollout evaluate export
+    python scripts/train_doom.py --work outputs/doom record autoencoder decoder flow forced rollout evaluate export
 
 Stages run in the order given and leave their result in ``--work``; a later call goes on from what is there, so that
 training can be cut up at will. Each training stage runs for its number of minutes (see ``--help``).
@@ -10,7 +10,8 @@ training can be cut up at will. Each training stage runs for its number of minut
 * ``autoencoder``: DCAE for 128×128 frames, 8×8 latents.
 * ``decoder``: the decoder on, beside a discriminator, for texture.
 * ``flow``: GameRFT by rectified flow with an independent time per frame.
-* ``rollout``: the two-step sampler's own states (see ``doom_world/world_model.py``).
+* ``forced``: the two-step sampler's passes, after recorded frames (see ``doom_world/world_model.py``).
+* ``rollout``: the same on the sampler's own states.
 * ``sharpen``: the same beside a discriminator, for detail.
 * ``evaluate``: PSNR over held-out play against "repeat the last frame" and shuffled actions; a contact sheet.
 * ``export``: BF16 safetensors and YAML, as ``assets/doom`` ships them.
@@ -23,6 +24,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +50,7 @@ from scripts.doom_world.autoencoder import (
 )
 from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
 from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
-from scripts.doom_world.world_model import FlowTask, RolloutTask, SharpenTask
+from scripts.doom_world.world_model import FlowTask, ForcedTask, RolloutTask, SharpenTask, WorldModelTask
 from scripts.record_doom import record_many
 
 DCAE = DCAEConfig(
@@ -76,7 +79,7 @@ SAMPLER = SamplerConf(window=24, timesteps=[1.0, 0.25], context_noise=0.25)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["record", "autoencoder", "decoder", "flow", "rollout", "sharpen", "evaluate", "export"]
+    stages = ["record", "autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "evaluate", "export"]
     parser.add_argument("stages", nargs="+", choices=stages)
     parser.add_argument("--work", type=Path, required=True, help="folder of recordings and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("assets/doom"), help="where export writes")
@@ -85,12 +88,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autoencoder-minutes", type=float, default=3.0)
     parser.add_argument("--decoder-minutes", type=float, default=1.5)
     parser.add_argument("--flow-minutes", type=float, default=4.0)
+    parser.add_argument("--forced-minutes", type=float, default=4.0)
     parser.add_argument("--rollout-minutes", type=float, default=6.0)
     parser.add_argument("--sharpen-minutes", type=float, default=3.0)
     parser.add_argument("--horizon", type=int, default=16, help="generated frames per training rollout")
     parser.add_argument("--weight", type=float, default=0.5, help="of the adversarial gradient beside the regression's")
     parser.add_argument("--batch", type=int, default=64, help="sequences per step (autoencoder: four times as many)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of flow; rollout uses 0.4 of it")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=1e-3,
+        help="peak learning rate of AdamW in flow and forced, half of Muon's; rollout uses 0.4 of it",
+    )
     parser.add_argument("--eval-clips", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -198,22 +207,33 @@ def finish_autoencoder(shop: Workshop, task: AutoencoderTask) -> None:
 def stage_flow(shop: Workshop) -> None:
     bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + 8)
     task = FlowTask(shop.core(), bank, SAMPLER, 60 * shop.args.flow_minutes, shop.args.batch, shop.args.lr)
-    shop.fit(task)
-    save(task.averaged(), shop.work / "dit.safetensors")
+    finish_world_model(shop, task, "flow")
 
 
-def stage_rollout(shop: Workshop, cls: type[RolloutTask] = RolloutTask, minutes: float | None = None) -> None:
-    bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + shop.args.horizon)
-    seconds = 60 * (shop.args.rollout_minutes if minutes is None else minutes)
-    task = cls(shop.core(), bank, SAMPLER, seconds, shop.args.batch, 0.4 * shop.args.lr)
-    if isinstance(task, SharpenTask):
-        task.weight = shop.args.weight
-    shop.fit(task)
-    save(task.averaged(), shop.work / "dit.safetensors")
+def stage_forced(shop: Workshop) -> None:
+    fit_two_steps(shop, ForcedTask, "forced", shop.args.forced_minutes, shop.args.lr)
+
+
+def stage_rollout(shop: Workshop) -> None:
+    fit_two_steps(shop, RolloutTask, "rollout", shop.args.rollout_minutes, 0.4 * shop.args.lr)
 
 
 def stage_sharpen(shop: Workshop) -> None:
-    stage_rollout(shop, SharpenTask, shop.args.sharpen_minutes)
+    weight = shop.args.weight
+    fit_two_steps(shop, partial(SharpenTask, weight=weight), "sharpen", shop.args.sharpen_minutes, 0.2 * shop.args.lr)
+
+
+def fit_two_steps(shop: Workshop, cls: Callable[..., ForcedTask], name: str, minutes: float, lr: float) -> None:
+    bank = SequenceBank(shop.latents(), shop.frames()[1], length=SAMPLER.window + shop.args.horizon)
+    task = cls(shop.core(), bank, SAMPLER, 60 * minutes, shop.args.batch, lr)
+    finish_world_model(shop, task, name)
+
+
+def finish_world_model(shop: Workshop, task: WorldModelTask, name: str) -> None:
+    """Fit, and keep the averaged weights twice: as the latest, and under the stage's own name."""
+    shop.fit(task)
+    for path in (shop.work / f"dit_{name}.safetensors", shop.work / "dit.safetensors"):
+        save(task.averaged(), path)
 
 
 def stage_evaluate(shop: Workshop) -> None:

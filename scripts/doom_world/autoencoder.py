@@ -64,15 +64,19 @@ class TimedModule(LightningModule):
             return -1
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * max(time_cosine(elapsed, self.seconds), 1e-3)
+                peak = group.setdefault("peak_lr", group["lr"])
+                group["lr"] = peak * max(time_cosine(elapsed, self.seconds), 1e-3)
         return None
 
-    def manual_step(self, optimizer: Any, loss: Tensor, module: nn.Module) -> None:
-        """One clipped step of ``module``, for tasks with two optimisers."""
-        optimizer.zero_grad()
+    def manual_step(self, optimizers: Any, loss: Tensor, module: nn.Module) -> None:
+        """One clipped step of ``module`` by its optimiser or optimisers, for tasks with several."""
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     def report(self, every: int = 200, **values: Tensor | float) -> None:
         """Print a line of figures now and then."""

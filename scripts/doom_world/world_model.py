@@ -1,4 +1,4 @@
-"""Training the world model: rectified flow with per-frame times, then the sampler's two steps on its own rollouts."""
+"""Training the world model: rectified flow with per-frame times, then the sampler's two steps as it takes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from scripts.doom_world.bank import SequenceBank
 
 
 class WorldModelTask(TimedModule):
-    """Common to both phases: the model, its average, and one pass over a sequence laid out in streams."""
+    """Common to all phases: the model, its average, and one pass over a sequence laid out in streams."""
+
+    automatic_optimization = False  # two optimisers
 
     def __init__(
         self, core: GameRFTCore, bank: SequenceBank, sampler: SamplerConf, seconds: float, batch: int, lr: float
@@ -42,9 +44,21 @@ class WorldModelTask(TimedModule):
             if torch.cuda.is_available():
                 block.compile(dynamic=False)
 
-    def trainable(self) -> list[Any]:
-        """The model, not its average."""
-        return list(self.core.parameters())
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        """Muon for the blocks' matrices, with updates of AdamW's size; AdamW for the rest."""
+        matrices = [p for block in self.core.blocks for p in block.parameters() if p.ndim == 2]
+        taken = {id(p) for p in matrices}
+        rest = [p for p in self.core.parameters() if id(p) not in taken]
+        muon = torch.optim.Muon(matrices, lr=2 * self.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        return [muon, torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)]
+
+    def loss(self) -> Tensor:
+        """This phase's loss on a batch it draws."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One step of the model."""
+        self.manual_step(self.optimizers(), self.loss(), self.core)
 
     def averaged(self) -> GameRFTCore:
         """The model with averaged weights."""
@@ -78,8 +92,8 @@ class FlowTask(WorldModelTask):
     rest are uniform.
     """
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One step on random sequences."""
+    def loss(self) -> Tensor:
+        """Squared error of the velocity on random sequences."""
         x0, mouse, btn = self.bank.sample(self.batch)
         t = torch.rand(x0.shape[:2], device=x0.device)
         choice = torch.rand_like(t)
@@ -93,47 +107,87 @@ class FlowTask(WorldModelTask):
         return error.mean()
 
 
-class RolloutTask(WorldModelTask):
-    """Phase 2: the sampler's two steps, on states from its own rollouts.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Latents, mouse, buttons, noise, and the states at the middle timestep: context and inputs of step 2."""
 
-    Every ``refresh`` steps the averaged model rolls ``batch * refresh`` sequences out with the harness's own sampler
-    and cache. Each training pass then sees the states that rollout met (its noised context, its step-2 inputs) and is
-    asked for the recorded frames: errors the model makes become errors it learns to undo. The first ``history``
-    frames are recorded ones, noised to the context's level.
 
-    Args:
-        horizon: generated frames per sequence (the bank's sequences are ``window + horizon`` long).
+class ForcedTask(WorldModelTask):
+    """Phase 2: the sampler's two steps, after recorded frames.
+
+    Where flow sees frames at any mix of times, this sees what the sampler sees: a context at the context's noise
+    level, each next frame from pure noise. Sequences are ``window + horizon`` frames long.
     """
 
     def __init__(
-        self,
-        core: GameRFTCore,
-        bank: SequenceBank,
-        sampler: SamplerConf,
-        seconds: float,
-        batch: int,
-        lr: float,
-        refresh: int = 4,
+        self, core: GameRFTCore, bank: SequenceBank, sampler: SamplerConf, seconds: float, batch: int, lr: float
     ) -> None:
         super().__init__(core, bank, sampler, seconds, batch, lr)
         if len(sampler.timesteps) != 2:
-            raise ValueError(f"the rollout phase trains two-step samplers, given timesteps {sampler.timesteps}")
+            raise ValueError(f"these phases train two-step samplers, given timesteps {sampler.timesteps}")
+
+    def draw(self) -> Batch:
+        """A batch of recorded sequences, noised to the middle timestep."""
+        x0, mouse, btn = self.bank.sample(self.batch)
+        noise, middle = torch.randn_like(x0), self.sampler.timesteps[1]
+        return x0, mouse, btn, noise, x0 * (1 - middle) + noise * middle
+
+    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Recorded latents and both steps' estimates of them, ``[B, N, C, S, S]``: ``(x0, step 1, step 2)``.
+
+        One two-stream pass: context and step 2 in the first stream, step 1 in the second.
+        """
+        x0, mouse, btn, noise, states = self.draw()
+        first, middle = self.sampler.timesteps
+        frames = x0.shape[1]
+        t = x0.new_tensor([middle, first]).repeat_interleave(frames).expand(len(x0), -1)
+        v = self.velocity(torch.cat((states, noise), dim=1), t, mouse, btn, streams=2)
+        return x0, noise - first * v[:, frames:], states - middle * v[:, :frames]
+
+    def regression(self, x0: Tensor, step1: Tensor, step2: Tensor) -> Tensor:
+        """Squared error of both steps, over frames with at least half a window behind them."""
+        judged = slice(self.sampler.window // 2, None)
+        error1, error2 = ((step - x0)[:, judged].square().mean() for step in (step1, step2))
+        own1, own2 = ((step - x0)[:, self.sampler.window :].square().mean() for step in (step1, step2))
+        self.report(every=50, step1=error1, step2=error2, generated1=own1, generated2=own2)
+        return error1 + 2 * error2
+
+    def loss(self) -> Tensor:
+        """Regression to the recording."""
+        return self.regression(*self.estimates())
+
+
+class RolloutTask(ForcedTask):
+    """Phase 3: the same on states from the sampler's own rollouts.
+
+    Every ``refresh`` steps the averaged model rolls ``batch * refresh`` sequences out with the harness's own sampler
+    and cache. Each training pass then sees the states that rollout met (its noised context, its step-2 inputs) and is
+    asked for the recorded frames: errors the model makes become errors it learns to undo. The first ``window``
+    frames are recorded ones.
+    """
+
+    def __init__(self, *args: Any, refresh: int = 4, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.refresh = refresh
-        self.pool: list[tuple[Tensor, ...]] = []
+        self.pool: list[Batch] = []
         self._roll: Rollout | None = None
+
+    def draw(self) -> Batch:
+        """A batch the model has rolled out."""
+        if not self.pool:
+            self.collect()
+        return self.pool.pop()
 
     @torch.no_grad()
     def collect(self) -> None:
         """Roll the averaged model out and keep what it met."""
         x0, mouse, btn = self.bank.sample(self.batch * self.refresh)
-        window, middle = self.sampler.window, self.sampler.timesteps[1]
+        window, (first, middle) = self.sampler.window, self.sampler.timesteps
         noise = torch.randn_like(x0)
-        states = x0 * (1 - middle) + noise * middle  # step-2 inputs; the generated frames' are replaced below
+        states = x0 * (1 - middle) + noise * middle  # the generated frames' are replaced below
         history = slice(0, window)
         roll = self._rollout(len(x0))
         with torch.autocast(x0.device.type, enabled=False):
             roll.prefill(x0[:, history], mouse[:, history], btn[:, history], noise[:, history])
-            first = self.sampler.timesteps[0]
             for i in range(window, x0.shape[1]):
                 frame = roll.next_frame_with_velocities(noise[:, i], mouse[:, i], btn[:, i])
                 states[:, i] = noise[:, i] - (first - middle) * frame.velocities[0]
@@ -148,41 +202,13 @@ class RolloutTask(WorldModelTask):
             self._roll.core.load_state_dict(core.state_dict())
         return self._roll
 
-    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Recorded latents and both steps' estimates of them, ``[B, N, C, S, S]``: ``(x0, step 1, step 2)``.
-
-        One two-stream pass: context and step 2 in the first stream, step 1 in the second.
-        """
-        if not self.pool:
-            self.collect()
-        x0, mouse, btn, noise, states = self.pool.pop()
-        first, middle = self.sampler.timesteps
-        frames = x0.shape[1]
-        t = x0.new_tensor([middle, first]).repeat_interleave(frames).expand(len(x0), -1)
-        v = self.velocity(torch.cat((states, noise), dim=1), t, mouse, btn, streams=2)
-        return x0, noise - first * v[:, frames:], states - middle * v[:, :frames]
-
-    def regression(self, x0: Tensor, step1: Tensor, step2: Tensor) -> Tensor:
-        """Squared error of both steps, over frames with at least half a window behind them."""
-        judged = slice(self.sampler.window // 2, None)
-        error1, error2 = ((step - x0)[:, judged].square().mean() for step in (step1, step2))
-        own = (step2 - x0)[:, self.sampler.window :].square().mean()
-        self.report(every=50, step1=error1, step2=error2, generated=own)
-        return error1 + 2 * error2
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
-        """One step of regression to the recording."""
-        return self.regression(*self.estimates())
-
 
 class SharpenTask(RolloutTask):
-    """Phase 3: phase 2 beside a discriminator of pairs of successive latent frames, for detail that moves rightly.
+    """Phase 4: phase 3 beside a discriminator of pairs of successive latent frames, for detail that moves rightly.
 
     Args:
         weight: of the adversarial gradient beside the regression's.
     """
-
-    automatic_optimization = False
 
     def __init__(self, *args: Any, weight: float = 0.5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -190,13 +216,13 @@ class SharpenTask(RolloutTask):
         self.judge = PatchJudge(2 * self.core.cfg.channels, [192] * 5, [1] * 4)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
-        """One optimiser for the model, one for the discriminator."""
+        """The model's optimisers and one for the discriminator."""
         judge = torch.optim.AdamW(self.judge.parameters(), lr=self.lr, betas=(0.5, 0.95), weight_decay=0.01)
-        return [super().configure_optimizers(), judge]
+        return [*super().configure_optimizers(), judge]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """One step of the model, then one of the discriminator, on the generated frames."""
-        model_opt, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
+        *model_opts, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
         x0, step1, step2 = self.estimates()
         window = self.sampler.window
         real, fake = (
@@ -205,7 +231,7 @@ class SharpenTask(RolloutTask):
         )
         regression, realism = self.regression(x0, step1, step2), realism_loss(self.judge, real, fake)
         last = self.core.proj_out.proj.weight
-        self.manual_step(model_opt, balanced(regression, realism, last, self.weight), self.core)
+        self.manual_step(model_opts, balanced(regression, realism, last, self.weight), self.core)
         verdict = judge_loss(self.judge, real, fake, sigma=0.1)
         self.manual_step(judge_opt, verdict, self.judge)
         self.report(every=50, realism=realism, verdict=verdict)
