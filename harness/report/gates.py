@@ -32,6 +32,7 @@ MEMORY_FIGURES = (
     "weight_bytes",
     "kv_window_bytes",
     "kv_scratch_bytes",
+    "kv_peak_bytes",
     "transient",
     "peak_allocated",
     "peak_reserved",
@@ -69,7 +70,9 @@ class GatesConf:
         min_fps_ratio: candidate / baseline. Against a record both are first divided by the BF16 arm of their own run,
             so that a machine that was slower that day does not count.
         fps: which FPS: ``pipeline_fps`` (DiT) or ``total_fps`` (with decode).
-        max_memory_ratio: candidate / baseline of the sum of ``memory``, figures of the record's memory section.
+        max_memory_ratio: candidate / baseline of the sum of ``memory``.
+        memory: figures of the record's memory section; by default what the KV cache needs at its worst: its buffers as
+            allocated and the room to dequantise a layer, so that a cache which keeps BF16 copies gains nothing.
         min_clips: fewer clips leave the verdict open.
         no_instabilities: NaN, Inf, black or frozen frames or lost structure in the candidate fail the gate.
         confidence: of the bootstrap interval. resamples: of the bootstrap. seed: of the bootstrap.
@@ -85,7 +88,7 @@ class GatesConf:
     min_fps_ratio: float | None = None
     fps: str = "pipeline_fps"
     max_memory_ratio: float | None = None
-    memory: list[str] = field(default_factory=lambda: ["kv_window_bytes", "kv_scratch_bytes"])
+    memory: list[str] = field(default_factory=lambda: ["kv_peak_bytes"])
     min_clips: int = 1
     no_instabilities: bool = True
     confidence: float = 0.95

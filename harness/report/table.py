@@ -115,11 +115,12 @@ def _memory_rows(record: RunRecord) -> Iterator[Row]:
     for key, name in (
         ("weight_bytes", "weights"),
         ("kv_window_bytes", "KV window"),
+        ("kv_peak_bytes", "KV window and room to read it"),
         ("transient", "transient peak"),
         ("peak_allocated", "peak allocated (both arms in)"),
         ("peak_reserved", "peak reserved (both arms in)"),
     ):
-        if memory[key] is not None:
+        if memory.get(key) is not None:
             yield rows.row(name, f"memory.{key}", bytes_text, _ratio)
     if memory["peak_allocated"] is None:
         yield "process peak RSS (everything)", bytes_text(memory["process_peak_rss"]), "", ""

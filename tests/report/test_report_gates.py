@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import report_cases
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from harness.report.gates import (
     build_table,
     evaluate,
 )
+from harness.report.record import load_record
 from scripts.gates import main as judge
 
 GATES = {path.stem: path for path in (ROOT / "conf" / "gates").glob("*.yaml")}
@@ -35,7 +37,7 @@ def arm(label="arm", fps=100.0, meaningful=True, kv=1000):
         "label": label,
         "speed_is_meaningful": meaningful,
         "speed": {"pipeline_fps": fps, "total_fps": fps},
-        "memory": {"weight_bytes": 4000, "kv_window_bytes": kv, "kv_scratch_bytes": 0, "peak_allocated": None},
+        "memory": {"weight_bytes": 4000, "kv_window_bytes": kv, "kv_peak_bytes": kv, "peak_allocated": None},
     }
 
 
@@ -118,10 +120,10 @@ def test_gate_c_wants_a_smaller_cache_scratch_included():
     before = record(kv=1000)
     assert evaluate(record(kv=700), gate("c", baseline="b"), before)["verdict"] == SHIP
     wasteful = record(kv=700)
-    wasteful["arms"]["candidate"]["memory"]["kv_scratch_bytes"] = 400
+    wasteful["arms"]["candidate"]["memory"]["kv_peak_bytes"] += 400
     found = evaluate(wasteful, gate("c", baseline="b"), before)
     assert found["verdict"] == DO_NOT_SHIP
-    assert checks(found)["memory ratio (kv_window_bytes + kv_scratch_bytes)"]["value"] == pytest.approx(1.1)
+    assert checks(found)["memory ratio (kv_peak_bytes)"]["value"] == pytest.approx(1.1)
 
 
 def test_gate_d_stays_open_below_three_clips():
@@ -240,15 +242,38 @@ def full(**changes):
     return {**found, **empty, "quality": {"all": section}, "schema_version": 1}
 
 
+def test_a_run_judged_again_gets_the_verdict_in_record_table_and_page(tmp_path, capsys):
+    folder = report_cases.write(tmp_path / "run", report_cases.record(drift=None))
+    words = [str(folder / "record.json"), "--gates", "a"]
+    before = (folder / "record.json").read_bytes()
+    assert judge([*words, "--print"]) == 3
+    assert [path.name for path in folder.iterdir()] == ["record.json"]
+    assert (folder / "record.json").read_bytes() == before
+    for change, code, verdict, title in (
+        ((), 3, DO_NOT_SHIP, "Do not ship"),
+        (["max_psnr_drop=0.9", "min_fps_ratio=0.4"], 0, SHIP, "May ship"),
+    ):
+        assert judge([*words, *change]) == code
+        assert load_record(folder / "record.json").gates["verdict"] == verdict
+        assert f"VERDICT (GATE A, AGAINST BF16): {verdict}".upper() in (folder / "table.txt").read_text().upper()
+        assert f"<strong>{title}</strong>" in (folder / "report.html").read_text()
+    (folder / "record.json").rename(folder / "kept.json")
+    assert judge([str(folder / "kept.json"), "--gates", "a"]) == 2
+    assert "with --print any file can be judged" in capsys.readouterr().err
+
+
 def test_the_command_judges_old_records(tmp_path, capsys):
+    def judge_only(words):
+        return judge([*words, "--print"])
+
     ours, before = tmp_path / "record.json", tmp_path / "before.json"
     ours.write_text(json.dumps(full(drops=[0.4, 0.4, 0.4])))
     before.write_text(json.dumps(full(drops=[0.2, 0.2, 0.2])))
-    assert judge([str(ours), "--gates", "a"]) == 3
-    assert judge([str(ours), "--gates", "a", "max_psnr_drop=0.5"]) == 0
-    assert judge([str(ours), "--gates", "b", f"baseline={before}"]) == 0
-    assert judge([str(ours), "--gates", "d", "min_clips=9"]) == 4
+    assert judge_only([str(ours), "--gates", "a"]) == 3
+    assert judge_only([str(ours), "--gates", "a", "max_psnr_drop=0.5"]) == 0
+    assert judge_only([str(ours), "--gates", "b", f"baseline={before}"]) == 0
+    assert judge_only([str(ours), "--gates", "d", "min_clips=9"]) == 4
     assert "PSNR drop dB" in capsys.readouterr().out
     for words in (["--gates", "z"], [], ["--gates", "b"], ["--gates", "a", "max_psnr=1"]):
-        assert judge([str(ours), *words]) == 2
+        assert judge_only([str(ours), *words]) == 2
     assert "allowed are a, b, c, d" in capsys.readouterr().err

@@ -87,7 +87,7 @@ class World:
         drop = self.drop(conf)
 
         def arm(label, weights, kv):
-            memory = {"weight_bytes": weights, "kv_window_bytes": kv, "kv_scratch_bytes": 0}
+            memory = {"weight_bytes": weights, "kv_window_bytes": kv, "kv_peak_bytes": kv}
             rest = {"numeric_path": {}, "transform": None, "speed": {}, "parts": None, "compile": {}}
             return {"label": label, "speed_is_meaningful": False, "memory": memory, **rest}
 
