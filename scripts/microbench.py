@@ -48,7 +48,7 @@ from harness.mx.dispatch import KERNELS, available_kernels
 from harness.mx.formats import E2M1, E4M3, decode, encode
 from harness.mx.kernels import triton_config
 from harness.mx.kernels.triton_config import GemmConfig, candidates
-from harness.mx.kernels.triton_linear import TritonMXLinear, natural_path
+from harness.mx.kernels.triton_linear import TritonMXLinear, paths
 from harness.mx.linear import LinearFormat, MXModule
 from harness.rollout.attention import AttentionKind, check_attention, frame_attention
 from harness.rollout.compile import CompileConf, compile_function
@@ -225,17 +225,16 @@ def oracle(mx: MXModule, x: Tensor) -> Tensor:
 def ways(
     linear: nn.Linear, fmt: LinearFormat, device: torch.device, everything: bool
 ) -> Iterator[tuple[str, MXModule]]:
-    """Each kernel that can run `fmt` here, Triton by both its paths. Emulated ones where nothing else runs, or all."""
+    """Each kernel that can run `fmt` here, Triton by every path. Emulated ones where nothing else runs, or all."""
     verdicts = available_kernels(device, fmt)
     real = [k for k in KERNELS if verdicts[k.name] == "ok" and not k.emulated]
     for kernel in KERNELS:
         if verdicts[kernel.name] != "ok" or (kernel.emulated and real and not everything):
             continue
-        paths: list[triton_config.Path] = ["bf16", "fp8"]
         if kernel.name != "triton":
             yield str(kernel.name), kernel.build(linear, fmt)
             continue
-        for path in paths[: 2 if natural_path(fmt, torch.cuda.get_device_capability(device)) == "fp8" else 1]:
+        for path in paths(fmt, torch.cuda.get_device_capability(device)):
             yield f"triton {path}", TritonMXLinear.from_linear(linear, fmt, path)
 
 

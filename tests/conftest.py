@@ -11,6 +11,7 @@ import dataclasses
 import shutil
 
 import pytest
+import torch._dynamo
 import yaml
 from game_clips import write_game_clip
 from hydra import compose, initialize_config_dir
@@ -19,6 +20,7 @@ from omegaconf import open_dict
 from safetensors.torch import save_file
 
 from harness.config import ROOT, register
+from harness.flags import FLAGS
 from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
 from harness.models.dcae import DCAEEncoder
@@ -26,6 +28,7 @@ from harness.report.record import load_record
 from harness.run import run
 
 register()
+torch.set_num_threads(1)  # the tests' tensors are tiny: threads would only wait for one another
 TINY_MODEL = {
     "n_layers": 2,
     "n_heads": 1,
@@ -45,6 +48,19 @@ TINY_DCAE = {
     "encoder_blocks_per_stage": [1, 1, 1],
     "decoder_blocks_per_stage": [1, 1, 1],
 }
+
+
+@pytest.fixture
+def no_flags(monkeypatch):
+    """None of the old environment flags is set."""
+    for name in FLAGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that another test compiled is left: the compiler gives up on a function after a few variants of it."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture

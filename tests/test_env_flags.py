@@ -4,18 +4,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.config import ConfigError, plan_run
-from harness.flags import FLAGS, FlagError, flag, flags_set, ignored, kv_flag
+from harness.flags import FlagError, flag, flags_set, ignored, kv_flag
 from harness.kv import KVStorage
 from harness.run import run
 
+pytestmark = pytest.mark.usefixtures("no_flags")
 ENV = ("model=smoke", "quant=env", "kv=env", "compile=env")
 KV_FIELDS = ("storage", "quantize_k", "bits", "late_layers")
-
-
-@pytest.fixture(autouse=True)
-def _no_flags(monkeypatch):
-    for name in FLAGS:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from harness.config import ROOT, plan_run
-from harness.flags import FLAGS
 from harness.report.record import load_record
 from harness.run import cli, run
 
+pytestmark = pytest.mark.usefixtures("no_flags")
 GROUPS = {path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in (ROOT / "conf").iterdir()}
 TINY = ("model=smoke", "model.arch.n_heads=1", "model.arch.d_model=32", "model.window=4", "data.future_frames=2")
 TINY += ("data.limit=1", "measure.videos=false", "measure.parts_frames=0")
@@ -25,12 +25,6 @@ NEEDS = {
     ("trainer", "ddp"): "no CUDA GPU is visible",
 }
 """Options that a machine without GPU refuses, and what they say."""
-
-
-@pytest.fixture(autouse=True)
-def _no_flags(monkeypatch):
-    for name in FLAGS:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

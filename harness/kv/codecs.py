@@ -26,6 +26,7 @@ from harness.mx.formats import (
     encode,
     encode_with_scales,
     scale_bytes,
+    stored_values,
 )
 
 E8M0_BIAS = 127
@@ -276,7 +277,7 @@ class Int8Codec:
 
     def encode(self, x: Tensor) -> Stored:
         """See :class:`Codec`."""
-        x = x.float()
+        x = stored_values(x)
         amax = x.abs().amax(-1, keepdim=True)
         scales = torch.where(amax.isfinite(), amax / INT8_MAX, math.nan).to(torch.bfloat16)
         divisor = torch.where(scales == 0, 1.0, scales.float())
@@ -308,6 +309,7 @@ class Int8Codec:
 
 def _frame_amax(x: Tensor) -> Tensor:
     """Largest magnitude of each head and frame, float32 ``[B, H, F]``; NaN if it holds NaN."""
+    x = stored_values(x) if torch.compiler.is_compiling() else x  # eager code spares itself the copy
     return torch.maximum(x.amax((-2, -1)), -x.amin((-2, -1))).float()
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.formats import E5M2
 from harness.mx.kernels import native, triton_linear
-from harness.mx.kernels.triton_config import MEASURED_FASTER
 from harness.mx.linear import LinearFormat, MXLinear, MXModule
 from harness.mx.torchao_linear import TorchaoMXLinear
 
@@ -27,7 +26,6 @@ class Kernel:
 
     `unavailable(device, format)` and `unfit(linear)` give a reason, or None when all is well. `build(linear, format)`
     returns the module that takes the place of `linear`. `emulated` marks kernels whose speed says nothing about MX.
-    `preferred(format)`: whether `auto` may take it.
     """
 
     name: KernelChoice
@@ -35,7 +33,6 @@ class Kernel:
     unfit: Callable[[nn.Linear], str | None]
     build: Callable[[nn.Linear, LinearFormat], MXModule]
     emulated: bool = False
-    preferred: Callable[[LinearFormat], bool] = lambda fmt: True
 
 
 def _cutlass_unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
@@ -65,7 +62,6 @@ KERNELS: tuple[Kernel, ...] = (
         unavailable=triton_linear.unavailable,
         unfit=lambda linear: None,
         build=triton_linear.TritonMXLinear.from_linear,
-        preferred=lambda fmt: (fmt.element.bits, str(fmt.activation)) in MEASURED_FASTER,
     ),
     Kernel(
         KernelChoice.emulated,
@@ -75,7 +71,7 @@ KERNELS: tuple[Kernel, ...] = (
         emulated=True,
     ),
 )
-"""Every kernel of this version, fastest first: `auto` takes the first that is available and preferred."""
+"""Every kernel of this version, fastest first (docs/performance.md): `auto` takes the first that is available."""
 
 
 def available_kernels(device: torch.device, fmt: LinearFormat) -> dict[str, str]:
@@ -92,7 +88,7 @@ def resolve_kernel(choice: KernelChoice, device: torch.device, fmt: LinearFormat
     """
     verdicts = available_kernels(device, fmt)
     for kernel in KERNELS:
-        asked = kernel.preferred(fmt) if choice == KernelChoice.auto else kernel.name == choice
+        asked = choice in (KernelChoice.auto, kernel.name)
         if asked and verdicts[kernel.name] == AVAILABLE:
             return kernel
     runnable = [name for name, verdict in verdicts.items() if verdict == AVAILABLE]

@@ -55,15 +55,50 @@ SCALE_NAN = 255
 _MANTISSA = 0x7FFFFF  # the 23 fraction bits of a float32
 
 
-@dataclass(frozen=True)
-class ElementFormat:
-    """One MX element format. `emax` is the exponent of `max`, `mantissa` the number of fraction bits."""
-
-    name: str
+class _Numbers(NamedTuple):
     bits: int
     max: float
     emax: int
     mantissa: int
+
+
+_NUMBERS = {
+    "e4m3": _Numbers(bits=8, max=448.0, emax=8, mantissa=3),
+    "e5m2": _Numbers(bits=8, max=57344.0, emax=15, mantissa=2),
+    "e2m1": _Numbers(bits=4, max=6.0, emax=2, mantissa=1),
+}
+
+
+@dataclass(frozen=True)
+class ElementFormat:
+    """One MX element format, known by its name.
+
+    Its numbers are looked up and not held: `torch.compile` makes a symbol of an attribute that differs from one
+    compilation of the same code to the next, and Inductor computes with symbols in 64 bits, where the bits of a
+    float32 no longer fit.
+    """
+
+    name: str
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element."""
+        return _NUMBERS[self.name].bits
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        return _NUMBERS[self.name].max
+
+    @property
+    def emax(self) -> int:
+        """Exponent of `max`."""
+        return _NUMBERS[self.name].emax
+
+    @property
+    def mantissa(self) -> int:
+        """Fraction bits."""
+        return _NUMBERS[self.name].mantissa
 
     @property
     def float8(self) -> torch.dtype:
@@ -71,9 +106,7 @@ class ElementFormat:
         return _FLOAT8[self.name]
 
 
-E4M3 = ElementFormat("e4m3", bits=8, max=448.0, emax=8, mantissa=3)
-E5M2 = ElementFormat("e5m2", bits=8, max=57344.0, emax=15, mantissa=2)
-E2M1 = ElementFormat("e2m1", bits=4, max=6.0, emax=2, mantissa=1)
+E4M3, E5M2, E2M1 = (ElementFormat(name) for name in _NUMBERS)
 
 FORMATS: dict[str, ElementFormat] = {f.name: f for f in (E4M3, E5M2, E2M1)}
 
@@ -95,18 +128,34 @@ def encode(x: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rcei
     """Quantise `x` [..., K], BF16 or float32, to MX blocks along the last dimension.
 
     Rounds to nearest even and saturates; NaN, infinity, zero and tiny blocks as described at the top of the
-    module. Fixed shapes and no data-dependent control flow, so it traces into `torch.compile`.
+    module. Fixed shapes and no data-dependent control flow, so it traces into `torch.compile`, where it gives the
+    same bits (see `stored_values`).
 
     Raises ValueError when K is not a multiple of 32 or `x` is not BF16 or float32.
     """
     check_block_dim(x.shape)
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"MX encoding takes bfloat16 or float32, got {x.dtype}; convert the tensor first")
-    blocks = x.unflatten(-1, (-1, BLOCK)).to(torch.float32)
+    blocks = stored_values(x).unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(dim=-1, keepdim=True)
     scales = _biased_exponent(amax, fmt, scale_mode)
     elements = _elements(blocks, _divisor(scales, scale_mode), fmt).flatten(-2)
     return MXBlocks(elements, scales.to(torch.uint8).squeeze(-1))
+
+
+def stored_values(x: Tensor) -> Tensor:
+    """`x` (BF16 or float32) in float32; of BF16 the values that memory would hold, in compiled code too.
+
+    Inductor computes BF16 in float32 and leaves out the rounding between fused operations, so that it would quantise
+    other values than eager code does. Between modules a value is BF16, and that is what is to be quantised. Rounding
+    the bits is an operation like any other to Inductor: some integer instructions, no memory traffic.
+    """
+    values = x.to(torch.float32)
+    if x.dtype != torch.bfloat16 or not torch.compiler.is_compiling():
+        return values
+    bits = values.view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000  # to nearest, ties to even
+    return torch.where(values.isnan(), values, rounded.view(torch.float32))
 
 
 def scale_bytes(amax: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rceil) -> Tensor:
@@ -120,7 +169,7 @@ def encode_with_scales(x: Tensor, scales: Tensor, fmt: ElementFormat) -> Tensor:
     `scales` are E8M0 bytes (uint8, above 0) that broadcast to [..., K/32]. Elements as `encode` gives them: values
     too large for their scale saturate, and NaN is for the caller to mark in the scales.
     """
-    blocks = x.unflatten(-1, (-1, BLOCK)).to(torch.float32)
+    blocks = stored_values(x).unflatten(-1, (-1, BLOCK))
     return _elements(blocks, _divisor(scales.to(torch.int32), ScaleMode.floor).unsqueeze(-1), fmt).flatten(-2)
 
 

@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import torch
 
@@ -58,9 +60,11 @@ def blackwell(monkeypatch):
     return torch.device("cuda", 0)
 
 
-def test_on_blackwell_auto_takes_the_native_path_for_mx_activations_only(blackwell):
+@pytest.mark.parametrize(("triton", "weight_only"), [(True, "triton"), (False, "emulated")])
+def test_on_blackwell_auto_takes_the_native_path_for_mx_activations_only(blackwell, monkeypatch, triton, weight_only):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
     assert resolve_kernel(KernelChoice.auto, blackwell, W8A8).name == "cutlass"
-    assert resolve_kernel(KernelChoice.auto, blackwell, W8A16).name == "emulated"
+    assert resolve_kernel(KernelChoice.auto, blackwell, W8A16).name == weight_only
     assert "needs activation=mx" in available_kernels(blackwell, W8A16)["cutlass"]
 
 

@@ -9,7 +9,11 @@ from harness.mx.dispatch import available_kernels, resolve_kernel
 from harness.mx.formats import E2M1, E4M3, FORMATS, MXBlocks, decode, encode
 from harness.mx.linear import LinearFormat, MXLinear
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 
 def every_scale(fmt) -> MXBlocks:
@@ -32,20 +36,54 @@ def test_every_code_point_decodes_as_on_the_cpu(fmt, compiled):
     torch.testing.assert_close(got[rows], decode(blocks, fmt)[rows], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("mode", "compiled"), [*((m, False) for m in ScaleMode), (ScaleMode.rceil, True)])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
-def test_encoding_gives_the_bytes_of_the_cpu(fmt, mode, compiled):
-    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+def same_blocks(got, want):
+    """Equal, but for the elements of row 0's NaN block, which mean nothing."""
+    assert torch.equal(got.scales.cpu(), want.scales)
+    assert torch.equal(got.elements.cpu()[1:], want.elements[1:])
+
+
+def special_rows(generator):
+    x = torch.randn(64, 256, generator=generator).bfloat16()
     x[0, :3] = torch.tensor([torch.nan, torch.inf, 0.0])
     x[1] = 0
+    return x
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ScaleMode)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_encoding_gives_the_bytes_of_the_cpu(fmt, mode, compiled):
+    x = special_rows(torch.Generator().manual_seed(0))
 
     def on_gpu(x):
         return encode(x, fmt, mode)
 
     run = torch.compile(on_gpu, fullgraph=True) if compiled else on_gpu
-    got, want = run(x.cuda()), encode(x, fmt, mode)
-    assert torch.equal(got.scales.cpu(), want.scales)
-    assert torch.equal(got.elements.cpu()[1:], want.elements[1:])  # elements of the NaN block mean nothing
+    same_blocks(run(x.cuda()), encode(x, fmt, mode))
+
+
+def test_one_function_compiles_for_every_format_and_mode():
+    """Compiled again for another format, a function's numbers may become symbols; those of the formats must not."""
+    x = special_rows(torch.Generator().manual_seed(0))
+
+    def on_gpu(x, fmt, mode):
+        return encode(x, fmt, mode)
+
+    compiled = torch.compile(on_gpu, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=len(FORMATS) * len(ScaleMode)):
+        for fmt in FORMATS.values():
+            for mode in ScaleMode:
+                same_blocks(compiled(x.cuda(), fmt, mode), encode(x, fmt, mode))
+
+
+@pytest.mark.parametrize("mode", ScaleMode)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_what_is_quantised_is_bf16_where_encoding_is_fused_with_what_made_it(fmt, mode):
+    """A product of two BF16 values, exact in float32, which a fused kernel need not round."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = special_rows(generator), torch.randn(64, 256, generator=generator).bfloat16()
+    fused = torch.compile(lambda x, y: encode(x * y, fmt, mode), fullgraph=True)
+    same_blocks(fused(x.cuda(), y.cuda()), encode(x * y, fmt, mode))
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E2M1], ids=lambda f: f.name)

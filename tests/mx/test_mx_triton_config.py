@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 import torch
 
-from harness.mx import dispatch
 from harness.mx.conf import Activation, KernelChoice, ScaleMode
 from harness.mx.dispatch import resolve_kernel
 from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
@@ -130,18 +129,18 @@ def test_where_the_kernels_run_and_why_not(hopper, monkeypatch):
     assert "not installed" in triton_linear.unavailable(hopper, W8A16)
 
 
-def test_auto_takes_the_kernel_only_where_measurements_say_it_is_faster(hopper, monkeypatch):
-    assert resolve_kernel(KernelChoice.triton, hopper, W8A16).name == "triton"
-    monkeypatch.setattr(dispatch, "MEASURED_FASTER", frozenset({(8, "bf16")}))
-    assert resolve_kernel(KernelChoice.auto, hopper, W8A16).name == "triton"
-    assert resolve_kernel(KernelChoice.auto, hopper, W4A8).name == "emulated"
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("element", FORMATS.values(), ids=lambda f: f.name)
+def test_auto_emulates_nothing_that_the_kernels_can_compute(hopper, element, activation):
+    kernel = resolve_kernel(KernelChoice.auto, hopper, LinearFormat(element, ScaleMode.rceil, activation))
+    assert (kernel.name, kernel.emulated) == ("triton", False)
 
 
 def test_fp8_tensor_cores_are_for_mx_by_mx_that_e4m3_holds():
-    assert triton_linear.natural_path(W4A8, HOPPER) == "fp8"
-    assert triton_linear.natural_path(W4A8, AMPERE) == "bf16"
-    assert triton_linear.natural_path(W8A16, HOPPER) == "bf16"
-    assert triton_linear.natural_path(LinearFormat(E5M2, ScaleMode.rceil, Activation.mx), HOPPER) == "bf16"
+    assert triton_linear.paths(W4A8, HOPPER) == ("bf16", "fp8")
+    assert triton_linear.paths(W4A8, AMPERE) == ("bf16",)
+    assert triton_linear.paths(W8A16, HOPPER) == ("bf16",)
+    assert triton_linear.paths(LinearFormat(E5M2, ScaleMode.rceil, Activation.mx), HOPPER) == ("bf16",)
 
 
 def test_emulated_w4a8_multiplies_mxfp4_by_mxfp8():

@@ -56,11 +56,6 @@ class Shape:
 TUNED: dict[tuple[int, str, int, int, int, int], GemmConfig] = {}
 """(compute capability as 90, path, bits, M bucket, N, K) to the fastest shape measured."""
 
-MEASURED_FASTER: frozenset[tuple[int, str]] = frozenset()
-"""(bits, activation) for which measurements on a GPU show this kernel ahead of the alternatives: `kernel=auto` takes
-it for those. Empty until such measurements are recorded in docs/performance.md."""
-
-
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """Shared memory one block may use, by compute capability; 99 KiB on the others from 8.0 on."""
 

@@ -34,10 +34,13 @@ def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
     return None
 
 
-def natural_path(fmt: LinearFormat, capability: tuple[int, int]) -> Path:
-    """FP8 tensor cores where both operands are MX with elements that E4M3 holds and the GPU has them, else BF16."""
+def paths(fmt: LinearFormat, capability: tuple[int, int]) -> tuple[Path, ...]:
+    """The tensor cores that can multiply `fmt`, fastest at a frame's rows first (docs/performance.md).
+
+    FP8 ones take part where both operands are MX with elements that E4M3 holds and the GPU has them.
+    """
     operands = {fmt.element.name, (fmt.activation_element or E5M2).name}
-    return "fp8" if operands <= {E4M3.name, E2M1.name} and capability >= (8, 9) else "bf16"
+    return ("bf16", "fp8") if operands <= {E4M3.name, E2M1.name} and capability >= (8, 9) else ("bf16",)
 
 
 class TritonMXLinear(MXModule):
@@ -75,12 +78,12 @@ class TritonMXLinear(MXModule):
     def from_blocks(
         cls, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat, path: Path | None = None
     ) -> "TritonMXLinear":
-        """Pack an encoded weight [N, K] and its BF16 `bias` [N]. `path` None: the natural one.
+        """Pack an encoded weight [N, K] and its BF16 `bias` [N]. `path` None: the fastest one.
 
         Raises ValueError when `path` is "fp8" and an operand is not MX with elements that E4M3 holds.
         """
-        path = path or natural_path(fmt, machine(blocks.scales.device)[0])
-        if path == "fp8" and natural_path(fmt, (9, 0)) != "fp8":
+        path = path or paths(fmt, machine(blocks.scales.device)[0])[0]
+        if path not in paths(fmt, (9, 0)):
             raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
         sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
         return cls(packing.pack(blocks, fmt.element, tile_width(fmt.element.bits, path)), sizes, bias, fmt, path)
