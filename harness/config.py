@@ -29,11 +29,10 @@ from harness.measure import stability as stability_room
 from harness.measure.stability import OnInstability, StabilityConf
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
-from harness.models.gamerft import GameRFTConfig
+from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.mx import conf as mx_conf
 from harness.mx.conf import MXConf
-from harness.mx.dispatch import resolve_kernel
-from harness.mx.linear import LinearFormat
+from harness.mx.transform import check_mx
 from harness.report import drift as drift_room
 from harness.report import gates as gates_room
 from harness.report.drift import DriftConf
@@ -331,9 +330,12 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     with _collect(problems):
         kv_room.validate(conf.kv, head_dim=arch.head_dim)
     with _collect(problems):
-        mx_conf.validate(conf.quant)
         if conf.quant.enabled:
-            resolve_kernel(conf.quant.kernel, device, LinearFormat.of(conf.quant))
+            with torch.device("meta"):
+                core = GameRFTCore(arch).to(torch.bfloat16)
+            check_mx(core, conf.quant, device)
+        else:
+            mx_conf.validate(conf.quant)
     with _collect(problems):
         stability_room.validate(conf.stability)
     with _collect(problems):

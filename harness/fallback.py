@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from harness.kv import KVConf, KVStorage
 from harness.kv.conf import KVScales
-from harness.mx.conf import MXConf
+from harness.mx.conf import CategoryBits, MXConf
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def fallbacks(quant: MXConf, kv: KVConf, layers: int) -> list[Fallback]:
         kv = replace(kv, scales=KVScales.per_token)
         add("scales per token instead of an average per head")
     kv_4bit = kv.enabled and kv.storage_of("v") is KVStorage.mx and kv.element_format("v").name == "e2m1"
-    if kv_4bit or (quant.enabled and quant.bits == 4):
-        quant = replace(quant, bits=8)
+    if kv_4bit or quant.has_4_bits:
+        quant = replace(quant, bits=8, bits_by_category=CategoryBits())
         kv = replace(kv, bits=8, v_format=None) if kv_4bit else kv
         add("MXFP4 off, 8 bits instead")
     if kv.enabled:

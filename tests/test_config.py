@@ -35,6 +35,23 @@ def test_every_kv_option_fits_the_smoke_model(composed, option):
     assert plan_run(composed("model=smoke", f"kv={option}")).conf.is_baseline == (option == "bf16")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("model.arch.d_model=80",), "12 of 24 selected Linears cannot become MX"),
+        (("quant.exclude=['*.qvk']",), "exclude pattern '.*qvk' matches no Linear"),
+    ],
+)
+def test_what_mx_cannot_do_with_a_model_is_said_before_it_is_loaded(composed, words, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_run(composed("model=smoke", "quant=mxfp8_mlp", *words))
+
+
+def test_bits_of_a_category_are_a_word_on_the_command_line(composed):
+    conf = plan_run(composed("model=smoke", "quant=mxfp4_mlp_mxfp8_rest", "quant.bits_by_category.attn=4")).conf.quant
+    assert [conf.bits_of(name) for name in conf.categories] == [4, 4, 8]
+
+
 def test_the_groups_a_user_is_promised_exist():
     assert {"doom", "smoke", "dit_v4", "dit_v4_5b"} <= set(GROUPS["model"]) == set(GROUPS["decoder"])
     assert {"bf16", "mxfp8_mlp", "mxfp8_attn", "mxfp8_all", "mxfp4_mlp"} <= set(GROUPS["quant"])

@@ -3,9 +3,10 @@ import pytest
 from harness.fallback import fallbacks
 from harness.kv import KVConf, KVStorage
 from harness.kv.conf import KVScales
-from harness.mx.conf import MXConf, Scope
+from harness.mx.conf import CategoryBits, MXConf, Scope
 
 MX = KVStorage.mx
+MIXED = MXConf(enabled=True, scope=Scope.all, bits_by_category=CategoryBits(mlp=4))
 
 
 def steps(quant, kv, layers=12):
@@ -41,6 +42,7 @@ def test_everything_at_once_goes_down_in_the_plans_order():
         (MXConf(), KVConf(), []),
         (MXConf(enabled=True), KVConf(), ["Linears back to BF16"]),
         (MXConf(enabled=True, bits=4), KVConf(), ["MXFP4 off, 8 bits instead", "Linears back to BF16"]),
+        (MIXED, KVConf(), ["MXFP4 off, 8 bits instead", "Linears back to BF16"]),
         (MXConf(), KVConf(storage=MX, late_layers=1), ["KV cache back to BF16"]),
         (MXConf(), KVConf(storage=MX, quantize_k=True, quantize_v=False), ["K back to BF16"]),
         (
@@ -53,6 +55,7 @@ def test_everything_at_once_goes_down_in_the_plans_order():
 def test_steps_that_change_nothing_are_left_out(quant, kv, expected):
     found = fallbacks(quant, kv, 12)
     assert [one.step for one in found] == expected
+    assert not any(one.quant.has_4_bits for one in found)
     if found:
         assert not found[-1].quant.enabled
         assert not found[-1].kv.enabled

@@ -1,6 +1,6 @@
 """What a user may ask of the MX Linears. Standard library only: composing a config imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 
 
@@ -62,10 +62,20 @@ class Element8Bit(StrEnum):
 
 
 @dataclass
+class CategoryBits:
+    """Bits of the Linears of one category; None: as `MXConf.bits`."""
+
+    mlp: int | None = None
+    attn: int | None = None
+    modulation: int | None = None
+
+
+@dataclass
 class MXConf:
     """MX Linears as config: simple field types, so that it serves as a Hydra structured config.
 
     `scale_mode` defaults to `rceil`, the default of torchao's `MXDynamicActivationMXWeightConfig`.
+    `bits_by_category`: bits of a category in scope where they are to differ from `bits`.
     `late_layers`: only the last so many blocks (more than there are means all); None means all.
     `include` and `exclude` are glob patterns over module names; see `harness.mx.select`.
     `list` prints what was transformed, and what was kept and why, once the model is set up; the run then goes on.
@@ -81,7 +91,24 @@ class MXConf:
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     element_8bit: Element8Bit = Element8Bit.e4m3
+    bits_by_category: CategoryBits = field(default_factory=CategoryBits)
     list: bool = False  # last: below it, list is no longer the type
+
+    def bits_of(self, category: str) -> int:
+        """Bits of the Linears of `category`."""
+        own = getattr(self.bits_by_category, category, None)
+        return self.bits if own is None else int(own)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Categories in scope, in a fixed order."""
+        every = tuple(item.name for item in fields(CategoryBits))
+        return every if self.scope == Scope.all else (str(self.scope),)
+
+    @property
+    def has_4_bits(self) -> bool:
+        """Whether any category in scope has 4 bits."""
+        return self.enabled and 4 in map(self.bits_of, self.categories)
 
 
 def validate(conf: MXConf) -> None:
@@ -93,6 +120,13 @@ def validate(conf: MXConf) -> None:
     problems = []
     if conf.bits not in (4, 8):
         problems.append(f"bits={conf.bits}: allowed are 8 and 4")
+    for category, bits in asdict(conf.bits_by_category).items():
+        if bits not in (None, 4, 8):
+            problems.append(f"bits_by_category.{category}={bits}: allowed are 8, 4, and null for what bits says")
+        elif bits is not None and conf.scope not in (Scope.all, category) and not conf.include:
+            problems.append(
+                f"bits_by_category.{category}={bits}: scope={conf.scope} leaves {category} BF16; use scope=all"
+            )
     for name, choices in _CHOICES.items():
         if getattr(conf, name) not in list(choices):
             problems.append(f"{name}={getattr(conf, name)}: allowed are {', '.join(choices)}")

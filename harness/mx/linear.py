@@ -19,9 +19,9 @@ class LinearFormat:
     activation: Activation
 
     @classmethod
-    def of(cls, conf: MXConf) -> "LinearFormat":
-        """The format that a valid `conf` describes."""
-        element = E2M1 if conf.bits == 4 else FORMATS[conf.element_8bit]
+    def of(cls, conf: MXConf, category: str = "") -> "LinearFormat":
+        """The format that a valid `conf` describes for Linears of `category`."""
+        element = E2M1 if conf.bits_of(category) == 4 else FORMATS[conf.element_8bit]
         return cls(element, ScaleMode(conf.scale_mode), Activation(conf.activation))
 
     @property

@@ -110,7 +110,7 @@ def select(model: nn.Module, conf: MXConf) -> Selection:
             continue
         if _matches(c, conf.exclude):
             kept[c.name] = "excluded"
-        elif conf.bits == 4 and not included and c.layer == last and c.path.endswith(_FINAL_PROJECTIONS):
+        elif conf.bits_of(c.category) == 4 and not included and c.layer == last and c.path.endswith(_FINAL_PROJECTIONS):
             kept[c.name] = "kept BF16 as a final output projection of a 4-bit model; name it in include to transform it"
         else:
             chosen.append(c)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
 from harness.mx.formats import BLOCK
 from harness.mx.linear import LinearFormat
-from harness.mx.select import Candidate, MXTransformError, category, place, select
+from harness.mx.select import Candidate, MXTransformError, Selection, category, place, select
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class TransformSummary:
 
     `kernel` is the kernel in use, `kernel_asked` the one in the config. `emulated` says that the speed is none of
     MX's. `kept_bf16` maps Linears in scope that stay BF16 to the reason. Bytes count weights, scales and biases of
-    the transformed Linears.
+    the transformed Linears. `bits_by_category` has every category that was transformed; `bits` and `element` are those
+    of a category that the config does not name.
     """
 
     enabled: bool
@@ -40,6 +42,7 @@ class TransformSummary:
     kept_bf16: dict[str, str] = field(default_factory=dict)
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
+    bits_by_category: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers."""
@@ -74,21 +77,19 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
     device = _device(model)
     if not conf.enabled:
         return TransformSummary(enabled=False, numeric_path="BF16", architecture=describe_device(device))
-    selection = select(model, conf)
-    fmt = LinearFormat.of(conf)
-    kernel = resolve_kernel(conf.kernel, device, fmt)
-    _check_all(selection.chosen, kernel)
+    selection, ways = _checked(model, conf, device)
     before = after = 0
     for candidate in selection.chosen:
-        linear = candidate.module
+        linear, way = candidate.module, ways[candidate.category]
         assert isinstance(linear, nn.Linear)
         before += sum(p.nbytes for p in linear.parameters())
-        replacement = kernel.build(linear, fmt).train(linear.training)
+        replacement = way.kernel.build(linear, way.fmt).train(linear.training)
         after += replacement.weight_bytes()
         _replace(model, candidate.name, replacement)
+    fmt = LinearFormat.of(conf)
     return TransformSummary(
         enabled=True,
-        numeric_path=f"{fmt.numeric_path}, {kernel.name}",
+        numeric_path=_numeric_path(ways),
         architecture=describe_device(device),
         bits=conf.bits,
         element=fmt.element.name,
@@ -96,16 +97,54 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
         activation=str(fmt.activation),
         scope=str(conf.scope),
         late_layers=conf.late_layers,
-        kernel=str(kernel.name),
+        kernel=" + ".join(dict.fromkeys(str(way.kernel.name) for way in ways.values())),
         kernel_asked=str(conf.kernel),
-        emulated=kernel.emulated,
+        emulated=any(way.kernel.emulated for way in ways.values()),
         count=len(selection.chosen),
         categories=dict(Counter(c.category for c in selection.chosen)),
         names=[c.name for c in selection.chosen],
         kept_bf16=selection.kept_bf16,
         weight_bytes_before=before,
         weight_bytes_after=after,
+        bits_by_category={category: way.fmt.element.bits for category, way in ways.items()},
     )
+
+
+def check_mx(model: nn.Module, conf: MXConf, device: torch.device) -> None:
+    """Every check of `apply_mx` but that of the weights' values: `model` may be on the meta device, to run on `device`.
+
+    Raises as `apply_mx` does.
+    """
+    validate(conf)
+    if conf.enabled:
+        _checked(model, conf, device)
+
+
+class _Way(NamedTuple):
+    """How the Linears of a category are computed."""
+
+    fmt: LinearFormat
+    kernel: Kernel
+
+
+def _checked(model: nn.Module, conf: MXConf, device: torch.device) -> tuple[Selection, dict[str, _Way]]:
+    """What will be transformed, and how, by category."""
+    selection, ways = select(model, conf), {}
+    for name in dict.fromkeys(c.category for c in selection.chosen):
+        fmt = LinearFormat.of(conf, name)
+        ways[name] = _Way(fmt, resolve_kernel(conf.kernel, device, fmt))
+    _check_all(selection.chosen, ways)
+    return selection, ways
+
+
+def _numeric_path(ways: dict[str, _Way]) -> str:
+    """One path, or each with its categories."""
+    categories: dict[str, list[str]] = {}
+    for name, way in ways.items():
+        categories.setdefault(f"{way.fmt.numeric_path}, {way.kernel.name}", []).append(name)
+    if len(categories) == 1:
+        return next(iter(categories))
+    return "; ".join(f"{' and '.join(names)} {path}" for path, names in categories.items())
 
 
 def _span(layers: list[int]) -> str:
@@ -126,12 +165,12 @@ def _device(model: nn.Module) -> torch.device:
     return first.device
 
 
-def _check_all(chosen: list[Candidate], kernel: Kernel) -> None:
+def _check_all(chosen: list[Candidate], ways: dict[str, _Way]) -> None:
     """Raise one MXTransformError that names every chosen module that cannot be transformed, and why."""
     times = Counter(id(c.module) for c in chosen)
     problems = []
     for candidate in chosen:
-        reason = _unsuitable(candidate.module, kernel)
+        reason = _unsuitable(candidate.module, ways[candidate.category].kernel)
         if reason is None and times[id(candidate.module)] > 1:
             reason = "the same module is used under several names"
         if reason is not None:
@@ -154,7 +193,7 @@ def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
         return f"its weight is {weight.dtype}, MX Linears take bfloat16 models; convert the model first"
     if module.in_features % BLOCK:
         return f"in_features={module.in_features} is not a multiple of {BLOCK}, the MX block"
-    if not weight.isfinite().all():
+    if not weight.is_meta and not weight.isfinite().all():
         return "its weight holds NaN or infinity"
     return kernel.unfit(module)
 

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
-from omegaconf.errors import ValidationError
+from omegaconf.errors import ConfigKeyError, ValidationError
 
-from harness.mx.conf import MXConf, ScaleMode, Scope, validate
+from harness.mx.conf import CategoryBits, MXConf, ScaleMode, Scope, validate
 
 
 def test_defaults_are_valid_and_off():
@@ -35,6 +35,30 @@ def test_every_problem_is_listed_at_once():
     assert "scope=heads: allowed are mlp, attn, modulation, all" in message
     assert "late_layers=0: must be at least 1" in message
     assert "include=['']" in message
+
+
+def test_bits_of_a_category_win_over_bits():
+    conf = MXConf(enabled=True, scope="all", bits_by_category=CategoryBits(mlp=4))
+    validate(conf)
+    assert [conf.bits_of(name) for name in ("mlp", "attn", "modulation", "other")] == [4, 8, 8, 8]
+    assert conf.has_4_bits
+    assert not MXConf(enabled=True, scope="attn", bits_by_category=CategoryBits(mlp=4)).has_4_bits
+    assert not MXConf(bits=4).has_4_bits
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scope": "all", "bits_by_category": {"attn": 6}}, r"bits_by_category\.attn=6: allowed are 8, 4, and null"),
+        ({"scope": "mlp", "bits_by_category": {"attn": 8}}, r"scope=mlp leaves attn BF16; use scope=all"),
+    ],
+)
+def test_wrong_bits_of_a_category_are_named(changes, said):
+    conf = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MXConf), changes))
+    with pytest.raises(ValueError, match=said):
+        validate(conf)
+    with pytest.raises(ConfigKeyError, match="heads"):
+        OmegaConf.merge(OmegaConf.structured(MXConf), {"bits_by_category": {"heads": 4}})
 
 
 def test_default_scale_mode_is_that_of_torchao():

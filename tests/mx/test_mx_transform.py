@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from harness.mx.conf import MXConf
+from harness.models.gamerft import GameRFTConfig, GameRFTCore
+from harness.mx.conf import CategoryBits, MXConf
 from harness.mx.linear import MXLinear, MXModule
 from harness.mx.select import MXTransformError
 from harness.mx.torchao_linear import TorchaoMXLinear
-from harness.mx.transform import apply_mx
+from harness.mx.transform import apply_mx, check_mx
 
 
 def run(core: nn.Module) -> torch.Tensor:
@@ -54,6 +55,39 @@ def test_numeric_paths(core, conf, path, kind):
     assert made == summary.names
     assert all(type(core.get_submodule(n)) is kind for n in made)
     assert run(core).isfinite().all()
+
+
+def test_categories_may_have_bits_of_their_own(core):
+    conf = MXConf(enabled=True, scope="all", bits_by_category=CategoryBits(mlp=4))
+    summary = apply_mx(core, conf)
+    found = {n: m.fmt.element.bits for n, m in core.named_modules() if isinstance(m, MXModule)}
+    assert {n for n, bits in found.items() if bits == 4} == {n for n in found if ".mlp." in n}
+    assert summary.bits_by_category == {"modulation": 8, "attn": 8, "mlp": 4}
+    assert summary.numeric_path == (
+        "modulation and attn W8A16 E4M3 weights, rceil scales, emulated; mlp W4A16 E2M1 weights, rceil scales, emulated"
+    )
+    assert (summary.kernel, summary.emulated) == ("emulated", True)
+    assert list(summary.kept_bf16) == ["transformer.blocks.2.mlp.fc2"], "attn.out has 8 bits, so it may be MX"
+    assert "mlp W4A16 E2M1" in summary.listing()
+    assert run(core).isfinite().all()
+
+
+def test_everything_that_can_be_checked_is_checked_without_weights():
+    def check(d_model, **conf):
+        with torch.device("meta"):
+            core = GameRFTCore(GameRFTConfig(n_layers=2, n_heads=2, d_model=d_model)).to(torch.bfloat16)
+        check_mx(core, MXConf(enabled=True, **conf), torch.device("cpu"))
+
+    check(64, scope="all")
+    with pytest.raises(
+        MXTransformError, match=r"2 of 4 selected .*\n.*blocks\.0\.mlp\.fc1: in_features=80 is not a mult"
+    ):
+        check(80, scope="mlp")
+    with pytest.raises(MXTransformError, match="matches no Linear"):
+        check(64, exclude=["*.qvk"])
+    with pytest.raises(ValueError, match="kernel=cutlass cannot run"):
+        check(64, kernel="cutlass")
+    check_mx(torch.nn.Identity(), MXConf(), torch.device("cpu"))
 
 
 def test_everything_else_stays_bf16(core):
