@@ -70,7 +70,7 @@ FLAGS: dict[str, Flag] = {
     "OWL_MXFP_BITS": _number(8, 4, default=8),
     "OWL_MXFP_SCOPE": _choice("mlp", "attn", "modulation", "all", default="all"),
     # The old default, cutlass, runs on Blackwell alone; auto takes it there and says what it took elsewhere.
-    "OWL_MXFP_KERNEL": _choice("cutlass", "triton", "emulated", "auto", default="auto"),
+    "OWL_MXFP_KERNEL": _choice("cutlass", "cuda", "triton", "emulated", "auto", default="auto"),
     "OWL_MXFP_LIST": _switch(False),
     "OWL_FP8_KV": _switch(None),
     "OWL_K_FP8": _switch(False),

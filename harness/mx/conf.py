@@ -44,12 +44,14 @@ class Activation(StrEnum):
 class KernelChoice(StrEnum):
     """What computes the product. `auto` takes the fastest that can run and reports which one it was.
 
-    `cutlass`: the GPU's native MX path through torchao (Blackwell, activation `mx`). `triton`: this package's
-    own kernels. `emulated`: BF16 arithmetic on decoded values, any device; its speed says nothing about MX.
+    `cutlass`: the GPU's native MX path through torchao (Blackwell, activation `mx`). `cuda`: this package's own CUDA
+    kernel, for few rows on Hopper. `triton`: this package's own Triton kernels. `emulated`: BF16 arithmetic on
+    decoded values, any device; its speed says nothing about MX.
     """
 
     auto = "auto"
     cutlass = "cutlass"
+    cuda = "cuda"
     triton = "triton"
     emulated = "emulated"
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.formats import E5M2
-from harness.mx.kernels import native, triton_linear
+from harness.mx.kernels import cuda_linear, native, triton_linear
 from harness.mx.linear import LinearFormat, MXLinear, MXModule
 from harness.mx.torchao_linear import TorchaoMXLinear
 
@@ -64,6 +64,12 @@ KERNELS: tuple[Kernel, ...] = (
         build=triton_linear.TritonMXLinear.from_linear,
     ),
     Kernel(
+        KernelChoice.cuda,
+        unavailable=cuda_linear.unavailable,
+        unfit=lambda linear: None,
+        build=cuda_linear.build,
+    ),
+    Kernel(
         KernelChoice.emulated,
         unavailable=lambda device, fmt: None,
         unfit=lambda linear: None,
@@ -71,7 +77,8 @@ KERNELS: tuple[Kernel, ...] = (
         emulated=True,
     ),
 )
-"""Every kernel of this version, fastest first (docs/performance.md): `auto` takes the first that is available."""
+"""Every kernel of this version, fastest first (docs/performance.md): `auto` takes the first that is available. `cuda`
+stands behind `triton` until measurements put it in front."""
 
 
 def available_kernels(device: torch.device, fmt: LinearFormat) -> dict[str, str]:

@@ -41,12 +41,16 @@ class LinearFormat:
 
 
 class MXModule(nn.Module, ABC):
-    """What every MX Linear offers beside `forward`: its sizes, its format `fmt`, and its weight."""
+    """What every MX Linear offers beside `forward`: its sizes, its format `fmt`, and its weight.
+
+    `note`: what computes it, and why, where that is not the kernel that was asked for.
+    """
 
     fmt: LinearFormat
     in_features: int
     out_features: int
     bias: Tensor | None
+    note: str | None = None
 
     @abstractmethod
     def weight_blocks(self) -> MXBlocks:

@@ -19,8 +19,9 @@ class TransformSummary:
     """What was transformed, and the numeric path it now takes. `to_dict()` is ready for JSON.
 
     `kernel` is the kernel in use, `kernel_asked` the one in the config. `emulated` says that the speed is none of
-    MX's. `kept_bf16` maps Linears in scope that stay BF16 to the reason. Bytes count weights, scales and biases of
-    the transformed Linears. `bits_by_category` has every category that was transformed; `bits` and `element` are those
+    MX's. `kept_bf16` maps Linears in scope that stay BF16 to the reason, `other_kernels` transformed ones that
+    `kernel` cannot take to what computes them, and why. Bytes count weights, scales and biases of the transformed
+    Linears. `bits_by_category` has every category that was transformed; `bits` and `element` are those
     of a category that the config does not name.
     """
 
@@ -40,6 +41,7 @@ class TransformSummary:
     categories: dict[str, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     kept_bf16: dict[str, str] = field(default_factory=dict)
+    other_kernels: dict[str, str] = field(default_factory=dict)
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
     bits_by_category: dict[str, int] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class TransformSummary:
         counts = ", ".join(f"{number} {name}" for name, number in self.categories.items())
         lines = [f"Linears in MX: {self.count} ({counts}), {self.numeric_path}"]
         lines += [f"  {kind:<10} {name.format(_span(found))}" for (kind, name), found in sorted(layers.items())]
+        lines += [f"  {name}: {note}" for name, note in self.other_kernels.items()]
         lines += [f"In scope, kept BF16: {len(self.kept_bf16)}"]
         lines += [f"  {name}: {reason}" for name, reason in self.kept_bf16.items()]
         return "\n".join(lines)
@@ -79,12 +82,15 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
         return TransformSummary(enabled=False, numeric_path="BF16", architecture=describe_device(device))
     selection, ways = _checked(model, conf, device)
     before = after = 0
+    other_kernels: dict[str, str] = {}
     for candidate in selection.chosen:
         linear, way = candidate.module, ways[candidate.category]
         assert isinstance(linear, nn.Linear)
         before += sum(p.nbytes for p in linear.parameters())
         replacement = way.kernel.build(linear, way.fmt).train(linear.training)
         after += replacement.weight_bytes()
+        if replacement.note is not None:
+            other_kernels[candidate.name] = replacement.note
         _replace(model, candidate.name, replacement)
     fmt = LinearFormat.of(conf)
     return TransformSummary(
@@ -104,6 +110,7 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
         categories=dict(Counter(c.category for c in selection.chosen)),
         names=[c.name for c in selection.chosen],
         kept_bf16=selection.kept_bf16,
+        other_kernels=other_kernels,
         weight_bytes_before=before,
         weight_bytes_after=after,
         bits_by_category={category: way.fmt.element.bits for category, way in ways.items()},

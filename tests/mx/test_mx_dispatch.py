@@ -23,11 +23,11 @@ def test_on_the_cpu_auto_is_emulated_and_says_so(fmt):
 
 def test_every_kernel_a_user_can_name_has_a_verdict():
     verdicts = available_kernels(CPU, W8A16)
-    assert set(verdicts) == {"cutlass", "triton", "emulated"}
+    assert set(verdicts) == {"cutlass", "cuda", "triton", "emulated"}
     assert verdicts["emulated"] == "ok"
 
 
-@pytest.mark.parametrize("choice", ["cutlass", "triton"])
+@pytest.mark.parametrize("choice", ["cutlass", "cuda", "triton"])
 @pytest.mark.parametrize("fmt", [W8A16, W8A8], ids=["W8A16", "W8A8"])
 def test_a_kernel_that_cannot_run_is_an_error_that_names_what_can(choice, fmt):
     with pytest.raises(ValueError, match=rf"kernel={choice} cannot run W8A.* on cpu \(.*{choice}: ") as caught:

@@ -1,0 +1,189 @@
+"""Which shape of `kernel=cuda` runs for which Linear: a table of measured winners, and a rule for the rest.
+
+`scripts/microbench.py --tune` measures and prints entries for `TUNED`. Names are those of `mx_linear.cu`.
+"""
+
+import functools
+from dataclasses import astuple, dataclass, replace
+
+from harness.mx.kernels.cuda_packing import GROUP, ROWS, groups, tile_bytes
+
+BUCKETS = (8, 16, 32, 64, 256, 1024)
+"""Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
+
+SHARED_BYTES = 227 * 1024
+"""Shared memory a block may use on compute capability 9.0."""
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """Shape of one launch, all fixed at compile time.
+
+    `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` by `warps_k` warps a block,
+    side by side and splitting K; `cluster` blocks splitting K; `stage_groups` times 64 inputs in each of `stages`
+    stages that a warp fetches ahead; `blocks` a multiprocessor; `overlap` as programmatic dependent launch.
+    """
+
+    m_tiles: int
+    row_tiles: int
+    warps_n: int
+    warps_k: int
+    cluster: int
+    stage_groups: int
+    stages: int
+    blocks: int = 1
+    overlap: int = 0
+
+    def as_ints(self) -> list[int]:
+        """For an operator's signature."""
+        return list(astuple(self))
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles of W that a cluster computes."""
+        return self.row_tiles * self.warps_n
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.warps_n * self.warps_k
+
+
+@dataclass(frozen=True)
+class CudaShape:
+    """A product: rows M, outputs N, inputs K, bits of the weights."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+
+    @property
+    def bucket(self) -> int:
+        """M rounded up to one of `BUCKETS`."""
+        return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
+
+
+TUNED: dict[tuple[int, int, int, int], CudaConfig] = {}
+"""(bits, M bucket, N, K) to the fastest shape measured on an H200."""
+
+_BYTES_PER_NS = 45.0  # what one multiprocessor takes in from HBM, L2 and its neighbours
+_SHARED_BYTES_PER_NS = 200.0
+_HMMA_NS = 0.9  # of one m16n8k16 on one of four tensor cores
+_CLUSTER_NS = 600.0  # starting and meeting in a cluster
+_WARPS_K_NS = 150.0
+
+
+def held_groups(config: CudaConfig, k: int) -> int:
+    """Groups of 64 inputs that a block holds of x, at most."""
+    return max(1, -(-groups(k) // config.cluster))
+
+
+def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
+    """Bytes of shared memory a block needs, and whether partial sums must arrive where x and W were."""
+    held, slots = held_groups(config, k), config.cluster * config.warps_k
+    operands = held * config.m_tiles * 1024
+    operands += config.warps * config.stages * config.row_tiles * config.stage_groups * tile_bytes(bits)
+    owned = -(-config.tiles * config.m_tiles // config.cluster)
+    partial = slots * owned * 512 if slots > 1 else 0
+    barriers = (held + config.warps * config.stages) * 8
+    room = (SHARED_BYTES - 1024 * (config.blocks - 1)) // config.blocks
+    overlay = operands + partial + barriers > room
+    return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
+
+
+def defines(config: CudaConfig, k: int, bits: int, magnitude_shift: int) -> dict[str, int]:
+    """The compile-time parameters of `mx_linear.cu`."""
+    return {
+        "BITS": bits,
+        "MAG_SHIFT": magnitude_shift,
+        "MT": config.m_tiles,
+        "RT": config.row_tiles,
+        "WR": config.warps_n,
+        "WK": config.warps_k,
+        "CL": config.cluster,
+        "GS": config.stage_groups,
+        "ST": config.stages,
+        "GX": held_groups(config, k),
+        "OVERLAY": int(layout(config, k, bits)[1]),
+        "PDL": config.overlap,
+        "BLOCKS": config.blocks,
+    }
+
+
+def launch_grid(config: CudaConfig, m: int, n: int) -> tuple[int, int]:
+    """Blocks along N (whole clusters) and along M."""
+    clusters = -(-n // (ROWS * config.tiles))
+    return clusters * config.cluster, -(-m // (8 * config.m_tiles))
+
+
+def choose(shape: CudaShape) -> CudaConfig:
+    """The measured winner for `shape`, or what the rule says."""
+    return TUNED.get((shape.bits, shape.bucket, shape.n, shape.k)) or _ranked(replace(shape, m=shape.bucket))[0]
+
+
+def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
+    """What `microbench --tune` tries for `shape`: the `most` that look best to `estimate`, best first."""
+    return list(_ranked(replace(shape, m=shape.bucket))[:most])
+
+
+@functools.cache
+def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
+    m_tiles = next(t for t in (1, 2, 4, 8) if t == 8 or shape.m <= 8 * t)
+    fitting = [
+        config
+        for cluster in (1, 2, 4, 8)
+        for row_tiles in (1, 2, 3, 4)
+        for warps_n in (1, 2, 3, 4, 6, 8)
+        for warps_k in (1, 2, 3, 4, 5, 6, 8)
+        for blocks in (1, 2)
+        for config in _with_stages(CudaConfig(m_tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks), shape)
+        if _sensible(config, shape)
+    ]
+    return tuple(sorted(fitting, key=lambda config: estimate(shape, config)))
+
+
+def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
+    """`config` with as many stages as hold all a warp needs, or as fit; nothing when not even two do."""
+    needed = -(-held_groups(config, shape.k) // config.warps_k)
+    grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
+    room = (SHARED_BYTES - 1024 * (config.blocks - 1)) // config.blocks
+    wanted = -(-needed // grouped.stage_groups)
+    for stages in range(min(wanted, 12), 0, -1):
+        staged = replace(grouped, stages=stages)
+        if layout(staged, shape.k, shape.bits)[0] <= room:
+            return [staged] if stages >= min(wanted, 3) else []
+    return []
+
+
+def _sensible(config: CudaConfig, shape: CudaShape) -> bool:
+    warps = config.warps * config.blocks
+    registers = config.row_tiles * config.m_tiles * 4 + 2 * config.m_tiles + 12 * config.row_tiles + 48
+    return (
+        4 <= config.warps <= 16
+        and warps <= 24
+        and registers * 32 * warps <= 65536
+        and config.warps_k <= held_groups(config, shape.k)
+        and config.tiles <= -(-shape.n // ROWS) + config.row_tiles
+    )
+
+
+def estimate(shape: CudaShape, config: CudaConfig) -> float:
+    """Predicted time in ns. Coarse on purpose, it only ranks shapes that nobody has measured.
+
+    A block takes in its part of W and of x and its neighbours' partial sums; its warps read x once for every
+    `row_tiles` tiles, and multiply. Blocks beyond what the multiprocessors hold wait for a second round.
+    """
+    held, (across, down) = held_groups(config, shape.k), launch_grid(config, shape.m, shape.n)
+    places = {1: 132, 2: 132, 4: 128, 8: 120}[config.cluster] * config.blocks
+    rounds = max(1.0, across * down / places) if across * down > 4 * places else -(-across * down // places)
+    w, x = config.tiles * held * tile_bytes(shape.bits), held * config.m_tiles * 1024
+    sent = config.warps_k * config.tiles * config.m_tiles * 512 if config.cluster * config.warps_k > 1 else 0
+    taken_in = w + x + sent * (config.cluster - 1) / config.cluster
+    shared = w + x * config.warps_n + 2 * sent
+    busiest = -(-config.warps // 4) * 4 / config.warps  # tensor cores share warps unevenly
+    busiest *= 1 + 4 / (config.warps * config.blocks)  # one warp alone waits for its loads
+    tensor = config.tiles * config.m_tiles * held * (GROUP / 16) / 4 * _HMMA_NS * busiest
+    work = taken_in / _BYTES_PER_NS + 0.5 * (shared / _SHARED_BYTES_PER_NS + tensor)
+    extra = (_CLUSTER_NS if config.cluster > 1 else 0.0) + (_WARPS_K_NS if config.warps_k > 1 else 0.0)
+    return rounds * work * config.blocks + extra

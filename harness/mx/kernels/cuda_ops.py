@@ -1,0 +1,91 @@
+"""`mx_linear.cu` as a torch operator: it traces into `torch.compile` and is captured in CUDA graphs.
+
+Every shape of launch is a kernel of its own, compiled (half a second) at its first use and kept. Call it once with
+each number of rows before capturing a graph.
+"""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.mx.kernels import cuda_config, nvrtc
+from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid, layout
+from harness.mx.kernels.cuda_packing import GROUP
+
+_MAGNITUDE_SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0}
+"""Bits by which an 8-bit element's magnitude moves right from the top of a 16-bit half to where BF16 has it."""
+
+_loading = threading.Lock()
+
+
+@torch.library.custom_op("harness_mx::cuda_linear", mutates_args=(), device_types="cuda")
+def mx_linear(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, element: str, post: float, config: list[int]
+) -> Tensor:
+    """`x @ decode(weight).T + bias`: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
+
+    `tiles` and `post` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or None,
+    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`).
+
+    Raises RuntimeError when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
+    """
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    (m, k), bits = x.shape, 4 if element == "e2m1" else 8
+    out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
+    if m == 0:
+        return out
+    shape = CudaConfig(*config) if config else choose(CudaShape(m, out_features, k, bits))
+    with torch.cuda.device(x.device):
+        function = load(shape, k, element, x.device)
+        arguments = (
+            nvrtc.TensorMap(x, 8 * shape.m_tiles, GROUP),
+            tiles,
+            bias,
+            out,
+            ctypes.c_int(m),
+            ctypes.c_int(out_features),
+            ctypes.c_int(tiles.shape[1]),
+            ctypes.c_float(post),
+        )
+        function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, bool(shape.overlap))
+    return out
+
+
+@mx_linear.register_fake
+def _(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, element: str, post: float, config: list[int]
+) -> Tensor:
+    return torch.empty(x.shape[0], out_features, dtype=torch.bfloat16, device=x.device)
+
+
+@functools.cache
+def source() -> str:
+    """The kernel's source: the instructions, then what is made of them."""
+    here = Path(__file__).parent
+    return (here / "mx_device.cuh").read_text() + (here / "mx_linear.cu").read_text()
+
+
+@functools.cache
+def compiled(config: CudaConfig, k: int, element: str) -> bytes:
+    """The cubin of `config` for weights of `k` inputs and elements "e4m3", "e5m2" or "e2m1"."""
+    bits = 4 if element == "e2m1" else 8
+    defines = cuda_config.defines(config, k, bits, _MAGNITUDE_SHIFT[element])
+    return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
+
+
+def load(config: CudaConfig, k: int, element: str, device: torch.device) -> nvrtc.Function:
+    """The kernel `config` on the current device, `device`."""
+    with _loading:
+        return _load(config, k, element, torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _load(config: CudaConfig, k: int, element: str, device: int) -> nvrtc.Function:
+    shared, _ = layout(config, k, 4 if element == "e2m1" else 8)
+    return nvrtc.Function(compiled(config, k, element), "mx_linear", shared)

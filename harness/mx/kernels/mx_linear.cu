@@ -1,0 +1,265 @@
+// Product of BF16 activations with a packed MX weight: out[m][n] = sum_k x[m][k] * W[n][k] + bias[n].
+//
+// For few rows M (a frame's 64), where reading the weight once decides the time. Written for sm_90.
+//
+//  * Rows of W are the A operand of mma.m16n8k16, rows of x the B operand. Weights are decoded into A fragments in
+//    registers; they are packed (cuda_packing.py) so that a lane finds its fragments of a tile in 16 bytes.
+//  * A cluster of CL blocks shares TILES row tiles of W and splits K; a block's warps split its row tiles WR ways and
+//    its part of K WK ways. Every warp fetches its own part of W by bulk copies, up to ST stages ahead: no block-wide
+//    synchronisation, and most of what a multiprocessor will need is under way at once.
+//  * A block holds its part of x in shared memory (TMA, 128-byte swizzle): x is read once a cluster.
+//  * Partial sums go to the block that owns the output, through distributed shared memory, and are added there in the
+//    order of their ranks: the result is the same every time.
+//
+// Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
+// included), and one multiplication by a power of two puts that right and applies the block's scale.
+//
+// Compile-time parameters (cuda_config.py): BITS 8 or 4; MAG_SHIFT bits an 8-bit element's magnitude moves; MT tiles of
+// 8 rows of x; RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a
+// block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a
+// multiprocessor.
+
+constexpr int WARPS = WR * WK;
+constexpr int TILE = BITS == 8 ? 1056 : 544;   // bytes of a tile of 16 rows by 64 inputs: elements, then 32 scales
+constexpr int SCALES = TILE - 32;
+constexpr int XTILE = MT * 8 * 128;            // bytes of 64 inputs of every row of x
+constexpr int STAGE = RT * GS * TILE;
+constexpr int TILES = WR * RT;
+constexpr int UNITS = TILES * MT;              // a unit is the 16 by 8 outputs of one accumulator fragment
+constexpr int OWNED = (UNITS + CL - 1) / CL;   // units a block adds up: every CL-th
+constexpr int SLOTS = CL * WK;                 // partial sums of a unit
+constexpr int W_AT = GX * XTILE;
+constexpr int W_END = W_AT + WARPS * ST * STAGE;
+constexpr int PARTIAL = SLOTS > 1 ? SLOTS * OWNED * 512 : 0;
+constexpr int PARTIAL_AT = OVERLAY ? 0 : W_END;
+constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_END + PARTIAL;
+
+// All warps of the cluster (of the block, where it is alone) have come this far and see each other's writes.
+__device__ __forceinline__ void everyone() {
+    if constexpr (CL > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+}
+
+// Byte `i` of `word` as the exponents of two BF16 powers of two.
+__device__ __forceinline__ u32 power(u32 word, int i) {
+    return __byte_perm(word, 0, 0x4040 + 0x0101 * i) << 7;
+}
+
+// Fragments of 16 rows by 16 inputs: a[0], a[2] of row `lane / 4`, a[1], a[3] of the row 8 below.
+// A word of 8-bit elements holds a[0] in its odd bytes, a[2] in its even ones; the next word a[1] and a[3].
+__device__ __forceinline__ void decode8(u32 (&a)[4], u32 upper, u32 lower, u32 scale, u32 scale8) {
+    constexpr u32 MAGNITUDE = (0x7f00u >> MAG_SHIFT) * 0x10001u;
+    a[0] = multiply((upper & 0x80008000u) | ((upper >> MAG_SHIFT) & MAGNITUDE), scale);
+    a[1] = multiply((lower & 0x80008000u) | ((lower >> MAG_SHIFT) & MAGNITUDE), scale8);
+    a[2] = multiply(((upper << 8) & 0x80008000u) | ((upper << (8 - MAG_SHIFT)) & MAGNITUDE), scale);
+    a[3] = multiply(((lower << 8) & 0x80008000u) | ((lower << (8 - MAG_SHIFT)) & MAGNITUDE), scale8);
+}
+
+// A word holds all eight 4-bit elements of a lane. In each half, sign and magnitude of a[0] lie in bits 15 and 8-6, of
+// a[1] in 12 and 5-3 (3 below), of a[2] in 14 and 11-9, of a[3] in 13 and 2-0.
+__device__ __forceinline__ void decode4(u32 (&a)[4], u32 word, u32 scale, u32 scale8) {
+    a[0] = multiply(word & 0x81c081c0u, scale);
+    a[1] = multiply((word << 3) & 0x81c081c0u, scale8);
+    a[2] = multiply(((word << 1) & 0x80008000u) | ((word >> 3) & 0x01c001c0u), scale);
+    a[3] = multiply(((word << 2) & 0x80008000u) | ((word << 6) & 0x01c001c0u), scale8);
+}
+
+// B fragments of all rows of x for 16 inputs (step 0 to 3 of a group): the same 8 rows twice, inputs 0-7 and 8-15.
+__device__ __forceinline__ void load_x(u32 (&b)[2 * MT], u32 tile, u32 offset, int step) {
+    if constexpr (MT == 1) {
+        u32 four[4];  // of two steps
+        load_matrices(four, tile + (offset ^ (step / 2 * 64)));
+        b[0] = four[step % 2 * 2];
+        b[1] = four[step % 2 * 2 + 1];
+    } else {
+#pragma unroll
+        for (int pair = 0; pair < MT / 2; ++pair) {
+            u32 four[4];
+            load_matrices(four, tile + pair * 2048 + (offset ^ (step * 32)));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) b[pair * 4 + i] = four[i];
+        }
+    }
+}
+
+// acc += W * x^T for 64 inputs; `w` is the warp's first tile in shared memory, tiles of further rows lie GS tiles apart.
+__device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], u32 w, u32 x, u32 offset, int lane) {
+    u32 scales[RT];
+    uint4 raw[RT];
+#pragma unroll
+    for (int r = 0; r < RT; ++r) scales[r] = load4(w + r * GS * TILE + SCALES + lane / 4 * 4);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        if (step % (BITS == 8 ? 2 : 4) == 0) {
+#pragma unroll
+            for (int r = 0; r < RT; ++r) raw[r] = load16(w + r * GS * TILE + step / 2 * 512 + lane * 16);
+        }
+        u32 b[2 * MT];
+        load_x(b, x, offset, step);
+#pragma unroll
+        for (int r = 0; r < RT; ++r) {
+            const u32 scale = power(scales[r], step / 2 * 2), scale8 = power(scales[r], step / 2 * 2 + 1);
+            u32 a[4];
+            if constexpr (BITS == 8) {
+                decode8(a, step % 2 ? raw[r].z : raw[r].x, step % 2 ? raw[r].w : raw[r].y, scale, scale8);
+            } else {
+                decode4(a, step == 0 ? raw[r].x : step == 1 ? raw[r].y : step == 2 ? raw[r].z : raw[r].w, scale, scale8);
+            }
+#pragma unroll
+            for (int m = 0; m < MT; ++m) mma(acc[r][m], a, b[2 * m], b[2 * m + 1]);
+        }
+    }
+}
+
+__device__ __forceinline__ float bias_of(const u16* bias, int n, int N) {
+    return bias != nullptr && n < N ? __uint_as_float(static_cast<u32>(bias[n]) << 16) : 0.0f;
+}
+
+// Two outputs in BF16, turned so that a lane holds row `lane / 4` of x and outputs 2 * (lane % 4) and the next.
+__device__ __forceinline__ u32 turned(float first, float second) {
+    return transpose(to_bf16(first, second));
+}
+
+__device__ __forceinline__ void store_pair(u16* out, u32 pair, int m, int n, int M, int N) {
+    if (m >= M || n >= N) return;
+    u16* to = out + static_cast<long long>(m) * N + n;
+    if (N % 2 == 0) {  // then n + 1 < N, and the address is a multiple of 4
+        *reinterpret_cast<u32*>(to) = pair;
+    } else {
+        to[0] = static_cast<u16>(pair);
+        if (n + 1 < N) to[1] = static_cast<u16>(pair >> 16);
+    }
+}
+
+// One unit of outputs: rows n, n + 8 of W by rows m of x.
+__device__ __forceinline__ void finish(const float (&c)[4], const u16* bias, u16* out, int m0, int n0, int M, int N,
+                                       float post, int lane) {
+    const float above = bias_of(bias, n0 + lane / 4, N), below = bias_of(bias, n0 + lane / 4 + 8, N);
+    const u32 first = turned(fmaf(c[0], post, above), fmaf(c[1], post, above));
+    const u32 second = turned(fmaf(c[2], post, below), fmaf(c[3], post, below));
+    store_pair(out, first, m0 + lane / 4, n0 + lane % 4 * 2, M, N);
+    store_pair(out, second, m0 + lane / 4, n0 + lane % 4 * 2 + 8, M, N);
+}
+
+// A warp's partial sums, each unit to the block that owns it.
+__device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial, int first_tile, int slot, int lane) {
+#pragma unroll
+    for (int r = 0; r < RT; ++r) {
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const int unit = (first_tile + r) * MT + m;
+            const u32 to = partial + (slot * OWNED + unit / CL) * 512 + lane * 16;
+            store16(CL > 1 ? address_in(to, unit % CL) : to, acc[r][m]);
+        }
+    }
+}
+
+KERNEL(WARPS * 32, CL, BLOCKS)
+mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
+          u16* __restrict__ out, int M, int N, int groups, float post) {
+    const u32 base = shared_memory();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int wr = warp % WR, wk = warp / WR;
+    const int rank = CL > 1 ? blockIdx.x % CL : 0;
+    const int tile0 = blockIdx.x / CL * TILES, m0 = blockIdx.y * MT * 8;
+
+    // This block's groups of 64 inputs, and this warp's.
+    const int block_lo = groups * rank / CL, block_groups = groups * (rank + 1) / CL - block_lo;
+    const int lo = block_groups * wk / WK, hi = block_groups * (wk + 1) / WK;
+
+    const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * ST) * 8;
+    const u32 w_shared = base + W_AT + warp * ST * STAGE;
+    const int my_tile = tile0 + wr * RT;
+    const int tiles = min(RT, max(0, (N + 15) / 16 - my_tile));  // fewer where N ends; the others' sums go nowhere
+    const u8* w_global = weight + (static_cast<long long>(my_tile) * groups + block_lo) * TILE;
+    const u64 policy = cache_policy(gridDim.y == 1);
+
+    const auto fetch = [&](int stage) {
+        const int first = lo + stage * GS, count = min(GS, hi - first);
+        if (lane != 0 || count <= 0) return;
+        const u32 bar = w_bars + stage % ST * 8, to = w_shared + stage % ST * STAGE;
+        barrier_expect(bar, count * TILE * tiles);
+#pragma unroll 1
+        for (int r = 0; r < tiles; ++r)
+            copy_bytes(to + r * GS * TILE, w_global + (static_cast<long long>(r) * groups + first) * TILE, count * TILE,
+                       bar, policy);
+    };
+
+    if (lane == 0) {
+        for (int i = 0; i < ST; ++i) barrier_init(w_bars + i * 8);
+        if (warp == 0)
+            for (int i = 0; i < GX; ++i) barrier_init(x_bars + i * 8);
+        barriers_ready();
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < ST; ++i) fetch(i);
+    if (PDL) next_may_begin();
+    if (warp == 0 && lane == 0) {
+        if (PDL) previous_is_over();  // it may be writing x
+        for (int i = 0; i < block_groups; ++i) {
+            barrier_expect(x_bars + i * 8, XTILE);
+            copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, m0, x_bars + i * 8);
+        }
+    }
+    __syncwarp();
+    if (CL > 1) cluster_arrive();  // a block may only write to blocks that have started
+    __syncthreads();               // the barriers of x are ready
+
+    // Where ldmatrix finds this lane's 16 bytes: row by 128, 16-byte column exclusive-or row (the swizzle).
+    const int row = MT == 1 ? lane % 8 : lane / 16 * 8 + lane % 8;
+    const int column = MT == 1 ? lane / 8 : lane / 8 % 2;
+    const u32 offset = row * 128 + (column ^ lane % 8) * 16;
+
+    float acc[RT][MT][4];
+#pragma unroll
+    for (int r = 0; r < RT; ++r)
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[r][m][i] = 0.0f;
+
+    int group = lo;
+    for (int stage = 0; group < hi; ++stage) {
+        barrier_wait(w_bars + stage % ST * 8, stage / ST % 2);
+        const int end = min(group + GS, hi);
+        for (u32 w = w_shared + stage % ST * STAGE; group < end; ++group, w += TILE) {
+            barrier_wait(x_bars + group * 8, 0);
+            multiply_group(acc, w, base + group * XTILE, offset, lane);
+        }
+        __syncwarp();  // every lane has read the stage
+        fetch(stage + ST);
+    }
+
+    if constexpr (SLOTS == 1) {
+#pragma unroll
+        for (int r = 0; r < RT; ++r)
+#pragma unroll
+            for (int m = 0; m < MT; ++m)
+                finish(acc[r][m], bias, out, m0 + m * 8, (my_tile + r) * 16, M, N, post, lane);
+    } else {
+        if (CL > 1) cluster_wait();
+        if (OVERLAY) everyone();  // all have read what the partial sums will replace
+        const u32 partial = base + PARTIAL_AT;
+        send(acc, partial, wr * RT, rank * WK + wk, lane);
+        everyone();
+        for (int i = warp; i < OWNED; i += WARPS) {
+            const int unit = i * CL + rank;
+            if (unit >= UNITS) break;
+            float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const uint4 part = load16(partial + (slot * OWNED + i) * 512 + lane * 16);
+                sum[0] += __uint_as_float(part.x);
+                sum[1] += __uint_as_float(part.y);
+                sum[2] += __uint_as_float(part.z);
+                sum[3] += __uint_as_float(part.w);
+            }
+            finish(sum, bias, out, m0 + unit % MT * 8, (tile0 + unit / MT) * 16, M, N, post, lane);
+        }
+    }
+}

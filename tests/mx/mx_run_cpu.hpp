@@ -1,0 +1,22 @@
+// Runs mx_linear.cu, on which it must follow, block by block on a CPU (see mx_device_cpu.hpp).
+
+static TensorMap map_;
+static const u8* weight_;
+static const u16* bias_;
+static u16* out_;
+static int M_, N_, groups_;
+static float post_;
+
+extern "C" int shared_bytes() { return BARRIERS_AT + (GX + WARPS * ST) * 8; }
+
+extern "C" void run(const u16* x, const u8* weight, const u16* bias, u16* out, int M, int N, int K, int groups,
+                    float post, int seed) {
+    dice.seed(seed);
+    map_ = TensorMap{x, K, M, MT * 8};
+    weight_ = weight, bias_ = bias, out_ = out, M_ = M, N_ = N, groups_ = groups, post_ = post;
+    body = [] { mx_linear(map_, weight_, bias_, out_, M_, N_, groups_, post_); };
+    const int clusters = ((N + 15) / 16 + TILES - 1) / TILES;
+    grid = {clusters * CL, (M + MT * 8 - 1) / (MT * 8)};
+    for (int y = 0; y < grid.y; ++y)
+        for (int c = 0; c < clusters; ++c) run_cluster({c * CL, y}, CL, WARPS * 32, shared_bytes());
+}

@@ -1,0 +1,133 @@
+"""`mx_linear.cu` itself, compiled for a CPU: every thread, barrier and copy of a cluster, without a GPU.
+
+`mx_device_cpu.hpp` gives the instructions that the kernel is written in; it ends the process where their rules are
+broken. What only a GPU can show (races in its memory model, speed) is left to test_mx_cuda.py.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from harness.mx.formats import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
+from harness.mx.kernels import cuda_packing
+from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, layout
+
+COMPILER = shutil.which("g++")
+HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "harness" / "mx" / "kernels"
+SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0}
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext, as Linux has it"),
+]
+
+
+def address(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """Calls the kernel compiled for a CPU: (config, x, packed weight, bias, outputs, element format) to outputs."""
+    folder = tmp_path_factory.mktemp("mx_linear")
+    source = folder / "kernel.cpp"
+    parts = (HERE / "mx_device_cpu.hpp", KERNELS / "mx_linear.cu", HERE / "mx_run_cpu.hpp")
+    source.write_text("".join(f'#include "{part}"\n' for part in parts))
+    built = {}
+
+    def call(config, x, weight, bias, n, fmt, seed=0):
+        (m, k), groups = x.shape, weight.tiles.shape[1]
+        macros = tuple(f"-D{name}={value}" for name, value in defines(config, k, fmt.bits, SHIFT[fmt.name]).items())
+        if macros not in built:
+            path = folder / f"kernel{len(built)}.so"
+            command = [COMPILER, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC"]
+            subprocess.run([*command, *macros, str(source), "-o", str(path)], check=True)
+            built[macros] = ctypes.CDLL(str(path))
+        library = built[macros]
+        assert library.shared_bytes() == layout(config, k, fmt.bits)[0]
+        out = torch.full((m, n), torch.nan).bfloat16()
+        tensors = [address(t) for t in (x, weight.tiles, bias, out)]
+        library.run(*tensors, m, n, k, groups, ctypes.c_float(weight.post), seed)
+        return out
+
+    return call
+
+
+def operands(m, n, k, fmt, bias=True):
+    torch.manual_seed(0)
+    weight = (torch.randn(n, k) * torch.exp2(torch.randint(-6, 3, (n, 1)).float())).bfloat16()
+    weight[n // 2] = 0
+    x = (torch.randn(m, k) * torch.exp2(torch.randint(-4, 4, (m, 1)).float())).bfloat16()
+    return x, encode(weight, fmt), torch.randn(n).bfloat16() if bias else None
+
+
+def assert_equals_oracle(got, x, blocks, bias, fmt):
+    weight = decode(blocks, fmt).double()
+    want = F.linear(x.double(), weight, None if bias is None else bias.double())
+    slack = 2**-8 * want.abs() + 2**-20 * F.linear(x.double().abs(), weight.abs())
+    wrong = ~((got.double() - want).abs() <= slack)
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} values"
+
+
+CASES = {
+    "a cluster of 2, split K within a block": (CudaConfig(8, 2, 1, 2, 2, 1, 2), E4M3, 64, 64, 256),
+    "4 bits, N and K that end early": (CudaConfig(4, 1, 2, 2, 2, 2, 1), E2M1, 30, 72, 352),
+    "sums where operands were": (CudaConfig(8, 3, 1, 1, 4, 2, 1, blocks=21), E4M3, 50, 72, 320),
+    "one block alone, odd outputs": (CudaConfig(1, 1, 2, 1, 1, 2, 2), E2M1, 3, 39, 480),
+    "E5M2, more rows than a tile": (CudaConfig(2, 1, 2, 3, 2, 1, 1), E5M2, 20, 50, 640),
+    "more blocks than groups": (CudaConfig(2, 4, 1, 2, 8, 1, 1), E4M3, 16, 160, 96),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_product_is_that_of_the_decoded_operands(kernel, name):
+    config, fmt, m, n, k = CASES[name]
+    x, blocks, bias = operands(m, n, k, fmt, bias="odd" not in name)
+    assert layout(config, k, fmt.bits)[1] == ("sums where operands were" in name)
+    got = kernel(config, x, cuda_packing.pack(blocks, fmt), bias, n, fmt)
+    assert_equals_oracle(got, x, blocks, bias, fmt)
+
+
+def test_threads_may_run_in_any_order(kernel):
+    config, fmt, m, n, k = CASES["a cluster of 2, split K within a block"]
+    x, blocks, bias = operands(m, n, k, fmt)
+    weight = cuda_packing.pack(blocks, fmt)
+    results = [kernel(config, x, weight, bias, n, fmt, seed) for seed in range(3)]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def every_value(fmt, low, high):
+    """[N, 64] weights with each finite code point under each scale byte from `low` to `high`."""
+    codes = torch.arange(2**fmt.bits).repeat(32 // 2**fmt.bits or 1)
+    codes = codes[(codes & 0x7F) < {"e4m3": 0x7F, "e5m2": 0x7C, "e2m1": 0x80}[fmt.name]]
+    codes = codes[: len(codes) // 32 * 32] if len(codes) > 32 else codes
+    scales = torch.arange(low, high + 1, dtype=torch.uint8)
+    rows = codes.to(torch.uint8).view(-1, 32).repeat(len(scales), 1)
+    scales = scales.repeat_interleave(len(codes) // 32)
+    elements = rows if fmt.bits == 8 else rows[:, 0::2] | rows[:, 1::2] << 4
+    return MXBlocks(elements, scales[:, None])
+
+
+@pytest.mark.parametrize("high", [130, 150])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_every_code_point_is_decoded_under_every_scale(kernel, fmt, high):
+    blocks = every_value(fmt, 97, high)
+    n = blocks.scales.shape[0]
+    weight = cuda_packing.pack(blocks, fmt)
+    config = CudaConfig(4, 4, 1, 1, 1, 1, 1)
+    got = kernel(config, torch.eye(32).bfloat16(), weight, None, n, fmt)
+    assert torch.equal(got, decode(blocks, fmt).t())
+
+
+def test_a_layout_has_every_block_of_outputs_once():
+    config = CudaConfig(8, 2, 3, 1, 4, 1, 1)
+    assert launch_grid(config, 64, 6 * 16 * 5) == (20, 1)
+    assert launch_grid(config, 65, 6 * 16 * 5 + 1) == (24, 2)
