@@ -3,7 +3,8 @@
 
     python scripts/microbench.py                                   # dit_v4 on the GPU
     python scripts/microbench.py --model dit_v4_5b --only linear --formats W8A16 W4A16
-    python scripts/microbench.py --tune --only linear              # prints entries for triton_config.TUNED
+    python scripts/microbench.py --tune --only linear              # prints entries for the kernels' TUNED tables
+    python scripts/microbench.py --tune --only linear --kernels cuda --products qkv mlp
     python scripts/microbench.py --model smoke --device cpu --seconds 20
 
 Every kernel is checked against the product of the decoded operands before it is timed. Several copies of a weight, more
@@ -43,15 +44,17 @@ from harness.measure.environment import environment
 from harness.models.attention import Attend
 from harness.models.config_io import gamerft_config, model_section
 from harness.models.gamerft import GameRFTConfig
-from harness.mx.conf import Activation, ScaleMode
+from harness.mx.conf import Activation, KernelChoice, ScaleMode
 from harness.mx.dispatch import KERNELS, available_kernels
 from harness.mx.formats import E2M1, E4M3, decode, encode
 from harness.mx.kernels import triton_config
+from harness.mx.kernels.cuda_linear import CudaMXLinear
 from harness.mx.kernels.triton_config import GemmConfig, candidates
 from harness.mx.kernels.triton_linear import TritonMXLinear, paths
 from harness.mx.linear import LinearFormat, MXModule
 from harness.rollout.attention import AttentionKind, check_attention, frame_attention
 from harness.rollout.compile import CompileConf, compile_function
+from scripts import tune_cuda
 
 FORMATS = {
     "W8A16": LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16),
@@ -223,13 +226,14 @@ def oracle(mx: MXModule, x: Tensor) -> Tensor:
 
 
 def ways(
-    linear: nn.Linear, fmt: LinearFormat, device: torch.device, everything: bool
+    linear: nn.Linear, fmt: LinearFormat, device: torch.device, names: Sequence[str] | None
 ) -> Iterator[tuple[str, MXModule]]:
-    """Each kernel that can run `fmt` here, Triton by every path. Emulated ones where nothing else runs, or all."""
+    """Each kernel of `names` that can run `fmt` here, Triton by every path. Of all, emulated ones only by need."""
     verdicts = available_kernels(device, fmt)
     real = [k for k in KERNELS if verdicts[k.name] == "ok" and not k.emulated]
     for kernel in KERNELS:
-        if verdicts[kernel.name] != "ok" or (kernel.emulated and real and not everything):
+        wanted = kernel.name in names if names is not None else not (kernel.emulated and real)
+        if verdicts[kernel.name] != "ok" or not wanted:
             continue
         if kernel.name != "triton":
             yield str(kernel.name), kernel.build(linear, fmt)
@@ -245,13 +249,15 @@ def time_linear(bench: Bench, row: Row, linear: nn.Module, size: int, x: Tensor,
     moved = size + x.nbytes * (1 + row.n / x.shape[1])
     row.floor_us, row.gb_s = moved / bench.bandwidth / 1e3, moved / row.us / 1e3
     row.of_bf16 = row.us / (plain_us or row.us)
-    if isinstance(linear, TritonMXLinear) and linear.fmt.activation != Activation.bf16:
-        operands = linear.operands(x)
+    if isinstance(linear, TritonMXLinear | CudaMXLinear) and linear.fmt.activation != Activation.bf16:
+        operands = linear.operands(x) if isinstance(linear, TritonMXLinear) else (linear.operand(x),)
         given, _ = bench.time([partial(module.product, *operands) for module in modules])
         row.note = f"{row.note}  [{given:.2f} µs with x encoded beforehand]"
 
 
-def bench_product(bench: Bench, product: Product, formats: Sequence[str], everything: bool, tune: bool) -> None:
+def bench_product(
+    bench: Bench, product: Product, formats: Sequence[str], kernels: Sequence[str] | None, tune: bool
+) -> None:
     """BF16 through torch, then every kernel of every format."""
     linear = nn.Linear(product.k, product.n, device=bench.device, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(product.m, product.k, device=bench.device).bfloat16()
@@ -259,7 +265,7 @@ def bench_product(bench: Bench, product: Product, formats: Sequence[str], everyt
     bench.rows.append(plain)
     time_linear(bench, plain, linear, linear.weight.nbytes, x, None)
     for name in formats:
-        for way, mx in ways(linear, FORMATS[name], bench.device, everything):
+        for way, mx in ways(linear, FORMATS[name], bench.device, kernels):
             row = Row("linear", product.name, product.shape, f"{name} {way}", product.n)
             bench.rows.append(row)
             bench.check_time()
@@ -269,6 +275,8 @@ def bench_product(bench: Bench, product: Product, formats: Sequence[str], everyt
                 continue
             if tune and isinstance(mx, TritonMXLinear):
                 row.note = tune_module(bench, mx, x)
+            elif tune and isinstance(mx, CudaMXLinear):
+                row.note = tune_cuda.tune(bench, mx, x)
             time_linear(bench, row, mx, mx.weight_bytes(), x, plain.us)
 
 
@@ -408,9 +416,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--products", nargs="+", help="only Linears whose name contains one of these")
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
-    parser.add_argument("--emulated", action="store_true", help="time emulated kernels beside real ones too")
+    named = [str(kernel) for kernel in KernelChoice if kernel != KernelChoice.auto]
+    parser.add_argument("--kernels", nargs="+", choices=named, help="only these (default: all but emulated ones)")
     parser.add_argument(
-        "--tune", action="store_true", help="search launch shapes of kernel=triton; prints TUNED entries"
+        "--tune", action="store_true", help="search launch shapes of kernel=triton and cuda; prints TUNED entries"
     )
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=5)
@@ -430,7 +439,7 @@ def run_all(bench: Bench, args: argparse.Namespace, arch: GameRFTConfig, window:
         for product in products(arch, batch) if "linear" in args.only else []:
             if not args.products or any(part in product.name for part in args.products):
                 bench.check_time()
-                bench_product(bench, product, args.formats, args.emulated, args.tune)
+                bench_product(bench, product, args.formats, args.kernels, args.tune)
         if "attention" in args.only:
             bench_attention(bench, arch, window, batch)
         if "kv" in args.only:

@@ -31,7 +31,7 @@ def mx_linear(
     `tiles` and `post` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or None,
     `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`).
 
-    Raises RuntimeError when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
+    Raises `nvrtc.DriverError` when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
     """
     x = x.contiguous()
     if x.data_ptr() % 16:

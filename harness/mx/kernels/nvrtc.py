@@ -23,6 +23,10 @@ class CompileError(RuntimeError):
     """NVRTC refused the source; the message is its log."""
 
 
+class DriverError(RuntimeError):
+    """The CUDA driver refused what was asked of it."""
+
+
 class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint64 * 8))
 
@@ -84,7 +88,7 @@ class Function:
         """Queue the kernel on torch's current stream.
 
         `overlap` lets it begin before the kernel in front of it has ended (programmatic dependent launch).
-        Raises RuntimeError when the driver refuses.
+        Raises DriverError when the driver refuses.
         """
         kept = [_pointer(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(kept))(*(address for address, _ in kept))
@@ -180,4 +184,4 @@ def _check(result: int, what: str) -> None:
         message = ctypes.c_char_p()
         _driver().cuGetErrorString(result, ctypes.byref(message))
         text = (message.value or b"unknown error").decode()
-        raise RuntimeError(f"CUDA driver, {what}: {text} ({result})")
+        raise DriverError(f"CUDA driver, {what}: {text} ({result})")

@@ -1,0 +1,125 @@
+"""Finds the fastest launch shape of `kernel=cuda` for a Linear; `scripts/microbench.py --tune` calls it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.mx.formats import decode
+from harness.mx.kernels import cuda_ops, nvrtc
+from harness.mx.kernels.cuda_config import CudaConfig, candidates, choose
+from harness.mx.kernels.cuda_linear import CudaMXLinear
+
+TRIED = 48
+"""Launch shapes tried at first, the ones that the rule puts in front."""
+
+REFINED = 4
+"""Of these, the fastest are tried with other stages, and as programmatic dependent launches."""
+
+
+class Bench(Protocol):
+    """What measures, as in `microbench`."""
+
+    @property
+    def over(self) -> bool: ...
+    def copies(self, size: int) -> int: ...
+    def time(self, calls: Sequence[Callable[[], object]]) -> tuple[float, float]: ...
+
+
+def tune(bench: Bench, mx: CudaMXLinear, x: Tensor) -> str:
+    """Set `mx.config` to the fastest found; the entry for `cuda_config.TUNED`, and what was refused.
+
+    Launch shapes are compiled side by side. One that gives anything but the product of the decoded operands up to the
+    order of summation is never timed, and named.
+    """
+    rows, shape = mx.operand(x), mx.shape(x.shape[0])
+    modules = [mx, *(copy.deepcopy(mx) for _ in range(bench.copies(mx.weight_bytes()) - 1))]
+    check = _checker(mx, rows)
+    timed: dict[CudaConfig, float] = {}
+    wrong: list[str] = []
+
+    def measure(configs: Sequence[CudaConfig]) -> None:
+        fresh = [config for config in dict.fromkeys(configs) if config not in timed]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.fmt.element.name) for c in fresh}
+            for config, job in jobs.items():
+                if bench.over:
+                    job.cancel()
+                    continue
+                mx.config = config
+                reason = _reason(job, check)
+                if reason is not None:
+                    wrong.append(f"{config}: {reason}")
+                    continue
+                for module in modules:
+                    module.config = config
+                timed[config] = bench.time([partial(module.product, rows) for module in modules])[0]
+
+    measure([choose(shape), *candidates(shape, TRIED)])
+    fastest = sorted(timed, key=timed.__getitem__)[:REFINED]
+    measure([other for config in fastest for other in _other_stages(config)])
+    best = min(timed, key=timed.__getitem__)
+    overlapped = replace(best, overlap=1)
+    measure([overlapped])
+    mx.config = best
+    for config in sorted(timed, key=timed.__getitem__)[:8]:
+        print(f"  {timed[config]:7.2f} µs {config}", flush=True)
+    print("".join(f"  REFUSED {line}\n" for line in wrong), end="", flush=True)
+    note = f" {len(wrong)} refused." if wrong else ""
+    beside = (
+        f"  # {timed[best]:.2f} µs; overlapped {timed.get(overlapped, float('nan')):.2f}; {len(timed)} tried.{note}"
+    )
+    return f"{(shape.bits, shape.bucket, shape.n, shape.k)}: {best},{beside}"
+
+
+def _other_stages(config: CudaConfig) -> list[CudaConfig]:
+    """`config` with longer stages, fewer of them, and more blocks on a multiprocessor, where they fit."""
+    groups = config.stage_groups * config.stages
+    others = [
+        replace(config, stage_groups=stage, stages=-(-groups // stage)) for stage in (1, 2, 3, 4, 6) if stage <= groups
+    ]
+    return [*others, *(replace(config, stages=stages) for stages in (2, 3, 4, 6) if stages < config.stages)]
+
+
+def _checker(mx: CudaMXLinear, rows: Tensor) -> Callable[[], str | None]:
+    """A function that says what is wrong with `mx`'s product of `rows`, or None."""
+    weight = decode(mx.weight_blocks(), mx.fmt.element)
+    bias = None if mx.bias is None else mx.bias.double()
+    parts = [slice(0, 512), slice(max(0, mx.out_features - 512), mx.out_features)]  # both ends
+    wants = [F.linear(rows.double(), weight[p].double(), None if bias is None else bias[p]) for p in parts]
+    slacks = [
+        2**-8 * want.abs() + 2**-18 * F.linear(rows.double().abs(), weight[p].double().abs())
+        for p, want in zip(parts, wants, strict=True)
+    ]
+
+    def check() -> str | None:
+        first, second = mx.product(rows), mx.product(rows)
+        if not torch.equal(first, second):
+            return "two calls differ"
+        for part, want, slack in zip(parts, wants, slacks, strict=True):
+            count = int((~((first[:, part].double() - want).abs() <= slack)).sum())
+            if count:
+                return f"{count} of {want.numel()} outputs are wrong"
+        return None
+
+    return check
+
+
+def _reason(job: Future[bytes], check: Callable[[], str | None]) -> str | None:
+    """Why a launch shape must not be timed, or None."""
+    try:
+        job.result()
+        return check()
+    except nvrtc.CompileError as error:
+        return str(error).splitlines()[0]
+    except nvrtc.DriverError as error:
+        return str(error)

@@ -1,0 +1,172 @@
+"""`kernel=cuda` on a Hopper GPU against the decoded operands. What needs no GPU is in test_mx_cuda_source.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from harness.mx.conf import Activation, ScaleMode
+from harness.mx.formats import E2M1, E4M3, E5M2, MXBlocks, decode, encode
+from harness.mx.kernels import cuda_linear
+from harness.mx.kernels.cuda_config import CudaConfig
+from harness.mx.kernels.cuda_linear import CudaMXLinear
+from harness.mx.kernels.triton_linear import TritonMXLinear
+from harness.mx.linear import LinearFormat
+
+DEVICE = torch.device("cuda", 0)
+W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
+FORMATS = {
+    "W8A16": W8A16,
+    "E5M2": LinearFormat(E5M2, ScaleMode.rceil, Activation.bf16),
+    "W4A16": LinearFormat(E2M1, ScaleMode.rceil, Activation.bf16),
+    "W8A8": LinearFormat(E4M3, ScaleMode.rceil, Activation.mx),
+    "W4A8": LinearFormat(E2M1, ScaleMode.floor, Activation.mxfp8),
+    "W4A4": LinearFormat(E2M1, ScaleMode.even, Activation.mx),
+}
+
+
+def reason_not_to_run():
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    return cuda_linear.unavailable(DEVICE, W8A16)
+
+
+REASON = reason_not_to_run()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(n, k, fmt, bias=True):
+    linear = nn.Linear(k, n, bias=bias).bfloat16().requires_grad_(False)
+    linear.weight.mul_(0.5).mul_(torch.exp2(torch.randint(-6, 3, (n, 1)).float()))
+    mx = cuda_linear.build(linear.to(DEVICE), fmt)
+    assert isinstance(mx, CudaMXLinear)
+    return mx
+
+
+def activations(*shape):
+    x = torch.randn(*shape) * torch.exp2(torch.randint(-8, 8, (*shape[:-1], 1)).float())
+    return x.bfloat16().to(DEVICE)
+
+
+def assert_equals_oracle(mx, x, got):
+    element = mx.fmt.activation_element
+    x = x if element is None else decode(encode(x, element, mx.fmt.scale_mode), element)
+    weight = decode(mx.weight_blocks(), mx.fmt.element).double()
+    want = F.linear(x.double(), weight, None if mx.bias is None else mx.bias.double())
+    slack = 2**-8 * want.abs() + 2**-18 * F.linear(x.double().abs(), weight.abs())
+    assert got.shape == want.shape
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got.isnan(), want.isnan())
+    wrong = ((got.double() - want).abs() > slack) & ~want.isnan()
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} values"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 40, 32), (3, 131, 96), (17, 256, 320), (64, 1536, 512), (65, 200, 64), (200, 144, 1088)]
+)
+def test_the_product_is_that_of_the_decoded_operands(name, m, n, k):
+    mx = make(n, k, FORMATS[name], bias=n != 200)
+    x = activations(m, k)
+    assert_equals_oracle(mx, x, mx(x))
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CudaConfig(8, 2, 1, 2, 2, 1, 2),
+        CudaConfig(8, 3, 2, 2, 4, 2, 2),
+        CudaConfig(8, 2, 4, 2, 8, 1, 3),
+        CudaConfig(4, 4, 2, 2, 2, 2, 1),
+        CudaConfig(2, 1, 4, 4, 1, 1, 2),
+        CudaConfig(1, 4, 4, 1, 1, 1, 4),
+        CudaConfig(8, 4, 3, 1, 8, 1, 1, blocks=1),
+    ],
+    ids=str,
+)
+def test_every_launch_shape_computes_the_same(config, overlap):
+    for fmt in (W8A16, FORMATS["W4A16"]):
+        mx = make(720, 1536, fmt)
+        mx.config = CudaConfig(*config.as_ints()[:-1], overlap)
+        x = activations(70, 1536)
+        assert_equals_oracle(mx, x, mx(x))
+        assert torch.equal(mx(x), mx(x))
+
+
+def test_rows_do_not_touch_each_other():
+    mx = make(320, 512, W8A16)
+    x = activations(64, 512)
+    x[5, 7], x[9, 100] = torch.nan, torch.inf
+    got, clean = mx(x), mx(x.nan_to_num(0, 0, 0))
+    keep = [row for row in range(64) if row not in (5, 9)]
+    assert got[5].isnan().all()
+    assert not got[9].isfinite().any()
+    assert torch.equal(got[keep], clean[keep])
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=lambda f: f.name)
+def test_every_code_point_under_every_scale(fmt):
+    codes = torch.arange(256, dtype=torch.uint8).view(-1, 32)
+    if fmt.bits == 8:
+        codes = torch.where((codes & 0x7F) >= {"e4m3": 0x7F, "e5m2": 0x7C}[fmt.name], 0, codes)
+    else:
+        codes = codes.view(-1, 16)
+    for low in (20, 60, 100, 140):
+        scales = torch.arange(low, low + 16, dtype=torch.uint8).repeat_interleave(len(codes))
+        blocks = MXBlocks(codes.repeat(16, 1).to(DEVICE), scales[:, None].to(DEVICE))
+        mx = CudaMXLinear.from_blocks(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+        got = mx(torch.eye(32, device=DEVICE).bfloat16())
+        assert torch.equal(got, decode(blocks, fmt).t())
+
+
+def test_a_weight_it_cannot_hold_goes_to_triton_and_says_so():
+    linear = nn.Linear(64, 64).bfloat16().to(DEVICE).requires_grad_(False)
+    linear.weight[0, 0], linear.weight[1] = 1e38, 1e-20
+    mx = cuda_linear.build(linear, W8A16)
+    assert isinstance(mx, TritonMXLinear)
+    assert "kernel=triton, since its block scales reach" in mx.note
+
+
+def test_it_compiles_to_one_graph_and_replays():
+    mx, x = make(768, 512, W8A16), activations(64, 512)
+    compiled = torch.compile(lambda x: mx(x * 2) + 1, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        got = compiled(x).clone()
+    torch.testing.assert_close(got, mx(x * 2) + 1, rtol=2**-7, atol=2**-6)
+
+
+def test_a_captured_graph_reads_what_its_input_then_holds():
+    mx, x = make(768, 512, FORMATS["W4A16"]), activations(64, 512)
+    mx(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mx(x)
+    x.copy_(activations(64, 512))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_equals_oracle(mx, x, out)
+
+
+def test_stacked_linears_give_their_outputs_side_by_side():
+    members = [make(64 * i, 256, W8A16) for i in (1, 2, 3)]
+    x = activations(2, 256)
+    want = torch.cat([m(x) for m in members], dim=1)
+    stacked = members[0].stacked(members[1:])
+    assert torch.equal(stacked(x), want)
+    assert torch.equal(torch.cat([m(x) for m in members], dim=1), want)
+    assert members[1].tiles.untyped_storage().data_ptr() == stacked.tiles.untyped_storage().data_ptr()
+    assert members[0].stacked(members[1:]).tiles.data_ptr() == stacked.tiles.data_ptr()
+
+
+def test_inputs_that_are_not_laid_out_plainly():
+    mx = make(96, 64, W8A16)
+    wide = activations(10, 129)
+    for x in (wide[:, 1:65], wide[:, :64], activations(64, 10).t(), activations(2, 5, 64)):
+        assert_equals_oracle(mx, x.reshape(-1, 64), mx(x).reshape(-1, 96))
+    assert mx(wide[:0, :64]).shape == (0, 96)

@@ -1,0 +1,93 @@
+"""What `kernel=cuda` does around its kernel, which needs no GPU: weights stacked, launch shapes chosen, refusals."""
+
+import pytest
+import torch
+from torch import nn
+
+from harness.mx.conf import Activation, ScaleMode
+from harness.mx.formats import E2M1, E4M3, decode
+from harness.mx.kernels import cuda_linear
+from harness.mx.kernels.cuda_config import (
+    SHARED_BYTES,
+    CudaConfig,
+    CudaShape,
+    candidates,
+    choose,
+    held_groups,
+    launch_grid,
+    layout,
+)
+from harness.mx.kernels.triton_linear import TritonMXLinear
+from harness.mx.linear import LinearFormat
+
+W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
+W4A16 = LinearFormat(E2M1, ScaleMode.rceil, Activation.bf16)
+SHAPES = [
+    CudaShape(m, n, k, bits)
+    for bits in (8, 4)
+    for m in (1, 64, 300)
+    for n, k in ((4608, 1536), (1536, 6144), (2560, 10240), (147456, 1536), (40, 32))
+]
+
+
+def make(n, k, fmt=W8A16, scale=1.0):
+    linear = nn.Linear(k, n).bfloat16().requires_grad_(False)
+    linear.weight.mul_(scale)
+    return cuda_linear.build(linear, fmt)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
+    for config in [choose(shape), *candidates(shape, 48)]:
+        assert layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
+        assert 32 * config.warps <= 1024
+        across, down = launch_grid(config, shape.m, shape.n)
+        assert across // config.cluster * config.tiles * 16 >= shape.n
+        assert down * config.m_tiles * 8 >= shape.m
+        assert held_groups(config, shape.k) * config.cluster * 64 >= shape.k
+
+
+def test_a_config_survives_an_operators_signature():
+    config = CudaConfig(8, 3, 2, 2, 4, 2, 2, blocks=1, overlap=1)
+    assert CudaConfig(*config.as_ints()) == config
+
+
+def test_weights_are_held_once_and_as_they_were_encoded():
+    torch.manual_seed(0)
+    mx = make(48, 96)
+    assert mx.weight_bytes() == 3 * 2 * 1056 + 48 * 2
+    assert decode(mx.weight_blocks(), E4M3).shape == (48, 96)
+    assert mx.shape(64) == CudaShape(64, 48, 96, 8)
+
+
+def test_stacking_shares_memory():
+    members = [make(16 * i, 64) for i in (1, 2, 3)]
+    blocks = [decode(m.weight_blocks(), E4M3) for m in members]
+    stacked = members[0].stacked(members[1:])
+    assert torch.equal(decode(stacked.weight_blocks(), E4M3), torch.cat(blocks))
+    assert torch.equal(decode(members[2].weight_blocks(), E4M3), blocks[2])
+    assert members[2].tiles.untyped_storage().data_ptr() == stacked.tiles.untyped_storage().data_ptr()
+    assert members[0].stacked(members[1:]).tiles.data_ptr() == stacked.tiles.data_ptr()
+
+
+def test_what_does_not_fit_together_is_not_stacked():
+    first = make(32, 64)
+    assert first.stacked([make(40, 64)]) is None
+    assert first.stacked([make(32, 96)]) is None
+    assert first.stacked([make(32, 64, W4A16)]) is None
+    assert first.stacked([make(32, 64, scale=1e7)]) is None  # another power of two to multiply by
+    assert first.stacked([nn.Linear(64, 32)]) is None
+
+
+def test_a_weight_out_of_range_goes_to_triton_and_says_so():
+    linear = nn.Linear(64, 64).bfloat16().requires_grad_(False)
+    linear.weight[0, 0], linear.weight[1] = 1e38, 1e-20
+    mx = cuda_linear.build(linear, W8A16)
+    assert isinstance(mx, TritonMXLinear)
+    assert "kernel=triton, since its block scales reach from 2^" in mx.note
+
+
+def test_it_says_why_it_cannot_run(monkeypatch):
+    assert "the model is on cpu" in cuda_linear.unavailable(torch.device("cpu"), W8A16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "this GPU is sm_100" in cuda_linear.unavailable(torch.device("cuda", 0), W8A16)
