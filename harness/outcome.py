@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
+from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from harness.arm import PARTS, Arm
@@ -17,7 +18,6 @@ from harness.callbacks import ClipOutputs
 from harness.config import RunPlan
 from harness.data.datamodule import ClipDataModule
 from harness.flags import ignored
-from harness.guard import Guard
 from harness.kv import describe as describe_kv
 from harness.measure.environment import environment
 from harness.measure.quality import clip_row, summarise_quality
@@ -25,7 +25,7 @@ from harness.measure.stability import InstabilityError
 from harness.measure.timing import Stats, summarise
 from harness.module import RolloutModule
 from harness.report.drift import summarise_drift
-from harness.report.record import ArmRecord, RunRecord
+from harness.report.record import ArmRecord, RunRecord, save_record
 from harness.rollout import AttentionKind
 
 RANDOM_WEIGHTS = "Random weights: speed is real, quality is not."
@@ -170,12 +170,8 @@ def _notes(plan: RunPlan, choices: dict[str, str], arms: dict[str, Arm]) -> list
     return notes
 
 
-def _incidents(guard: Guard, error: BaseException | None) -> list[dict[str, Any]]:
-    """What the guard saw, and what broke the run off if that was something else."""
-    return [asdict(incident) for incident in guard.incidents] + _broken_off(error)
-
-
 def _broken_off(error: BaseException | None) -> list[dict[str, Any]]:
+    """What broke the run off, unless the guard has told of it."""
     if error is None or isinstance(error, InstabilityError):
         return []
     if isinstance(error, SystemExit | KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
@@ -183,17 +179,45 @@ def _broken_off(error: BaseException | None) -> list[dict[str, Any]]:
     return [{"kind": type(error).__name__, "message": str(error)}]
 
 
+class Recorder(Callback):
+    """Builds a run's record, and saves one after every batch: a run that is killed leaves what it has finished.
+
+    Args:
+        cfg: the composed config.
+        hydra: Hydra's own.
+        outputs: the finished clips.
+        started: when the run began, UTC.
+    """
+
+    def __init__(self, cfg: DictConfig, hydra: HydraConf, outputs: ClipOutputs, started: datetime) -> None:
+        self.cfg, self.hydra, self.outputs, self.started = cfg, hydra, outputs, started
+        self._environment: dict[str, Any] | None = None
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save what is known so far."""
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, RolloutModule)
+            record = self.build(pl_module, getattr(trainer, "datamodule"), "running")  # noqa: B009  (not in its types)
+            save_record(record, self.outputs.folder / "record.json")
+
+    def finished(self, module: RolloutModule, data: ClipDataModule, error: BaseException | None) -> RunRecord:
+        """The record of a run that is over; ``error`` is what broke it off, if anything did."""
+        record = self.build(module, data, "complete" if error is None else "failed")
+        record.incidents += _broken_off(error)
+        return record
+
+    def build(self, module: RolloutModule, data: ClipDataModule, status: str) -> RunRecord:
+        """The record as things stand."""
+        if self._environment is None:
+            self._environment = environment(module.plan.device) | {"processes": module.trainer.world_size}
+        return build_record(module, data, self, status, self._environment)
+
+
 def build_record(
-    plan: RunPlan,
-    cfg: DictConfig,
-    hydra: HydraConf,
-    module: RolloutModule,
-    data: ClipDataModule,
-    outputs: ClipOutputs,
-    started: datetime,
-    error: BaseException | None,
+    module: RolloutModule, data: ClipDataModule, run: Recorder, status: str, environment: dict[str, Any]
 ) -> RunRecord:
-    """The record of a run; ``error`` is what broke it off, if anything did."""
+    """The record of what ``module`` has done so far."""
+    plan, hydra, outputs = module.plan, run.hydra, run.outputs
     choices = {str(group): str(choice) for group, choice in hydra.runtime.choices.items() if "hydra/" not in str(group)}
     labels = arm_labels(plan, choices)
     if module.guard.fallback:
@@ -206,25 +230,25 @@ def build_record(
     if "candidate" in arms:
         arms["candidate"].numerics = module.numerics
     now = datetime.now(UTC)
-    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    config = OmegaConf.to_container(run.cfg, resolve=True, enum_to_str=True)
     assert isinstance(config, dict)
     return RunRecord(
         run_id=Path(hydra.runtime.output_dir).name,
-        started=started.isoformat(timespec="seconds"),
-        seconds=(now - started).total_seconds(),
-        status="complete" if error is None else "failed",
+        started=run.started.isoformat(timespec="seconds"),
+        seconds=(now - run.started).total_seconds(),
+        status=status,
         command=sys.argv,
         overrides=list(hydra.overrides.task),
         choices=choices,
         config={str(key): value for key, value in config.items()},
-        environment=environment(plan.device) | {"processes": module.trainer.world_size},
+        environment=environment,
         model=_model(module, plan),
         data=_data(data, len(clips)),
         arms=arms,
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
         notes=_notes(plan, choices, module.arms),
-        incidents=_incidents(module.guard, error),
+        incidents=[asdict(incident) for incident in module.guard.incidents],
         drift=summarise_drift(clips, plan.conf.drift) if clips else None,
         fallbacks=module.guard.taken,
     )

@@ -36,13 +36,21 @@ from harness.extras import missing_launcher
 from harness.measure.stability import InstabilityError
 from harness.models.checkpoint import load_encoder
 from harness.module import RolloutModule
-from harness.outcome import arm_labels, build_record
+from harness.outcome import Recorder, arm_labels
 from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes, stop_others
 from harness.report import incidents
 from harness.report.gates import EXIT_CODES, check_comparable, evaluate
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RunRecord, load_record, save_record, write_atomically
 from harness.report.table import WIDTH, build, render
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
+
+AFTER_BREAK = (
+    "Each job's folder keeps what it had finished (record.json, videos, frames.csv); the sweep's report.html shows "
+    "which jobs those are. Run the others again."
+)
 
 
 class UserError(CompactHydraException):
@@ -98,8 +106,8 @@ def run(cfg: DictConfig) -> str | None:
     baseline = load_baseline(plan, cfg)
     folder = Path(hydra_cfg.runtime.output_dir)
     outputs = ClipOutputs(folder, plan.conf.measure.videos, arm_labels(plan, hydra_cfg.runtime.choices))
-    parts = ProcessParts(folder, outputs)
-    trainer = build_trainer(plan, folder, [outputs, parts, RolloutProgress()])
+    parts, recorder = ProcessParts(folder, outputs), Recorder(cfg, hydra_cfg, outputs, started)
+    trainer = build_trainer(plan, folder, [outputs, recorder, parts, RolloutProgress()])
     plan = replace(plan, device=trainer.strategy.root_device)  # this process's own GPU
     data = build_data(plan)
     check_clips(len(data.entries), trainer.world_size)
@@ -122,7 +130,7 @@ def run(cfg: DictConfig) -> str | None:
                 stop_others(trainer)
             if module.arms:
                 parts.merge(trainer, module)
-                record = build_record(plan, cfg, hydra_cfg, module, data, outputs, started, error)
+                record = recorder.finished(module, data, error)
                 conclude(record, plan.conf, baseline, folder)
             parts.clean()
     return record.gates["verdict"] if record and record.gates else None
@@ -186,6 +194,10 @@ def main(cfg: DictConfig) -> None:
         verdict = run(cfg)
         if verdict is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
             sys.exit(EXIT_CODES[verdict])
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit with code 1
+            sys.exit(INTERRUPTED)
+        raise
     except (ValueError, OSError, InstabilityError, ProcessError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError(f"error: {error}") from error  # Hydra goes on with the other jobs and ends with this
@@ -203,7 +215,7 @@ def cli() -> None:
     """The command.
 
     Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
-    3: do not ship; 4: undecided. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
+    3: do not ship; 4: undecided; 130: Ctrl-C. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
     """
     if (missing := missing_launcher(sys.argv[1:])) is not None:
         print(f"error: {missing}", file=sys.stderr)
@@ -213,6 +225,8 @@ def cli() -> None:
     except SystemExit as stop:
         if isinstance(stop.__context__, CompactHydraException):
             sys.exit(2)
+        if stop.__context__ is not None and {"-m", "--multirun"} & set(sys.argv) and stop.code != INTERRUPTED:
+            print(f"error: the sweep broke off: {stop.__context__}\n{AFTER_BREAK}", file=sys.stderr)
         raise
 
 

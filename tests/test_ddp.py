@@ -90,6 +90,9 @@ def test_a_killed_process_ends_the_run_soon_and_what_is_finished_stays(tmp_path)
     assert done.returncode != 0
     kept = list((tmp_path / "run" / "videos").glob("*.mp4"))
     assert len(kept) >= 2
+    record = load_record(tmp_path / "run" / "record.json")
+    assert record.status in ("running", "failed")  # whether Lightning ends this process or our own watch comes first
+    assert 1 <= len(record.clips) == len({clip["clip_id"] for clip in record.clips})
     assert (tmp_path / "run" / "frames.csv").exists()
 
 

@@ -54,7 +54,8 @@ class RunRecord:
     ``candidate``.
 
     ``status`` is ``complete``, or ``failed`` where clips were finished before an error that ``incidents``
-    names. ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged.
+    names, or ``running``: saved after a batch by a run that goes on, or was killed.
+    ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged.
     ``drift``: see :func:`harness.report.drift.summarise_drift`. ``fallbacks``: formats the candidate was rebuilt in
     after an instability, in order; a clip's ``fallback`` names the step in force when it was rolled.
     """

@@ -129,6 +129,8 @@ def _outcome(path: Path) -> tuple[Record | None, str]:
         return None, str(unreadable)
     if record["status"] == "complete":
         return record, error
+    if record["status"] == "running":
+        return record, error or "was killed, or still runs: these are the clips finished until then"
     incidents = "; ".join(str(incident.get("message", "")) for incident in record["incidents"])
     return record, error or incidents or record["status"]
 

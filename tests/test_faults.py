@@ -1,0 +1,95 @@
+"""Faults in the middle of a run: what the user is told, and that what was finished is kept."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from harness.module import RolloutModule
+from harness.report.record import load_record
+from harness.run import cli
+
+SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "measure.parts_frames=0", "quant=mxfp8_mlp"]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capfd):
+    """Run the command with these words and outputs in ``run``; returns its exit code and what it said."""
+
+    def run_words(*words):
+        monkeypatch.setattr(sys, "argv", ["run.py", *SMOKE, f"hydra.run.dir={tmp_path / 'run'}", *words])
+        monkeypatch.chdir(tmp_path)
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as stop:
+            cli()
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err
+        return stop.value.code, said
+
+    return run_words
+
+
+@pytest.fixture
+def before_batch(monkeypatch):
+    """Have something happen in the run before its batch ``number`` is rolled out."""
+    plain = RolloutModule.predict_step
+
+    def install(number, happen):
+        def step(self, batch, batch_idx):
+            if batch_idx == number:
+                happen()
+            return plain(self, batch, batch_idx)
+
+        monkeypatch.setattr(RolloutModule, "predict_step", step)
+
+    return install
+
+
+def caches(folder, clips=4):
+    """Latent caches of clips for the smoke model."""
+    folder.mkdir()
+    for number in range(clips):
+        torch.manual_seed(number)
+        content = {"vid": torch.randn(10, 16, 4, 4), "mouse": torch.randn(10, 2), "button": torch.zeros(10, 11)}
+        torch.save(content, folder / f"clip_{number}.pt")
+    return ["data=owl_cache", f"data.paths=[{folder}]"]
+
+
+def test_ctrl_c_keeps_the_finished_clips_and_ends_with_130(command, before_batch, tmp_path):
+    before_batch(2, lambda: signal.raise_signal(signal.SIGINT))
+    code, said = command("data.limit=4")
+    assert code == 130
+    assert "Incident: Interrupted: stopped by the user; finished clips are kept" in said.out
+    record = load_record(tmp_path / "run" / "record.json")
+    assert (record.status, len(record.clips)) == ("failed", 2)
+    assert all((tmp_path / "run" / clip["video"]).is_file() for clip in record.clips)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 6000])
+def test_a_clip_cut_off_while_the_run_lasts_is_named(command, before_batch, tmp_path, size):
+    words = caches(tmp_path / "cache")
+    before_batch(1, lambda: os.truncate(tmp_path / "cache" / "clip_3.pt", size))
+    code, said = command(*words, "data.limit=4", "data.num_workers=0")
+    assert code == 2
+    assert said.err.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'cache' / 'clip_3.pt'}: not a readable")
+    record = load_record(tmp_path / "run" / "record.json")
+    assert (record.status, [clip["clip_id"] for clip in record.clips]) == ("failed", ["clip_0", "clip_1", "clip_2"])
+    assert record.incidents[0]["kind"] == "ClipError"
+
+
+def test_what_is_finished_is_recorded_while_the_run_lasts(command, before_batch, tmp_path):
+    """So a process that is killed (out of memory, say) leaves it; see also test_ddp.py."""
+    seen = []
+
+    def look():
+        seen.append(load_record(tmp_path / "run" / "record.json"))
+        signal.raise_signal(signal.SIGINT)
+
+    before_batch(2, look)
+    command("data.limit=4")
+    assert (seen[0].status, len(seen[0].clips)) == ("running", 2)
+    assert seen[0].arms["candidate"].speed["total_ms"]["n"] == 2
+    assert all((tmp_path / "run" / clip["video"]).is_file() for clip in seen[0].clips)
