@@ -19,7 +19,7 @@ from harness.mx.kernels import cuda_ops, nvrtc
 from harness.mx.kernels.cuda_config import CudaConfig, candidates, choose
 from harness.mx.kernels.cuda_linear import CudaMXLinear
 
-TRIED = 48
+TRIED = 64
 """Launch shapes tried at first, the ones that the rule puts in front."""
 
 REFINED = 4

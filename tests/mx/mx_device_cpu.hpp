@@ -209,8 +209,9 @@ inline uint4 load16(u32 address) {
     return v;
 }
 inline u32 address_in(u32 address, int rank) { return address | (rank + 1) << 24; }
-inline void store16(u32 address, const float (&v)[4]) {
-    Block& block = address >> 24 ? (*now->cluster)[(address >> 24) - 1] : *now->block;
+inline void store16(u32 address, const float (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
+inline void store16_in(u32 address, const float (&v)[4]) {
+    Block& block = (*now->cluster)[(address >> 24) - 1];
     CHECK(block.started == block.all.needed, "a write to a block that has not started");
     std::memcpy(at(block, address & 0xffffff, 16, 16), v, 16);
 }

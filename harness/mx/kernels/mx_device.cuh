@@ -116,6 +116,12 @@ __device__ __forceinline__ u32 address_in(u32 address, int rank) {
 }
 
 __device__ __forceinline__ void store16(u32 address, const float (&v)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+}
+
+// The same at an address that `address_in` gave.
+__device__ __forceinline__ void store16_in(u32 address, const float (&v)[4]) {
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]),
                  "f"(v[3]) : "memory");
 }

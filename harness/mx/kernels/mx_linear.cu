@@ -153,7 +153,11 @@ __device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial,
         for (int m = 0; m < MT; ++m) {
             const int unit = (first_tile + r) * MT + m;
             const u32 to = partial + (slot * OWNED + unit / CL) * 512 + lane * 16;
-            store16(CL > 1 ? address_in(to, unit % CL) : to, acc[r][m]);
+            if constexpr (CL > 1) {
+                store16_in(address_in(to, unit % CL), acc[r][m]);
+            } else {
+                store16(to, acc[r][m]);
+            }
         }
     }
 }
@@ -233,6 +237,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         }
         __syncwarp();  // every lane has read the stage
         fetch(stage + ST);
+        __syncwarp();  // tensor cores take whole warps
     }
 
     if constexpr (SLOTS == 1) {
