@@ -100,7 +100,7 @@ def test_kv_flags_that_cannot_be_say_so(flags, said):
     [
         ("OWL_MXFP_BITS", "6", "allowed are 8, 4 (or unset: 8)"),
         ("OWL_MXFP_SCOPE", "heads", "mlp, attn, modulation, all"),
-        ("OWL_MXFP_KERNEL", "cuda", "cutlass, triton, emulated, auto"),
+        ("OWL_MXFP_KERNEL", "cublas", "cutlass, cuda, triton, emulated, auto"),
         ("OWL_MXFP_ENABLE", "2", "1, 0"),
         ("OWL_COMPILE", "yes", "1, 0"),
     ],
