@@ -94,7 +94,7 @@ def test_the_window_follows_the_model_and_the_seed_reaches_everyone(composed):
         ("quant=mxfp5", "mxfp8_mlp"),
         ("kv=int4", "mx_v_only"),
         ("quant.scope=everything", "expected one of [mlp, attn, modulation, all]"),
-        ("quant.kernel=cuda", "expected one of [auto, cutlass, triton, emulated]"),
+        ("quant.kernel=cublas", "expected one of [auto, cutlass, cuda, triton, emulated]"),
         ("kv.storage=fp8", "expected one of [bf16"),
         ("attention.kind=flash", "expected one of [sdpa, flex"),
         ("data.limit=many", "could not be converted to Integer"),
