@@ -92,6 +92,55 @@ def test_every_other_option_runs_or_says_why_not(record, composed, group, option
     assert record(*words).status == "complete"
 
 
+BIG = ("decoder.arch.ch_0=8", "decoder.arch.ch_max=128", "model.arch.n_layers=2", "model.arch.n_heads=1")
+BIG += ("model.arch.d_model=32", "model.window=2", "data.future_frames=1", "data.limit=1", "measure.parts_frames=0")
+
+
+@pytest.mark.parametrize("option", GROUPS["model"])
+def test_every_model_runs_narrowed_where_it_is_large(composed, tmp_path, option):
+    """With the decoder of its name; the demo model runs wherever its weights are."""
+    words = ["quant=mxfp8_mlp", "kv=mx_v_only", "measure.videos=false", "measure.numerics_rows=0"]
+    if option == "doom":
+        if not (ROOT / "assets" / "doom" / "dit.safetensors").is_file():
+            pytest.skip("the demo model's weights are not here")
+        words += ["sampler.window=2", "data.limit=1", "data.future_frames=1", "measure.parts_frames=0"]
+    else:
+        words += (*TINY[1:], LAYERS) if option == "smoke" else BIG
+        words.append(f"model={option}")
+    run(composed(*words))
+    found = load_record(tmp_path / "run" / "record.json")
+    assert (found.status, found.choices["decoder"]) == ("complete", option)
+    assert found.data["source"] == ("clips" if option == "doom" else "synthetic")
+
+
+@pytest.mark.parametrize("option", sorted(set(GROUPS["data"]) - {"doom"}))
+def test_every_data_option_runs(record, tmp_path, option):
+    """Recorded clips (`data=doom`) run with the demo model above, and with a tiny one in tests/test_module.py."""
+    words = [LAYERS, "kv=mx_v_only", f"data={option}"]
+    if option == "owl_cache":
+        actions = {"mouse": torch.zeros(6, 2), "button": torch.zeros(6, 11)}
+        torch.save({"vid": torch.randn(6, 16, 4, 4), **actions}, tmp_path / "clip.pt")
+        words.append(f"data.paths=[{tmp_path / 'clip.pt'}]")
+    found = record(*words)
+    assert (found.status, found.data["source"], len(found.clips)) == ("complete", option, 1)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_both_arms_run_under_the_same_compilation(record, compile):
+    """Formats are in place before anything is compiled, and cost neither breaks nor retraces."""
+    backend = ["compile.backend=eager"] if compile == "on" else []
+    words = ("model.arch.n_layers=1", "quant=mxfp4_attn_late8", "kv=mx_v_only", f"compile={compile}", *backend)
+    found = record(*words, "data.limit=2", "measure.numerics_rows=0")
+    bf16, candidate = (found.arms[name].compile for name in ("bf16", "candidate"))
+    for name in ("enabled", "mode", "cuda_graph"):
+        assert bf16[name] == candidate[name]
+    for arm in (bf16, candidate):
+        assert arm["enabled"] == (compile == "on") == (arm["graphs"] > 0)
+        assert (arm["graph_breaks"], arm["recompiles_after_warmup"]) == (0, 0)
+        assert arm["cold_start_s"] > 0
+    assert found.quality["all"]["fidelity"]["psnr"] < 60
+
+
 @pytest.mark.parametrize(
     ("words", "count", "path"),
     [

@@ -211,6 +211,9 @@ def evaluate(record: Record, conf: GatesConf, baseline: Record | None = None) ->
     checks = [*_quality_checks(record, conf, baseline), *_cost_checks(record, conf, baseline)]
     checks += _condition_checks(record, conf)
     verdict, notes = _verdict(checks)
+    before = ((baseline or {}).get("gates") or {}).get("verdict", SHIP)
+    if before != SHIP:
+        notes.append(f"The baseline stands on nothing itself: its own verdict is {before}.")
     against = "BF16" if baseline is None else f"{_last_arm(baseline)['label']} ({baseline['run_id']})"
     return {
         "title": conf.title,

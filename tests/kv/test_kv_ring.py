@@ -28,6 +28,16 @@ def test_plain_ring_is_bit_exact_with_roll_and_cat(gen, prefilled, batch):
                 assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", STORAGES)
+def test_attention_gets_contiguous_keys_and_values(gen, name):
+    cache = make_cache(STORAGES[name], dtype=torch.bfloat16)
+    prefill((cache,), WINDOWS, W, gen, dtype=torch.bfloat16)
+    cache.advance()
+    for layer, keep in enumerate(WINDOWS):
+        for x in cache.window(layer, *frames_of(1, gen, dtype=torch.bfloat16)):
+            assert (tuple(x.shape), x.dtype, x.is_contiguous()) == ((B, H, keep * P, DH), torch.bfloat16, True)
+
+
 def test_plain_window_is_the_ring_itself(gen):
     cache = make_cache()
     prefill((cache,), WINDOWS, W, gen)

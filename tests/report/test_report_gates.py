@@ -116,6 +116,13 @@ def test_gate_b_counts_what_is_lost_on_top_of_gate_a_and_its_speed():
     assert evaluate(ours, gate("b", baseline="a"), before)["verdict"] == DO_NOT_SHIP
 
 
+def test_a_step_on_top_of_one_that_was_rejected_says_so():
+    before, said = record(), "The baseline stands on nothing itself: its own verdict is do not ship."
+    assert said not in evaluate(record(kv=700), gate("c", baseline="b"), before)["notes"]
+    before["gates"] = evaluate(record(drops=[0.9] * 3), gate("a"))
+    assert said in evaluate(record(kv=700), gate("c", baseline="b"), before)["notes"]
+
+
 def test_gate_c_wants_a_smaller_cache_scratch_included():
     before = record(kv=1000)
     assert evaluate(record(kv=700), gate("c", baseline="b"), before)["verdict"] == SHIP
