@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -163,6 +164,13 @@ class KVCache:
     def slot(self, layer: int) -> Tensor:
         """Slot of the current frame in a layer's rings, int64 ``[1]`` on the device."""
         return self._slots[self.windows[layer]]
+
+    def of_layer(self, layer: int) -> KVCache:
+        """The cache of ``layer`` by itself, as that of a model with one layer (0); it shares this one's buffers."""
+        view, frames = copy.copy(self), self.windows[layer]
+        view.layers, view.windows, view.rings = 1, [frames], [self.rings[layer]]
+        view._slots = {frames: self._slots[frames]}
+        return view
 
     def nbytes(self) -> KVBytes:
         """Sizes of the stored windows and of the scratch."""

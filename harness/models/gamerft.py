@@ -199,8 +199,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Map tokens ``x [B, N*P, D]`` to the same shape."""
+        x, branch = self.halves(x, mod, rotary, attend)
+        return x + gated(branch, mod.mlp_gate)
+
+    def halves(
+        self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` up to its last sum: the tokens after attention, and the MLP's output before its gate."""
         x = x + gated(self.attn(modulated_norm(x, mod.attn_scale, mod.attn_shift), rotary, attend), mod.attn_gate)
-        return x + gated(self.mlp(modulated_norm(x, mod.mlp_scale, mod.mlp_shift)), mod.mlp_gate)
+        return x, self.mlp(modulated_norm(x, mod.mlp_scale, mod.mlp_shift))
 
 
 class Transformer(nn.Module):
@@ -294,12 +301,19 @@ class GameRFTCore(nn.Module):
         Returns:
             noise - data, ``[B, N, C, S, S]`` in the model's dtype.
         """
-        n, side = x.shape[1], x.shape[-1]
-        tokens = self.proj_in(x.to(self.dtype).flatten(3).transpose(2, 3).flatten(1, 2))
+        tokens = self.embed(x)
         for block, block_mod in zip(self.blocks, mod.blocks, strict=True):
             tokens = block(tokens, block_mod, rotary, attend)
-        out = self.proj_out(tokens, mod.out_scale, mod.out_shift)
-        return out.unflatten(1, (n, -1)).transpose(2, 3).unflatten(3, (side, side))
+        return self.velocity(tokens, mod.out_scale, mod.out_shift)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens ``[B, N*P, D]`` of latents ``[B, N, C, S, S]``, in the model's dtype."""
+        return self.proj_in(x.to(self.dtype).flatten(3).transpose(2, 3).flatten(1, 2))
+
+    def velocity(self, tokens: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Velocity ``[B, N, C, S, S]`` from the last block's tokens and the output's ``scale, shift [B, N, D]``."""
+        out, side = self.proj_out(tokens, scale, shift), self.cfg.sample_size
+        return out.unflatten(1, (scale.shape[1], -1)).transpose(2, 3).unflatten(3, (side, side))
 
     def full_attention(self) -> BlockCausalAttention:
         """The masked attention of a full pass over this model's layers."""

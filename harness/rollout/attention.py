@@ -159,6 +159,36 @@ class FusedAttention:
         return fused.window_attention(q, k, v, *rings, self.cache.slot(layer), *formats)
 
 
+class OneLayer:
+    """Attention of one layer, made for a cache of that layer alone (:meth:`KVCache.of_layer`).
+
+    It does not ask which layer calls it, so that code compiled for one layer serves its like.
+    """
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :class:`~harness.models.attention.Attend`."""
+        return self.attend(0, q, k, v)
+
+
+class OneProjectedLayer(OneLayer):
+    """:class:`OneLayer` of a :class:`~harness.models.attention.ProjectedAttend`."""
+
+    attend: FusedAttention
+
+    def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """See :class:`~harness.models.attention.ProjectedAttend`."""
+        return self.attend.projected(0, qkv, rotary)
+
+
+def layer_attention(cache: KVCache, layer: int, kind: AttentionKind, store: bool) -> OneLayer:
+    """:func:`frame_attention` of one layer by itself."""
+    attend = frame_attention(cache.of_layer(layer), kind, store)
+    return OneProjectedLayer(attend) if isinstance(attend, FusedAttention) else OneLayer(attend)
+
+
 def frame_attention(cache: KVCache, kind: AttentionKind, store: bool) -> Attend:
     """Attention of one frame's step; ``store``: it is the last, whose K and V are kept."""
     return FusedAttention(cache, store) if kind is AttentionKind.fused else RingAttention(cache, kind, store)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
+SCOPES = ("frame", "block")
 BACKENDS = ("inductor", "aot_eager", "eager")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -33,6 +34,9 @@ class CompileConf:
             in a mode that captures nothing by itself.
         backend: inductor, or aot_eager / eager to trace without generating code (debugging).
         options: Inductor options over those of ``mode``, by name as in ``torch._inductor.list_options()``.
+        scope: what is compiled as one piece. frame: a whole denoising step. block: a layer, whose code all layers of
+            its kind share, which takes a fraction of the time; but each layer is called from Python, which costs time
+            unless the frame is captured. null = block where it is, else frame.
         overlap_decode: also measure throughput with each frame decoded while the next is denoised (CUDA alone).
     """
 
@@ -41,6 +45,7 @@ class CompileConf:
     cuda_graph: bool | None = None
     backend: str = "inductor"
     options: dict[str, Any] = field(default_factory=dict)
+    scope: str | None = None
     overlap_decode: bool = False
 
     def captures(self, device: torch.device) -> bool:
@@ -48,6 +53,10 @@ class CompileConf:
         if self.cuda_graph is not None:
             return self.cuda_graph
         return self.enabled and device.type == "cuda" and self.mode != "reduce-overhead"
+
+    def scope_on(self, device: torch.device) -> str:
+        """``scope``, or what null stands for on ``device``."""
+        return self.scope or ("block" if self.captures(device) else "frame")
 
 
 def validate(conf: CompileConf, device: torch.device) -> None:
@@ -59,6 +68,10 @@ def validate(conf: CompileConf, device: torch.device) -> None:
     problems = []
     if conf.mode not in MODES:
         problems.append(f"mode={conf.mode!r}: allowed are {', '.join(MODES)}")
+    if conf.scope not in (None, *SCOPES):
+        problems.append(f"scope={conf.scope!r}: allowed are {', '.join(SCOPES)}")
+    if conf.enabled and conf.scope == "block" and conf.mode == "reduce-overhead":
+        problems.append("scope=block with mode=reduce-overhead, which would capture each layer; use mode=default")
     if conf.backend not in BACKENDS:
         problems.append(f"backend={conf.backend!r}: allowed are {', '.join(BACKENDS)}")
     if conf.options and conf.backend != "inductor":

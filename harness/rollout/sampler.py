@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.kv import KVCache, KVConf
 from harness.models.gamerft import GameRFTCore, Modulation
-from harness.rollout.attention import AttentionKind, PrefillAttention, check_attention, frame_attention
+from harness.rollout.attention import AttentionKind, PrefillAttention, check_attention
 from harness.rollout.compile import (
     CapturedGraph,
     CompileConf,
@@ -25,9 +25,7 @@ from harness.rollout.compile import (
 )
 from harness.rollout.compile import validate as validate_compile
 from harness.rollout.modulation import StackedModulation
-
-Rotary = tuple[Tensor, Tensor]
-Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
+from harness.rollout.steps import Rotary, Step, make_step
 
 
 @dataclass
@@ -133,7 +131,7 @@ class Rollout:
         keep_in_place(cache.buffers(), self.compile)
         self._make_buffers()
         self._prepare = compile_function(self._prepare_function(), self.compile)
-        self._steps = self._compile_steps()
+        self._steps = self._make_steps()
         self._graph: CapturedGraph[Frame] | None = None
         self._prefilled = False
 
@@ -160,20 +158,12 @@ class Rollout:
 
         return prepare
 
-    def _step_function(self, store: bool) -> Step:
-        core, attend = self.core, frame_attention(self.cache, self.attention, store)
-
-        def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
-            velocity = core.denoise(x[:, None], modulation, rotary, attend)[:, 0].float()
-            return x - drop * velocity, velocity
-
-        return step
-
-    def _compile_steps(self) -> list[Step]:
-        last = compile_function(self._step_function(store=True), self.compile)
+    def _make_steps(self) -> list[Step]:
+        ways = (self.core, self.cache, self.attention)
+        last = make_step(*ways, store=True, conf=self.compile)
         if len(self._drops) == 1 or self.cache.store_is_free:
             return [last] * len(self._drops)  # where nothing is left to store, all steps are the same code
-        earlier = compile_function(self._step_function(store=False), self.compile)
+        earlier = make_step(*ways, store=False, conf=self.compile)
         return [earlier] * (len(self._drops) - 1) + [last]
 
     def _frame(self) -> Frame:

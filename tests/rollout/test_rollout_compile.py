@@ -6,6 +6,8 @@ from rollout_cases import make_core, make_inputs, make_rollout, play
 from torch import nn
 
 from harness.kv import KVConf, KVStorage
+from harness.mx.conf import MXConf
+from harness.mx.transform import apply_mx
 from harness.rollout import AttentionKind, CompileConf, CompileCounters, FrameDecoder, SamplerConf
 from harness.rollout import attention as attention_module
 from harness.rollout.compile import compile_function, validate
@@ -40,6 +42,32 @@ def test_compiled_equals_eager_without_breaks_or_recompiles(core, conf, timestep
     assert (counters.graphs, counters.graph_breaks) == (0, 0)
     assert [buffer.data_ptr() for buffer in rollout.cache.buffers()] == before
     assert rollout.cache.nbytes().scratch == 0
+
+
+@pytest.mark.parametrize(("conf", "graphs"), [(KVConf(), 5), (MX, 9)], ids=["plain", "mx"])
+def test_layers_of_a_kind_share_compiled_code(conf, graphs):
+    """prepare, and per step that is code of its own: enter, local layers, global layers, leave."""
+    core = make_core(n_layers=6)
+    context, frames = make_inputs(core, 6)
+    eager = play(make_rollout(core, conf=conf), context, frames)
+    rollout = make_rollout(core, conf=conf, scope="block", **TRACED)
+    warmup, counters = rollout.warmup(), CompileCounters()
+    assert (warmup.graphs, warmup.graph_breaks) == (graphs, 0)
+    torch.testing.assert_close(play(rollout, context, frames), eager, rtol=0, atol=1e-5)
+    assert (counters.graphs, counters.graph_breaks) == (0, 0)
+
+
+def test_layers_of_other_formats_are_another_kind():
+    """The last layer's Linears and cache are MX: a graph more than prepare, enter, leave, local and global."""
+    core = make_core(n_layers=4).to(torch.bfloat16)
+    apply_mx(core, MXConf(enabled=True, late_layers=1))
+    conf = KVConf(KVStorage.mx, late_layers=1)
+    context, frames = make_inputs(core, 3)
+    sampler = SamplerConf(window=4, timesteps=[1.0])
+    eager = play(make_rollout(core, sampler, conf), context, frames)
+    rollout = make_rollout(core, sampler, conf, scope="block", **TRACED)
+    assert rollout.warmup().graphs == 6
+    torch.testing.assert_close(play(rollout, context, frames), eager, rtol=0, atol=1e-5)
 
 
 def test_many_arms_do_not_exhaust_the_compiler():
@@ -96,6 +124,8 @@ def test_decoder_compiles():
 @pytest.mark.parametrize(
     ("conf", "device", "message"),
     [
+        (CompileConf(scope="layer"), CPU, "scope='layer': allowed are frame, block"),
+        (CompileConf(True, "reduce-overhead", scope="block"), CUDA, "which would capture each layer; use mode=default"),
         (CompileConf(mode="fast"), CPU, "mode='fast': allowed are default, reduce-overhead"),
         (CompileConf(backend="tvm"), CPU, "backend='tvm': allowed are inductor"),
         (CompileConf(cuda_graph=True), CPU, "cuda_graph=true on cpu: CUDA graphs need a CUDA device"),
@@ -122,6 +152,21 @@ def test_config_is_checked(conf, device, message):
 def test_when_a_frame_is_captured(conf, device, captures):
     validate(conf, device)
     assert conf.captures(device) is captures
+
+
+@pytest.mark.parametrize(
+    ("conf", "device", "scope"),
+    [
+        (CompileConf(enabled=True), CUDA, "block"),
+        (CompileConf(enabled=True), CPU, "frame"),
+        (CompileConf(enabled=True, cuda_graph=False), CUDA, "frame"),
+        (CompileConf(enabled=True, scope="frame"), CUDA, "frame"),
+        (CompileConf(enabled=True, scope="block"), CPU, "block"),
+    ],
+)
+def test_layers_are_compiled_one_by_one_where_calling_them_costs_nothing(conf, device, scope):
+    validate(conf, device)
+    assert conf.scope_on(device) == scope
 
 
 def test_flex_traces_into_the_step(core):

@@ -131,8 +131,20 @@ def test_rollout_equals_sdpas(storage, compiled):
 
 def test_one_step_serves_all_where_nothing_is_quantised():
     core = make_core(n_layers=1, n_heads=1, d_model=32).to(DEVICE)
-    rollout = make_rollout(core, batch=1, attention=AttentionKind.fused, enabled=True, backend="aot_eager")
+    way = {"enabled": True, "backend": "aot_eager", "scope": "frame"}
+    rollout = make_rollout(core, batch=1, attention=AttentionKind.fused, **way)
     assert rollout.warmup(1).graphs == 2  # prepare, step
+
+
+def test_layers_of_a_kind_share_compiled_code():
+    core = make_core(n_layers=4, n_heads=1, d_model=32).to(DEVICE)
+    context, frames = make_inputs(core, 1, batch=1)
+    sizes = {"conf": STORAGES["v_e4m3"], "batch": 1, "attention": AttentionKind.fused}
+    expected = play(make_rollout(core, **sizes), context, frames)
+    rollout = make_rollout(core, enabled=True, backend="aot_eager", scope="block", **sizes)
+    assert rollout.warmup(1).graphs == 9  # prepare; per step: enter, local layers, global layers, leave
+    atol = 5e-2 if ON_GPU else 2e-4
+    torch.testing.assert_close(play(rollout, context, frames), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dim", [16, 48, 256])

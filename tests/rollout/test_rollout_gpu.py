@@ -23,7 +23,9 @@ STORAGES = {
 WAYS = {
     "eager_graph": {"cuda_graph": True},
     "compiled": {"enabled": True, "cuda_graph": False},
+    "compiled_layers": {"enabled": True, "cuda_graph": False, "scope": "block"},
     "compiled_graph": {"enabled": True},
+    "compiled_frame_graph": {"enabled": True, "scope": "frame"},
     "reduce_overhead": {"enabled": True, "mode": "reduce-overhead"},
 }
 

@@ -133,6 +133,10 @@ class TritonMXLinear(MXModule):
         weight = (self.elements, self.scales, self.bias, self.tickets, self.out_features, self.fmt.element.name)
         return gemm(*operands, *weight, self.wide, [] if self.config is None else self.config.as_ints())
 
+    def extra_repr(self) -> str:
+        """What two of them must share to run the same code."""
+        return f"{super().extra_repr()}, {self.path} tensor cores, {'any' if self.wide else 'ordinary'} scales"
+
     def weight_blocks(self) -> MXBlocks:
         """The weight in MX form, unpacked."""
         packed = packing.PackedWeight(self.elements, self.scales, self.wide)

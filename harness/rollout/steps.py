@@ -1,0 +1,86 @@
+"""One denoising step of a frame: as one function, or layer by layer, where layers of one kind share compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from harness.kv import KVCache
+from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
+from harness.rollout.attention import AttentionKind, OneLayer, frame_attention, layer_attention
+from harness.rollout.compile import CompileConf, compile_function
+
+Rotary = tuple[Tensor, Tensor]
+Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
+"""``step(x, modulation, rotary, drop) -> (x - drop * velocity, velocity)``, both float32 ``[B, C, S, S]``."""
+
+Layer = Callable[[Block, OneLayer, Tensor, Tensor, Tensor, BlockModulation, Rotary], tuple[Tensor, Tensor]]
+
+
+def make_step(core: GameRFTCore, cache: KVCache, attention: AttentionKind, store: bool, conf: CompileConf) -> Step:
+    """A step of ``core`` over ``cache``, compiled as ``conf`` says; ``store``: the last one, whose K and V are kept."""
+    if conf.enabled and conf.scope_on(cache.device) == "block":
+        return _step_by_layers(core, cache, attention, store, conf)
+    attend = frame_attention(cache, attention, store)
+
+    def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
+        velocity = core.denoise(x[:, None], modulation, rotary, attend)[:, 0].float()
+        return x - drop * velocity, velocity
+
+    return compile_function(step, conf)
+
+
+def _through_layer(
+    block: Block,
+    attend: OneLayer,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    mod: BlockModulation,
+    rotary: Rotary,
+) -> tuple[Tensor, Tensor]:
+    """From the middle of one residual sum to that of the next: ``x`` and the MLP's output yet to be gated and added.
+
+    Cut there, the sum ends up in one kernel with the norm of the layer that follows, as if all were compiled as one.
+    """
+    return block.halves(x + gated(branch, gate), mod, rotary, attend)
+
+
+def _step_by_layers(
+    core: GameRFTCore, cache: KVCache, attention: AttentionKind, store: bool, conf: CompileConf
+) -> Step:
+    def enter(x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = core.embed(x[:, None])
+        return tokens, tokens.new_zeros(tokens.shape)
+
+    def leave(
+        x: Tensor, tokens: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, drop: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        velocity = core.velocity(tokens + gated(branch, gate), scale, shift)[:, 0].float()
+        return x - drop * velocity, velocity
+
+    first, last = compile_function(enter, conf), compile_function(leave, conf)
+    layers: dict[str, Layer] = {}
+    calls: list[tuple[Layer, Block, OneLayer]] = []
+    for number, block in enumerate(core.blocks):
+        kind = _kind(block, cache, number)
+        if kind not in layers:
+            layers[kind] = compile_function(_through_layer, conf)
+        calls.append((layers[kind], block, layer_attention(cache, number, attention, store)))
+
+    def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, branch = first(x)
+        gate = modulation.blocks[0].mlp_gate  # of a branch of zeros: nothing comes before the first layer
+        for (layer, block, attend), mod in zip(calls, modulation.blocks, strict=True):
+            tokens, branch = layer(block, attend, tokens, branch, gate, mod, rotary)
+            gate = mod.mlp_gate
+        return last(x, tokens, branch, gate, modulation.out_scale, modulation.out_shift, drop)
+
+    return step
+
+
+def _kind(block: Block, cache: KVCache, layer: int) -> str:
+    """Layers of one kind run the same code: Linears of the same formats, and rings of the same size and storage."""
+    rings = [(name, ring.format_name, tuple(ring.shape)) for name, ring in cache.rings[layer].items()]
+    return f"{block} {rings}"
