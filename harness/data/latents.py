@@ -136,7 +136,7 @@ def _unpickle(path: Path) -> Any:
             f"{path}: refused: it holds more than tensors, and loading it could run code ({refused_content(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        raise ClipError(f"{path}: not a readable PyTorch file: {_first_line(error)}") from error
+        raise ClipError(f"{path}: not a readable PyTorch file, is it cut off? ({_first_line(error)})") from error
 
 
 def _is_zip(path: Path) -> bool:
