@@ -164,3 +164,21 @@ def test_sizes_are_checked(change, message):
     sizes = {"layers": 2, "batch": 1, "heads": 1, "head_dim": 32, "tokens": 4, "windows": [5, 2]} | change
     with pytest.raises(ValueError, match=message):
         KVCache(**sizes, conf=KVConf(), dtype=torch.float32, device="cpu")
+
+
+def test_one_layers_cache_shares_the_whole_ones_buffers(gen):
+    """What stands at another place in the whole cache is layer 0 of the view; frames are begun by the whole one."""
+    cache, other = make_cache(MX_KV), make_cache(MX_KV)
+    views = [cache.of_layer(layer) for layer in range(len(WINDOWS))]
+    prefill((cache, other), WINDOWS, W, gen)
+    for _ in range(W + 1):
+        for whole in (cache, other):
+            whole.advance()
+        own = frames_of(1, gen)
+        for layer, view in enumerate(views):
+            for got, want in zip(view.window(0, *own), other.window(layer, *own), strict=True):
+                assert torch.equal(got, want)
+            view.store(0, *own)
+            other.store(layer, *own)
+    for ours, theirs in zip(cache.buffers(), other.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
