@@ -1,4 +1,4 @@
-"""The attention benchmark on a CPU, where Triton's interpreter stands in for the GPU: errors are real, times are not."""
+"""The attention benchmark on a CPU, with Triton's interpreter for the GPU: errors are real, times are not."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def test_our_attention_is_measured_on_every_storage_and_put_back_as_it_was(tmp_p
     code, rows = rows_of(tmp_path, "--kinds", "fused", "--storages", "mxfp4_kv", "--sweep")
     assert code == 0
     assert len({(row["waves"], row["stages"]) for row in rows}) == len(rows) == 12
-    assert (fused.WAVES, fused.STAGES) == shape
+    assert shape == (fused.WAVES, fused.STAGES)
 
 
 def test_a_row_that_fails_is_reported_and_does_not_end_the_run(tmp_path, monkeypatch):
