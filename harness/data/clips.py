@@ -187,7 +187,8 @@ def _check_clip(clip: Clip) -> None:
 
 
 def _encode(path: Path, clip: Clip, scale: int, crf: int) -> None:
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    # Without the bit rate box: its peak rate is now and then another for the same stream.
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "write_btrt": "0"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(clip.fps).limit_denominator(1001))
         stream.height, stream.width = (side * scale for side in clip.frames.shape[2:])
         stream.pix_fmt = "yuv420p"
