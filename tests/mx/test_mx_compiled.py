@@ -55,6 +55,7 @@ def test_what_is_quantised_is_bf16_where_encoding_is_fused_with_what_made_it():
     def made_and_encoded(x, y):
         return encode(x * y, E4M3), Int8Codec().encode(x * y)
 
-    compiled = torch.compile(made_and_encoded, fullgraph=True)
+    # no pool of compiling processes, which would outlive the test
+    compiled = torch.compile(made_and_encoded, fullgraph=True, options={"compile_threads": 1})
     for got, want in zip(compiled(x, y), made_and_encoded(x, y), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
