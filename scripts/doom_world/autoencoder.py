@@ -78,11 +78,11 @@ class TimedModule(LightningModule):
         for optimizer in optimizers:
             optimizer.step()
 
-    def report(self, every: int = 200, **values: Tensor | float) -> None:
+    def report(self, every: int = 200, **values: Tensor) -> None:
         """Print a line of figures now and then."""
         if self.steps % every == 0 or self.steps < 3:
             elapsed = time.monotonic() - self.started if self.started else 0.0
-            text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+            text = "  ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
             print(f"[{type(self).__name__}] step {self.steps}  {elapsed:.0f} s  {text}", flush=True)
 
 

@@ -1,0 +1,97 @@
+"""The demo's training, every stage but the recording, on a few small made-up frames: it runs, learns and exports."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
+from scripts import train_doom
+from scripts.doom_world.autoencoder import time_cosine
+from scripts.doom_world.bank import Controls, SequenceBank
+
+STAGES = ["autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "export"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two layers of width 32 on 32×32 frames, 2×2 latents, a window of 4 frames."""
+    blocks = {"encoder_blocks_per_stage": [1, 1, 1, 1], "decoder_blocks_per_stage": [1, 1, 1, 1]}
+    dcae = replace(
+        train_doom.DCAE, sample_size=[32, 32], latent_size=2, latent_channels=8, ch_0=16, ch_max=32, **blocks
+    )
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 32, "channels": 8, "sample_size": 2, "tokens_per_frame": 4}
+    monkeypatch.setattr(train_doom, "DCAE", dcae)
+    monkeypatch.setattr(train_doom, "GAMERFT", replace(train_doom.GAMERFT, **sizes, n_frames=64, local_window=2))
+    monkeypatch.setattr(train_doom, "SAMPLER", replace(train_doom.SAMPLER, window=4))
+
+
+def record(folder, frames: int = 48) -> None:
+    """One shard as ``record_doom.record_many`` writes it: a square that moves with the mouse."""
+    folder.mkdir(parents=True)
+    pictures = np.full((frames, 32, 32, 3), 60, np.uint8)
+    for i in range(frames):
+        pictures[i, 8:16, i % 24 : i % 24 + 8] = 220
+    arrays = {
+        "frames": pictures,
+        "buttons": np.zeros((frames, 11), np.uint8),
+        "mouse": np.ones((frames, 2), np.float32),
+        "segment": np.zeros(frames, np.int32),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"shard_00000.{name}.npy", array)
+
+
+def test_every_stage_trains_and_the_export_loads(small, tmp_path, monkeypatch):
+    work, out = tmp_path / "work", tmp_path / "out"
+    record(work / "recorded")
+    minutes = [f"--{stage}-minutes=0.005" for stage in STAGES[:-1]]
+    argv = ["train_doom.py", f"--work={work}", f"--out={out}", "--batch=2", "--horizon=2", *minutes, *STAGES]
+    monkeypatch.setattr("sys.argv", argv)
+    train_doom.main()
+
+    phases = [load_file(work / f"dit_{name}.safetensors") for name in STAGES[2:-1]]
+    states = [random_gamerft(train_doom.GAMERFT, 0).state_dict(), *phases]
+    for before, after in pairwise(states):
+        assert all(torch.isfinite(value).all() for value in after.values())
+        assert any(not torch.equal(before[key], after[key]) for key in after)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    scale = json.loads((work / "autoencoder.json").read_text())["vae_scale"]
+    assert config["train"]["vae_scale"] == scale > 0
+    exported = load_gamerft(out / "dit.safetensors", train_doom.GAMERFT)
+    torch.testing.assert_close(exported.state_dict(), phases[-1], rtol=2**-7, atol=1e-6, check_dtype=False)
+    latent = load_encoder(out / "encoder.safetensors", train_doom.DCAE)(torch.zeros(1, 3, 32, 32))
+    assert load_decoder(out / "decoder.safetensors", train_doom.DCAE)(latent).shape == (1, 3, 32, 32)
+
+
+def test_the_decoder_stage_leaves_the_latents_as_they_are(small, tmp_path, monkeypatch):
+    record(tmp_path / "recorded")
+    common = ["train_doom.py", f"--work={tmp_path}", "--batch=2", "--autoencoder-minutes=0.005"]
+    monkeypatch.setattr("sys.argv", [*common, "autoencoder"])
+    train_doom.main()
+    before = load_file(tmp_path / "encoder.safetensors"), (tmp_path / "autoencoder.json").read_text()
+    monkeypatch.setattr("sys.argv", [*common, "--decoder-minutes=0.005", "decoder"])
+    train_doom.main()
+    after = load_file(tmp_path / "encoder.safetensors"), (tmp_path / "autoencoder.json").read_text()
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    assert after[1] == before[1]
+
+
+def test_sequences_never_cross_an_episodes_end():
+    latents = torch.arange(20.0).view(20, 1, 1, 1)
+    segment = torch.tensor([0] * 7 + [1] * 13)
+    bank = SequenceBank(latents, Controls(torch.zeros(20, 2), torch.zeros(20, 11), segment), length=6)
+    starts = bank.sample(500)[0][:, 0].flatten().unique().tolist()
+    assert starts == [0.0, 1.0, *(float(i) for i in range(7, 15))]
+    with pytest.raises(ValueError, match="no recorded segment is 14 frames long"):
+        SequenceBank(latents, bank.controls, length=14)
+
+
+def test_the_learning_rate_follows_the_clock():
+    factors = [time_cosine(seconds, 100) for seconds in (0, 1, 2, 51, 100, 1000)]
+    assert factors == pytest.approx([0, 0.5, 1, 0.51, 0.02, 0.02])
