@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Measure attention of one frame to a full window by itself: our kernels on every storage, torch's on BF16.
+"""Measure a layer's attention of one frame to a full window by itself: our kernel on every storage, torch's on BF16.
 
     python scripts/bench_attention.py                       # 24 heads of 64, windows of 16 and 60 frames
     python scripts/bench_attention.py --heads 20 --dim 128 --batch 4 --sweep
 
-A time is one layer's, the median of CUDA-graph replays over enough caches that each comes from memory and not from
-the L2 cache; writing the frame's own K and V into a plain ring is part of torch's times. torch's operators are timed on
-BF16 alone, for they know no other storage. ``GB/s`` counts each stored byte of the window once. --sweep also tries
-other launch shapes of our kernels.
+A time is one layer's, from its projection on (QK norm, rotation, attention, the frame's own K and V stored), in a
+frame's last step: the median of CUDA-graph replays over enough caches that each comes from memory and not from the L2
+cache. What surrounds torch's operators is compiled; they are timed on BF16 alone, for they know no other storage.
+``GB/s`` counts each stored byte of the window once. --sweep also tries other launch shapes of our kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -20,19 +21,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.measure.environment import environment
+from harness.models.attention import LayerAttend
+from harness.models.gamerft import attend_from_projection, rms_norm
+from harness.models.rope import apply_rotary
 from harness.rollout import AttentionKind, CompileConf, fused
-from harness.rollout.attention import FusedAttention, check_attention
+from harness.rollout.attention import check_attention, layer_attention
 from harness.rollout.compile import CapturedGraph, compile_function
 
 MX = KVStorage.mx
@@ -48,15 +51,32 @@ L2_BYTES = 50e6
 """Of an H200; caches in rotation hold several times as much."""
 
 
+class LaunchShape(NamedTuple):
+    """What ``harness.rollout.fused`` launches by: see WAVES, BLOCK_ROWS, STAGES and PREFETCH there."""
+
+    waves: int
+    block: int
+    stages: int
+    prefetch: bool
+
+
+def own_shape() -> LaunchShape:
+    """The launch shape in force."""
+    return LaunchShape(fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.PREFETCH)
+
+
+SWEEP = [LaunchShape(*shape) for shape in itertools.product((1, 2), (64, 128), (3, 4), (True, False))]
+
+
 @contextmanager
-def launch_shape(waves: int, stages: int) -> Iterator[None]:
-    """Run our kernels with another launch shape."""
-    before = fused.WAVES, fused.STAGES
-    fused.WAVES, fused.STAGES = waves, stages
+def launched_by(shape: LaunchShape) -> Iterator[None]:
+    """Run our kernel with another launch shape."""
+    before = own_shape()
+    fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.PREFETCH = shape
     try:
         yield
     finally:
-        fused.WAVES, fused.STAGES = before
+        fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.PREFETCH = before
 
 
 def make_caches(conf: KVConf, frames: int, args: argparse.Namespace) -> list[KVCache]:
@@ -92,31 +112,40 @@ def median_us(run: Callable[[], Any], calls: int, args: argparse.Namespace) -> f
     return statistics.median(times)
 
 
-def attention_over(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor) -> Callable[[KVCache], Tensor]:
-    """Attention of one frame to a cache's window, compiled once for all caches."""
-    if kind is AttentionKind.fused:
-        return lambda cache: FusedAttention(cache, store=False)(0, q, k, v)
-    if kind is AttentionKind.sdpa:
-        return lambda cache: F.scaled_dot_product_attention(q, *cache.window(0, k, v))
+def layers_over(
+    caches: list[KVCache], kind: AttentionKind, qkv: Tensor, rotary: tuple[Tensor, Tensor], heads: int
+) -> list[Callable[[], Tensor]]:
+    """Attention of one frame from ``qkv [B, P, 3*H*Dh]`` on, over each of the caches; compiled once for all of them."""
 
-    def operator(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return flex_attention(q, k, v)
+    def layer(attend: LayerAttend, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return attend_from_projection(attend, 0, qkv, heads, rotary)
 
-    compiled = compile_function(operator, CompileConf(enabled=True))
-    return lambda cache: compiled(q, *cache.window(0, k, v))
+    run = compile_function(layer, CompileConf(enabled=qkv.device.type == "cuda"))
+    attends = [layer_attention(cache, 0, kind, store=True) for cache in caches]
+    return [functools.partial(run, attend, qkv, rotary) for attend in attends]
 
 
+def expected_output(cache: KVCache, qkv: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    """Float32 attention ``[B, P, H*Dh]`` to the unpacked window."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = (apply_rotary(rms_norm(x), *rotary) for x in (q, k))
+    keys, values = (x.float() for x in cache.window(0, k, v))
+    return F.scaled_dot_product_attention(q.float(), keys, values).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
 def measure(conf: KVConf, kind: AttentionKind, frames: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row: time, bandwidth and error against float32 attention to the unpacked window."""
     check_attention(kind, args.device, args.dim)
     caches = make_caches(conf, frames, args)
-    shape = (args.batch, args.heads, args.tokens, args.dim)
-    q, k, v = (torch.randn(shape, device=args.device, dtype=args.dtype) for _ in range(3))
-    run = attention_over(kind, q, k, v)
-    keys, values = (x.float() for x in caches[0].window(0, k, v))
-    expected = F.scaled_dot_product_attention(q.float(), keys, values)
-    error = (run(caches[0]).float() - expected).norm() / expected.norm()
-    us = median_us(lambda: [run(cache) for cache in caches], len(caches), args)
+    shape = (args.batch, args.tokens, 3 * args.heads * args.dim)
+    qkv = torch.randn(shape, device=args.device, dtype=args.dtype)
+    angles = torch.rand(args.tokens, args.dim // 2, device=args.device)
+    rotary = (angles.cos(), angles.sin())
+    expected = expected_output(caches[0], qkv, rotary, args.heads)
+    runs = layers_over(caches, kind, qkv, rotary, args.heads)
+    error = (runs[0]().float() - expected).norm() / expected.norm()
+    us = median_us(lambda: [run() for run in runs], len(runs), args)
     size = caches[0].nbytes().allocated
     return {
         "frames": frames, "us": us, "GB/s": None if us is None else size / us / 1e3, "bytes": size,
@@ -143,12 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     for frames, storage, kind in itertools.product(windows, args.storages.split(","), args.kinds.split(",")):
         if kind != "fused" and storage != "bf16":
             continue
-        own = (fused.WAVES, fused.STAGES)
-        shapes = itertools.product((1, 2, 3, 4), (2, 3, 4)) if args.sweep and kind == "fused" else [own]
-        for waves, stages in shapes:
-            row: dict[str, Any] = {"storage": storage, "attention": kind, "waves": waves, "stages": stages}
+        for shape in SWEEP if args.sweep and kind == "fused" else [own_shape()]:
+            row: dict[str, Any] = {"storage": storage, "attention": kind}
+            row |= shape._asdict() if kind == "fused" else {}
             try:
-                with launch_shape(waves, stages):
+                with launched_by(shape):
                     row |= measure(STORAGES[storage], AttentionKind(kind), frames, args)
             except Exception as error:  # whatever stops one row is that row's result; the others still count
                 row["failed"], failed = f"{type(error).__name__}: {error}"[:300], True

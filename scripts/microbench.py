@@ -41,9 +41,10 @@ from harness.config import ROOT, register
 from harness.kv import KVCache
 from harness.kv.conf import KVConf, KVFormat, KVStorage
 from harness.measure.environment import environment
-from harness.models.attention import Attend
+from harness.models.attention import LayerAttend
 from harness.models.config_io import gamerft_config, model_section
-from harness.models.gamerft import GameRFTConfig
+from harness.models.gamerft import GameRFTConfig, attend_from_projection, rms_norm
+from harness.models.rope import apply_rotary
 from harness.mx.conf import Activation, KernelChoice, ScaleMode
 from harness.mx.dispatch import KERNELS, available_kernels
 from harness.mx.formats import E2M1, E4M3, decode, encode
@@ -330,12 +331,19 @@ def heads_of(arch: GameRFTConfig, batch: int, device: torch.device) -> list[Tens
 
 
 def bench_attention(bench: Bench, arch: GameRFTConfig, window: int, batch: int) -> None:
-    """One frame against a full ring, per storage and per kind of attention, checked against SDPA on what is stored."""
+    """One frame against a full ring, from a layer's projection on; checked against SDPA on what is stored.
+
+    Per storage and per kind of attention.
+    """
     q, k, v = heads_of(arch, batch, bench.device)
+    qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)
+    angles = torch.rand(arch.tokens_per_frame, arch.head_dim // 2, device=bench.device)
+    rotary = (angles.cos(), angles.sin())
+    q, k = (apply_rotary(rms_norm(x), *rotary) for x in (q, k))
     shape = f"{arch.tokens_per_frame} tokens × {window} frames, {batch * arch.n_heads} heads"
     for storage, conf in CACHES.items():
         cache = make_kv(arch, window, batch, conf, bench.device)
-        want = F.scaled_dot_product_attention(q, *cache.window(0, k, v)).double()
+        want = F.scaled_dot_product_attention(q, *cache.window(0, k, v)).double().transpose(1, 2).flatten(2)
         size = cache.nbytes().allocated / ATTENTION_LAYERS
         for kind in AttentionKind:
             row = Row("attention", f"ring {storage}", shape, kind.value)
@@ -348,8 +356,9 @@ def bench_attention(bench: Bench, arch: GameRFTConfig, window: int, batch: int) 
                 continue
             attend = frame_attention(cache, kind, store=False)
 
-            def layers(attend: Attend = attend, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> list[Tensor]:
-                return [attend(layer, q, k, v) for layer in range(ATTENTION_LAYERS)]
+            def layers(attend: LayerAttend = attend) -> list[Tensor]:
+                ways = (qkv, arch.n_heads, rotary)
+                return [attend_from_projection(attend, layer, *ways) for layer in range(ATTENTION_LAYERS)]
 
             run = compile_function(layers, CompileConf(enabled=bench.device.type == "cuda"))
             with torch.no_grad():

@@ -21,12 +21,16 @@ class Attend(Protocol):
         ...
 
 
-class ProjectedAttend(Attend, Protocol):
-    """An :class:`Attend` that takes a layer's projection as it comes and normalises and rotates in its own way."""
+class ProjectedAttend(Protocol):
+    """Attention of one layer that takes its projection as it comes and normalises and rotates in its own way."""
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Attention ``[B, T, D]`` from the fused projection ``qkv [B, T, 3*D]`` and ``(cos, sin) [T, Dh/2]``."""
         ...
+
+
+LayerAttend = Attend | ProjectedAttend
+"""What a layer of the model may be given."""
 
 
 def frame_mask(frames: int, tokens: int, window: int | None, causal: bool, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.models.attention import Attend, BlockCausalAttention
+from harness.models.attention import BlockCausalAttention, LayerAttend
 from harness.models.embeddings import MLP, ControlEmbedding, TimestepEmbedding
 from harness.models.rope import MotionRotary, OrthoRotary, apply_rotary
 
@@ -161,6 +161,17 @@ class Gate(nn.Module):
         return self.fc_c(silu_cond)
 
 
+def attend_from_projection(
+    attend: LayerAttend, layer: int, qkv: Tensor, heads: int, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention ``[B, T, D]`` from a layer's fused projection ``qkv [B, T, 3*D]`` and ``(cos, sin) [T, Dh/2]``."""
+    if hasattr(attend, "projected"):  # see ProjectedAttend
+        return attend.projected(layer, qkv, rotary)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = (apply_rotary(rms_norm(z), *rotary) for z in (q, k))
+    return attend(layer, q, k, v).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normalised, rotated queries and keys."""
 
@@ -171,14 +182,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: LayerAttend) -> Tensor:
         """Map ``x [B, T, D]`` to ``[B, T, D]``; ``rotary`` is ``(cos, sin) [T, Dh/2]``."""
-        qkv = self.qkv(x)
-        if hasattr(attend, "projected"):  # see ProjectedAttend
-            return self.out(attend.projected(self.layer, qkv, rotary))
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (apply_rotary(rms_norm(z), *rotary) for z in (q, k))
-        return self.out(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend_from_projection(attend, self.layer, self.qkv(x), self.n_heads, rotary))
 
 
 class Block(nn.Module):
@@ -197,13 +203,13 @@ class Block(nn.Module):
         scale2, shift2 = self.adaln2(silu_cond)
         return BlockModulation(scale1, shift1, self.gate1(silu_cond), scale2, shift2, self.gate2(silu_cond))
 
-    def forward(self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: LayerAttend) -> Tensor:
         """Map tokens ``x [B, N*P, D]`` to the same shape."""
         x, branch = self.halves(x, mod, rotary, attend)
         return x + gated(branch, mod.mlp_gate)
 
     def halves(
-        self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: Attend
+        self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: LayerAttend
     ) -> tuple[Tensor, Tensor]:
         """``forward`` up to its last sum: the tokens after attention, and the MLP's output before its gate."""
         x = x + gated(self.attn(modulated_norm(x, mod.attn_scale, mod.attn_shift), rotary, attend), mod.attn_gate)
@@ -289,7 +295,7 @@ class GameRFTCore(nn.Module):
         blocks = tuple(block.modulation(silu_cond) for block in self.blocks)
         return Modulation(blocks, *self.proj_out.norm(silu_cond))
 
-    def denoise(self, x: Tensor, mod: Modulation, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def denoise(self, x: Tensor, mod: Modulation, rotary: tuple[Tensor, Tensor], attend: LayerAttend) -> Tensor:
         """Velocity of noisy latents.
 
         Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from harness.kv import KVCache
-from harness.models.attention import Attend
+from harness.models.attention import Attend, ProjectedAttend
 from harness.mx.conf import ScaleMode
 from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
@@ -114,7 +114,7 @@ class RingAttention:
 
 
 class FusedAttention:
-    """Attention of the current frame to its window with our kernels, from the projection on.
+    """Attention of the current frame to its window with our kernel, from the projection on.
 
     Args:
         cache: the rings.
@@ -125,38 +125,25 @@ class FusedAttention:
     def __init__(self, cache: KVCache, store: bool) -> None:
         self.cache, self.store = cache, store
         self._views = [{name: fused.ring_view(ring) for name, ring in rings.items()} for rings in cache.rings]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :class:`~harness.models.attention.Attend`."""
-        slot, views = self.cache.slot(layer), self._views[layer]
-        out = self._attend(layer, q, k, v)
-        for name, x in (("k", k), ("v", v)):
-            if views[name].scales is None:
-                views[name].data.index_copy_(2, slot, x.unsqueeze(2))
-            elif self.store:
-                self.cache.rings[layer][name].store(slot, x)
-        return out
+        heads = self._views[0]["k"].data.shape[1]
+        self.arrived = fused.arrival_counters(cache.batch, heads, cache.tokens, cache.device)
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """See :class:`~harness.models.attention.ProjectedAttend`."""
-        slot, (key, value) = self.cache.slot(layer), self._views[layer].values()
-        heads = key.data.shape[1]
+        slot, views = self.cache.slot(layer), self._views[layer]
+        key, value = views["k"], views["v"]
         store_k, store_v = (view.scales is None or (self.store and view.stores) for view in (key, value))
+        keep_k = self.store and not key.stores
         mode = key.scale_mode or value.scale_mode or ScaleMode.rceil
+        ways = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, keep_k)
         rings = (key.data, key.scales, value.data, value.scales)
-        q, k = fused.frame_heads(qkv, *rotary, *rings, slot, store_k, store_v, key.format, value.format, mode.value)
-        v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2].transpose(1, 2)
-        out = self._attend(layer, q, k, v)
-        for name, view, x in (("k", key, k), ("v", value, v)):
-            if self.store and not view.stores:
-                self.cache.rings[layer][name].store(slot, x)
-        return out.transpose(1, 2).flatten(2)
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        key, value = self._views[layer].values()
-        rings = (key.data, key.scales, value.data, value.scales)
-        formats = (key.format, key.per, value.format, value.per)
-        return fused.window_attention(q, k, v, *rings, self.cache.slot(layer), *formats)
+        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *ways)
+        if keep_k:
+            self.cache.rings[layer]["k"].store(slot, k)
+        if self.store and not value.stores:
+            v = qkv.unflatten(-1, (3, value.data.shape[1], -1))[:, :, 2].transpose(1, 2)
+            self.cache.rings[layer]["v"].store(slot, v)
+        return out
 
 
 class OneLayer:
@@ -173,22 +160,23 @@ class OneLayer:
         return self.attend(0, q, k, v)
 
 
-class OneProjectedLayer(OneLayer):
+class OneProjectedLayer:
     """:class:`OneLayer` of a :class:`~harness.models.attention.ProjectedAttend`."""
 
-    attend: FusedAttention
+    def __init__(self, attend: ProjectedAttend) -> None:
+        self.attend = attend
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """See :class:`~harness.models.attention.ProjectedAttend`."""
         return self.attend.projected(0, qkv, rotary)
 
 
-def layer_attention(cache: KVCache, layer: int, kind: AttentionKind, store: bool) -> OneLayer:
+def layer_attention(cache: KVCache, layer: int, kind: AttentionKind, store: bool) -> OneLayer | OneProjectedLayer:
     """:func:`frame_attention` of one layer by itself."""
     attend = frame_attention(cache.of_layer(layer), kind, store)
     return OneProjectedLayer(attend) if isinstance(attend, FusedAttention) else OneLayer(attend)
 
 
-def frame_attention(cache: KVCache, kind: AttentionKind, store: bool) -> Attend:
+def frame_attention(cache: KVCache, kind: AttentionKind, store: bool) -> RingAttention | FusedAttention:
     """Attention of one frame's step; ``store``: it is the last, whose K and V are kept."""
     return FusedAttention(cache, store) if kind is AttentionKind.fused else RingAttention(cache, kind, store)

@@ -1,11 +1,8 @@
 """Attention of one frame with our kernels: reads the ring as it is stored, packed or plain, and copies nothing.
 
-Host side of ``harness.rollout.kernels``: two operators that torch.compile takes as they are and a CUDA graph captures.
-
-| operator | does |
-|---|---|
-| ``window_attention`` | softmax attention of a frame's queries to the ring beside its own, unquantised K and V |
-| ``frame_heads`` | QK norm, rotation, and the frame's K and V into the ring, quantised as the ring is |
+Host side of ``harness.rollout.kernels``: one operator that torch.compile takes as it is and a CUDA graph captures.
+``window_attention`` is QK norm, rotation, softmax attention of a frame's queries to the ring beside its own,
+unquantised K and V, and these into the ring, quantised as it is: one launch a layer.
 """
 
 from __future__ import annotations
@@ -24,14 +21,29 @@ from harness.models.gamerft import RMS_EPS
 from harness.mx.conf import ScaleMode
 from harness.mx.formats import FORMATS, carry_threshold
 
-WAVES = 2
-"""Programs per multiprocessor that a window is split for: enough to hide latency, few enough to combine."""
+WAVES = 1
+"""Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine."""
+
+MIN_ROWS = 192
+"""Rows of the window that are worth a split of their own: fewer cost less to read than their sums to combine."""
+
+OWN_ROWS = 128
+"""Rows of the window that take about as long as a frame's own K and V, which are normalised, rotated and stored."""
+
+OWN_ELEMENTS = 4096
+"""Elements of a tile of the frame's own K or V: what is quantised in registers."""
 
 STAGES, WARPS = 3, 4
 """Tiles in flight per program, and its warps: one warpgroup, which is what 64 queries occupy."""
 
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
+
+BLOCK_ROWS = 64
+"""Rows of the window in a tile: larger ones wait less often and take more registers."""
+
+PREFETCH = True
+"""Whether a program asks for its whole share at once, before anything else, where the GPU can (sm_90)."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -65,7 +77,7 @@ class RingView(NamedTuple):
 
     @property
     def stores(self) -> bool:
-        """Whether ``frame_heads`` can store into it."""
+        """Whether ``window_attention`` can store into it."""
         return self.scale_mode is not None
 
 
@@ -91,95 +103,77 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def splits_for(tiles: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """How many splits of how many tiles each a window of ``tiles`` gets, where ``programs`` share it already."""
-    wanted = max(1, WAVES * _multiprocessors(device) // programs)
-    share = math.ceil(tiles / min(wanted, tiles))
-    return math.ceil(tiles / share), share
+@functools.cache
+def _has_bulk_copies(device: torch.device) -> bool:
+    """Whether Hopper's instructions can be used (Triton's interpreter knows no machine's)."""
+    import triton
+
+    interpreted = triton.knobs.runtime.interpret
+    return device.type == "cuda" and not interpreted and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Shape(NamedTuple):
+    """Launch shape: ``splits`` programs for a head and each of its ``query_blocks`` blocks of ``block_m`` queries.
+
+    Each reads ``share`` tiles of ``block_n`` rows. The last also reads what is no whole tile, ``rest`` rows with
+    padding (0 if nothing is left), and takes the frame's own in tiles of ``own``.
+    """
+
+    splits: int
+    share: int
+    query_blocks: int
+    block_m: int
+    block_n: int
+    rest: int
+    own: int
 
 
 def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-@torch.library.custom_op("mx_harness::window_attention", mutates_args=())
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_ring: Tensor,
-    k_scales: Tensor | None,
-    v_ring: Tensor,
-    v_scales: Tensor | None,
-    slot: Tensor,
-    k_format: str,
-    k_per: str,
-    v_format: str,
-    v_per: str,
-) -> Tensor:
-    """Softmax attention of ``q [B, H, P, Dh]`` to the R - 1 other frames of a ring and to the frame's own ``k, v``.
+def _query_rows(tokens: int) -> int:
+    return min(_padded(tokens), MAX_QUERIES)
 
-    Args:
-        q: queries, scaled by 1/sqrt(Dh) here. Like k and v any strides but a last one of 1.
-        k: the frame's own keys ``[B, H, P, Dh]``, in place of what the ring holds in ``slot``.
-        v: its values, likewise.
-        k_ring: ``[B, H, R, P, width]``, contiguous; see :class:`RingView` for this and the formats.
-        k_scales: its scales, None if it is plain.
-        v_ring: likewise.
-        v_scales: likewise.
-        slot: int64 ``[1]`` on the device.
-        k_format: see ``kernels.window``.
-        k_per: see ``kernels.window``.
-        v_format: see ``kernels.window``.
-        v_per: see ``kernels.window``.
 
-    Returns:
-        ``[B, H, P, Dh]``, in memory ``[B, P, H, Dh]``, so that heads merge without a copy.
+def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torch.device) -> Shape:
+    """How a window of ``frames`` frames, the current one included, is shared out where ``programs`` = B*H read one."""
+    block_m, past = _query_rows(tokens), (frames - 1) * tokens
+    query_blocks, own = math.ceil(tokens / block_m), min(_padded(tokens), OWN_ELEMENTS // dim)
+    block_n = min(BLOCK_ROWS, _padded(past)) if past else BLOCK_ROWS
+    tiles, rest = divmod(past, block_n)
+    extra = math.ceil(OWN_ROWS / block_n) + (rest > 0)  # what the last split has to do beside its share, in tiles
+    wanted = min(WAVES * _multiprocessors(device) // (programs * query_blocks), 1 + past // MIN_ROWS)
+    share = math.ceil((tiles + extra) / max(1, wanted))
+    splits = max(1, math.ceil(tiles / share))
+    last = tiles - (splits - 1) * share
+    if tiles and last + extra > share and splits < wanted:
+        splits += 1  # the frame's own by themselves
+    return Shape(splits, share, query_blocks, block_m, block_n, _padded(rest) if rest else 0, own)
+
+
+def arrival_counters(batch: int, heads: int, tokens: int, device: torch.device) -> Tensor:
+    """What ``window_attention`` counts finished programs in: int32 zeros, which every call leaves zeros again.
+
+    Calls that may run at the same time, on different streams, need counters of their own.
     """
-    from harness.rollout.kernels.window import combine_kernel, window_kernel
-
-    batch, heads, tokens, dim = q.shape
-    frames, programs = k_ring.shape[2], batch * heads
-    block_m, block_n = (min(_padded(tokens), limit) for limit in (MAX_QUERIES, 64))
-    query_blocks, tiles = math.ceil(tokens / block_m), frames * math.ceil(tokens / block_n)
-    splits, share = splits_for(tiles, programs * query_blocks, q.device)
-    out = q.new_empty(batch, tokens, heads, dim)
-    sums = out if splits == 1 else q.new_empty(splits, programs, tokens, dim, dtype=torch.float32)
-    stats = out if splits == 1 else q.new_empty(2, splits, programs, tokens, dtype=torch.float32)
-    # An argument that is not used still needs a tensor of some kind.
-    k_scales, v_scales = (slot if scales is None else scales for scales in (k_scales, v_scales))
-    window_kernel[splits, programs, query_blocks](
-        q, k, v, k_ring, k_scales, v_ring, v_scales, slot, out, sums, stats,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        math.log2(math.e) / math.sqrt(dim), programs,
-        heads, frames, tokens, dim, share, splits, k_format, k_per, v_format, v_per, block_m, block_n,
-        num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
-    if splits > 1:
-        rows, block = programs * tokens, 4
-        combine_kernel[(math.ceil(rows / block),)](
-            sums, stats, out, rows, heads, tokens, dim, splits, _padded(splits), block, num_warps=2
-        )
-    return out.transpose(1, 2)
+    with torch.inference_mode(False):  # they outlive the mode they are made in
+        return torch.zeros(batch * heads * math.ceil(tokens / _query_rows(tokens)), dtype=torch.int32, device=device)
 
 
-@window_attention.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    batch, heads, tokens, dim = q.shape
-    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
-def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, str, float, int, int]:
+def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:
     """Compile-time arguments that say how the kernel encodes."""
     if fmt == "plain" or not store:
-        return store, "plain", 0.0, 0, 0
+        return store, 0.0, 0, 0
     element, never = FORMATS[fmt], 1 << 23
     threshold = never if mode == ScaleMode.floor else carry_threshold(element, ScaleMode(mode))
-    return store, fmt, element.max, element.emax, threshold
+    return store, element.max, element.emax, threshold
 
 
-@torch.library.custom_op("mx_harness::frame_heads", mutates_args=("k_ring", "k_scales", "v_ring", "v_scales"))
-def frame_heads(
+@torch.library.custom_op(
+    "mx_harness::window_attention", mutates_args=("k_ring", "k_scales", "v_ring", "v_scales", "arrived")
+)
+def window_attention(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -188,52 +182,75 @@ def frame_heads(
     v_ring: Tensor,
     v_scales: Tensor | None,
     slot: Tensor,
-    store_k: bool,
-    store_v: bool,
+    arrived: Tensor,
     k_format: str,
+    k_per: str,
+    k_store: bool,
     v_format: str,
+    v_per: str,
+    v_store: bool,
     scale_mode: str,
+    keep_k: bool,
 ) -> tuple[Tensor, Tensor]:
-    """RMS-normalised, rotated queries and keys of one frame; its K and V also into ``slot`` of their rings.
+    """Attention of one frame to the R - 1 other frames of a ring and to its own K and V, from its projection on.
+
+    Queries and keys are RMS-normalised and rotated; the frame's own K and V stand unquantised in place of what the ring
+    holds in ``slot``, and are stored there where told to.
 
     Args:
         qkv: contiguous ``[B, P, 3*H*Dh]``, what the fused projection gives.
         cos: float32 ``[P, Dh/2]``, contiguous.
         sin: likewise.
-        k_ring: ``[B, H, R, P, width]``, contiguous, written in place; see :class:`RingView`.
-        k_scales: its scales (one per block), None if it is plain.
+        k_ring: ``[B, H, R, P, width]``, contiguous, written in place; see :class:`RingView` for this and the formats.
+        k_scales: its scales, None if it is plain.
         v_ring: likewise.
         v_scales: likewise.
         slot: int64 ``[1]`` on the device.
-        store_k: whether K goes into its ring.
-        store_v: whether V goes into its ring.
-        k_format: "plain", "e4m3", "e5m2" or "e2m1"; ignored if K is not stored.
+        arrived: see :func:`arrival_counters`.
+        k_format: "plain", "e4m3", "e5m2", "e2m1" or "int8".
+        k_per: what has a scale of its own: see ``kernels.window.load_factors``.
+        k_store: whether K goes into its ring, which must be plain or have a scale per block.
         v_format: likewise.
+        v_per: likewise.
+        v_store: likewise.
         scale_mode: a :class:`ScaleMode`.
+        keep_k: also return K, for a ring that the kernel cannot store into.
 
     Returns:
-        ``(q, k)``, contiguous ``[B, H, P, Dh]``.
+        ``(out [B, P, H*Dh], k)``, k ``[B, H, P, Dh]``, normalised and rotated, if asked for, else empty.
     """
-    from harness.rollout.kernels.heads import heads_kernel
+    from harness.rollout.kernels.window import window_kernel
 
     (batch, tokens), (heads, frames) = qkv.shape[:2], k_ring.shape[1:3]
-    dim, rows = qkv.shape[2] // (3 * heads), 8
-    q, k = (qkv.new_empty(batch, heads, tokens, dim) for _ in range(2))
+    dim, programs = qkv.shape[2] // (3 * heads), batch * heads
+    shape = launch_shape(frames, tokens, dim, programs, qkv.device)
+    out, own_k = _results(qkv, heads, keep_k)
+    parts = (shape.splits, programs, tokens) if shape.splits > 1 else (0,)
+    sums, totals = (qkv.new_empty(*parts, *last, dtype=torch.float32) for last in ((dim,), ()))
+    # An argument that is not used still needs a tensor of some kind.
     k_scales, v_scales = (slot if scales is None else scales for scales in (k_scales, v_scales))
-    heads_kernel[math.ceil(tokens / rows), batch * heads](
-        qkv, cos, sin, q, k, k_ring, k_scales, v_ring, v_scales, slot,
-        heads, frames, tokens, dim, RMS_EPS,
-        *encoding(store_k, k_format, scale_mode), *encoding(store_v, v_format, scale_mode),
-        scale_mode == ScaleMode.rceil, rows, num_warps=1,
+    window_kernel[shape.splits, programs, shape.query_blocks](
+        qkv, cos, sin, k_ring, k_scales, v_ring, v_scales, slot, out, own_k, sums, totals, arrived,
+        math.log2(math.e) / math.sqrt(dim), programs,
+        heads, frames, tokens, dim, RMS_EPS, shape.share, shape.splits,
+        k_format, k_per, *encoding(k_store, k_format, scale_mode),
+        v_format, v_per, *encoding(v_store, v_format, scale_mode),
+        scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
+        PREFETCH and _has_bulk_copies(qkv.device),
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    return q, k
+    return out, own_k
 
 
-@frame_heads.register_fake
-def _(qkv: Tensor, cos: Tensor, sin: Tensor, k_ring: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens = qkv.shape[0], k_ring.shape[1], qkv.shape[1]
-    shape = (batch, heads, tokens, qkv.shape[2] // (3 * heads))
-    return qkv.new_empty(shape), qkv.new_empty(shape)
+def _results(qkv: Tensor, heads: int, keep_k: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    dim = width // (3 * heads)
+    return qkv.new_empty(batch, tokens, heads * dim), qkv.new_empty(batch if keep_k else 0, heads, tokens, dim)
+
+
+@window_attention.register_fake
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, k_ring: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _results(qkv, k_ring.shape[1], keep_k=others[-1])
 
 
 def check_head_dim(head_dim: int) -> None:

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from torch import Tensor
 
 from harness.kv import KVCache
+from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
-from harness.rollout.attention import AttentionKind, OneLayer, frame_attention, layer_attention
-from harness.rollout.compile import CompileConf, compile_function
+from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention
+from harness.rollout.compile import CompileConf, compile_function, keep_in_place
 
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
 """``step(x, modulation, rotary, drop) -> (x - drop * velocity, velocity)``, both float32 ``[B, C, S, S]``."""
 
-Layer = Callable[[Block, OneLayer, Tensor, Tensor, Tensor, BlockModulation, Rotary], tuple[Tensor, Tensor]]
+Layer = Callable[[Block, LayerAttend, Tensor, Tensor, Tensor, BlockModulation, Rotary], tuple[Tensor, Tensor]]
 
 
 def make_step(core: GameRFTCore, cache: KVCache, attention: AttentionKind, store: bool, conf: CompileConf) -> Step:
@@ -23,6 +24,8 @@ def make_step(core: GameRFTCore, cache: KVCache, attention: AttentionKind, store
     if conf.enabled and conf.scope_on(cache.device) == "block":
         return _step_by_layers(core, cache, attention, store, conf)
     attend = frame_attention(cache, attention, store)
+    if isinstance(attend, FusedAttention):
+        keep_in_place([attend.arrived], conf)
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
         velocity = core.denoise(x[:, None], modulation, rotary, attend)[:, 0].float()
@@ -33,7 +36,7 @@ def make_step(core: GameRFTCore, cache: KVCache, attention: AttentionKind, store
 
 def _through_layer(
     block: Block,
-    attend: OneLayer,
+    attend: LayerAttend,
     x: Tensor,
     branch: Tensor,
     gate: Tensor,
@@ -62,7 +65,7 @@ def _step_by_layers(
 
     first, last = compile_function(enter, conf), compile_function(leave, conf)
     layers: dict[str, Layer] = {}
-    calls: list[tuple[Layer, Block, OneLayer]] = []
+    calls: list[tuple[Layer, Block, LayerAttend]] = []
     for number, block in enumerate(core.blocks):
         kind = _kind(block, cache, number)
         if kind not in layers:

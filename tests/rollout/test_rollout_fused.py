@@ -22,10 +22,11 @@ from rollout_cases import SAMPLER, make_core, make_inputs, make_rollout, play
 
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.kv.conf import KVFormat, KVScales
-from harness.models.gamerft import rms_norm
-from harness.models.rope import MotionRotary, apply_rotary
+from harness.models.gamerft import attend_from_projection, rms_norm
+from harness.models.rope import apply_rotary
 from harness.mx.conf import ScaleMode
 from harness.rollout import AttentionKind, CompileCounters, fused
+from harness.rollout.attention import FusedAttention, RingAttention
 
 MX = KVStorage.mx
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -38,6 +39,15 @@ STORAGES = {
     "int8": KVConf(KVStorage.i8_scale, quantize_k=True),
 }
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32]  # the interpreter multiplies no BF16
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Launch shapes under which even a tiny window is split, and into several tiles each."""
+    for name, value in (("BLOCK_ROWS", 16), ("MIN_ROWS", 16), ("OWN_ROWS", 16)):
+        monkeypatch.setattr(fused, name, value)
+
+
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
 
 
@@ -56,11 +66,31 @@ def filled(conf, batch, heads, frames, tokens, dim, dtype, newer):
         cache.window(0, *own)
         cache.store(0, *own)
     cache.advance()
-    return cache, normal
+    return cache
 
 
-def views(cache):
-    return [fused.ring_view(cache.rings[0][name]) for name in ("k", "v")]
+def projection(batch, heads, tokens, dim, dtype, seed=1):
+    """``qkv`` as a layer's projection gives it, and the frame's ``(cos, sin)``."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, tokens, 3 * heads * dim, generator=generator).to(DEVICE, dtype)
+    angles = torch.rand(tokens, dim // 2, generator=generator).to(DEVICE)
+    return qkv, (angles.cos(), angles.sin())
+
+
+def own_rows(qkv, rotary, heads):
+    """q, k and v ``[B, H, P, Dh]`` as the model makes them."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return *(apply_rotary(rms_norm(x), *rotary) for x in (q, k)), v
+
+
+def expected_attention(cache, qkv, rotary, heads):
+    q, k, v = own_rows(qkv, rotary, heads)
+    window = (x.double() for x in cache.window(0, k, v))
+    return F.scaled_dot_product_attention(q.double(), *window).transpose(1, 2).flatten(2)
+
+
+def closeness(out, expected):
+    return (out - expected).norm() / expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,18 +99,79 @@ def views(cache):
     [(1, 2, 5, 16, 64), (2, 1, 1, 16, 32), (1, 1, 3, 20, 128), (1, 1, 2, 80, 32)],
 )
 @pytest.mark.parametrize("storage", STORAGES)
-def test_equals_sdpa_over_the_unpacked_window(storage, batch, heads, frames, tokens, dim, dtype):
-    cache, normal = filled(STORAGES[storage], batch, heads, frames, tokens, dim, dtype, newer=frames + 1)
-    (k_view, v_view), slot = views(cache), cache.slot(0)
-    q = normal(tokens).transpose(1, 2).contiguous().transpose(1, 2)  # as the projection leaves it
-    k, v = normal(tokens), normal(tokens)
-    for view in (k_view, v_view):  # what the slot holds is stale and must not matter
-        view.data[:, :, int(slot)] = 1
-    formats = (k_view.format, k_view.per, v_view.format, v_view.per)
-    out = fused.window_attention(q, k, v, k_view.data, k_view.scales, v_view.data, v_view.scales, slot, *formats)
-    expected = F.scaled_dot_product_attention(q.double(), *(x.double() for x in cache.window(0, k, v)))
-    assert out.transpose(1, 2).is_contiguous()
-    assert (out - expected).norm() / expected.norm() < (2e-6 if dtype == torch.float32 else 5e-3)
+def test_equals_sdpa_over_the_unpacked_window(storage, batch, heads, frames, tokens, dim, dtype, small_tiles):
+    cache = filled(STORAGES[storage], batch, heads, frames, tokens, dim, dtype, newer=frames + 1)
+    qkv, rotary = projection(batch, heads, tokens, dim, dtype)
+    expected = expected_attention(cache, qkv, rotary, heads)
+    for name in ("k", "v"):  # what the slot holds is stale and must not matter
+        fused.ring_view(cache.rings[0][name]).data[:, :, int(cache.slot(0))] = 1
+    out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
+    assert out.is_contiguous()
+    assert closeness(out, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("storage", ["plain", "v_e4m3", "kv_e2m1", "int8"])
+@pytest.mark.parametrize(("frames", "tokens"), [(6, 16), (4, 20), (7, 18), (3, 70)])
+@pytest.mark.parametrize("multiprocessors", [6, 14, 132])  # of 2 heads: 3 and 7 splits, and as many as there are tiles
+def test_splits_of_any_number_give_the_same(monkeypatch, small_tiles, storage, frames, tokens, multiprocessors):
+    monkeypatch.setattr(fused, "_multiprocessors", lambda device: multiprocessors)
+    cache = filled(STORAGES[storage], 1, 2, frames, tokens, 32, torch.float32, newer=2)
+    qkv, rotary = projection(1, 2, tokens, 32, torch.float32)
+    out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
+    assert closeness(out, expected_attention(cache, qkv, rotary, 2)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("storage", "tokens"), [*((name, 16) for name in STORAGES), ("k_e5m2_v_e2m1", 80)]
+)  # 80: two blocks of queries, of which one stores
+def test_launch_after_launch_counts_from_zero(storage, tokens, small_tiles):
+    """Several frames of two steps each, two clips: every output and all that is stored, and counters left at 0."""
+    caches = [filled(STORAGES[storage], 2, 1, 3, tokens, 32, torch.float32, newer=0) for _ in range(2)]
+    ours = [FusedAttention(caches[0], store) for store in (False, True)]
+    theirs = [RingAttention(caches[1], AttentionKind.sdpa, store) for store in (False, True)]
+    splits = fused.launch_shape(3, tokens, 32, 2, DEVICE).splits
+    for frame in range(4):
+        for step in range(2):
+            qkv, rotary = projection(2, 1, tokens, 32, torch.float32, seed=10 * frame + step)
+            out, expected = (attend_from_projection(x[step], 0, qkv, 1, rotary) for x in (ours, theirs))
+            assert closeness(out, expected) < 2e-6
+            assert not ours[step].arrived.any()
+        for own, other in zip(caches[0].buffers(), caches[1].buffers(), strict=True):
+            difference = (own.float() - other.float()).abs()
+            assert (difference > 1e-5).float().mean() < 0.01  # a last bit may flip a rounding
+        for cache in caches:
+            cache.advance()
+    assert splits > 1
+
+
+def test_one_launch_gives_the_same_bits_every_time(small_tiles):
+    cache = filled(STORAGES["v_e4m3"], 1, 2, 6, 16, 32, torch.float32, newer=1)
+    qkv, rotary = projection(1, 2, 16, 32, torch.float32)
+    attend = FusedAttention(cache, store=False)
+    first = attend.projected(0, qkv, rotary)
+    assert all(torch.equal(attend.projected(0, qkv, rotary), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("storage", ["plain", "v_e4m3", "per_head"])
+def test_an_empty_window_is_zeros(storage, small_tiles):
+    """As in a warm-up, before any prefill."""
+    cache = filled(STORAGES[storage], 1, 1, 4, 16, 32, torch.float32, newer=0)
+    cache.reset()
+    cache.advance()
+    qkv, rotary = projection(1, 1, 16, 32, torch.float32)
+    out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
+    assert closeness(out, expected_attention(cache, qkv, rotary, 1)) < 2e-6
+
+
+def test_an_earlier_step_leaves_a_quantised_ring_alone(small_tiles):
+    cache = filled(STORAGES["kv_e2m1"], 1, 1, 3, 16, 32, torch.float32, newer=0)
+    before = [buffer.clone() for buffer in cache.buffers()]
+    qkv, rotary = projection(1, 1, 16, 32, torch.float32)
+    FusedAttention(cache, store=False).projected(0, qkv, rotary)
+    assert all(torch.equal(x, y) for x, y in zip(cache.buffers(), before, strict=True))
+    FusedAttention(cache, store=True).projected(0, qkv, rotary)
+    changed = [not torch.equal(x, y) for x, y in zip(cache.buffers(), before, strict=True)]
+    assert any(changed)
 
 
 def extremes(x):
@@ -97,17 +188,16 @@ def extremes(x):
 def test_stores_exactly_what_the_ring_would(storage, mode):
     conf = KVConf(**{**vars(STORAGES[storage]), "scale_mode": mode})
     heads, dim, tokens = 1, 64, 16
-    caches = [filled(conf, 2, heads, 3, tokens, dim, torch.float32, newer=1)[0] for _ in range(2)]
-    qkv = torch.randn(2, tokens, 3 * heads * dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    caches = [filled(conf, 2, heads, 3, tokens, dim, torch.float32, newer=1) for _ in range(2)]
+    qkv, rotary = projection(2, heads, tokens, dim, torch.float32)
     extremes(qkv[..., 2 * heads * dim :])
-    cos, sin = (x.to(DEVICE) for x in MotionRotary(dim, 4, 2.0)(torch.tensor([77])))
-    key, value = views(caches[0])
-    rings = (key.data, key.scales, value.data, value.scales)
-    formats = (key.format, value.format, mode.value)
-    q_out, k_out = fused.frame_heads(qkv, cos, sin, *rings, caches[0].slot(0), True, True, *formats)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = (apply_rotary(rms_norm(x), cos, sin) for x in (q, k))
-    torch.testing.assert_close((q_out, k_out), (q, k), rtol=2e-6, atol=2e-6)
+    views = [fused.ring_view(caches[0].rings[0][name]) for name in ("k", "v")]
+    rings = [tensor for view in views for tensor in (view.data, view.scales)]
+    ways = [way for view in views for way in (view.format, view.per, True)]
+    arrived = fused.arrival_counters(2, heads, tokens, DEVICE)
+    _, k_out = fused.window_attention(qkv, *rotary, *rings, caches[0].slot(0), arrived, *ways, mode.value, True)
+    _, k, v = own_rows(qkv, rotary, heads)
+    torch.testing.assert_close(k_out, k, rtol=2e-6, atol=2e-6)
     caches[1].window(0, k_out, v)
     caches[1].store(0, k_out, v)
     for ours, theirs in zip(caches[0].buffers(), caches[1].buffers(), strict=True):
@@ -156,15 +246,18 @@ def test_unsuitable_heads_are_refused_before_anything_runs(dim):
 
 def test_a_window_is_split_to_fill_the_gpu(monkeypatch):
     monkeypatch.setattr(fused, "_multiprocessors", lambda device: 132)
-    for tiles, programs in ((60, 24), (16, 24), (60, 96), (60, 384), (1, 24)):
-        splits, share = fused.splits_for(tiles, programs, DEVICE)
-        assert (splits - 1) * share < tiles <= splits * share
-        assert splits * programs <= max(2 * 132, programs)
-    assert fused.splits_for(60, 24, DEVICE) == (10, 6)
+    for frames, heads in ((60, 24), (16, 24), (60, 96), (60, 384), (1, 24), (2, 24)):
+        shape = fused.launch_shape(frames, 64, 64, heads, DEVICE)
+        tiles, rest = divmod((frames - 1) * 64, shape.block_n)
+        assert tiles <= shape.splits * shape.share
+        assert shape.rest >= rest
+        assert shape.splits * heads <= max(132, heads)
+    assert fused.launch_shape(60, 64, 64, 24, DEVICE)[:2] == (5, 13)
+    assert fused.launch_shape(16, 64, 64, 24, DEVICE)[:2] == (5, 4)  # four of them of the ring, one of the frame's own
 
 
 def test_compiles_for_hopper_without_a_gpu():
-    """Every matrix product becomes a warpgroup instruction."""
+    """Every matrix product becomes a warpgroup instruction, and scales are fetched like elements: asynchronously."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
@@ -172,10 +265,13 @@ def test_compiles_for_hopper_without_a_gpu():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
-    assert set(lines) == {"plain/e4m3", "e5m2/e2m1", "combine", "heads"}
-    for pair in ("plain/e4m3", "e5m2/e2m1"):
-        assert int(lines[pair][2]) >= 12
-        assert int(lines[pair][4]) < 64 * 1024
+    assert set(lines) == {"plain/e4m3", "e5m2/e2m1"}
+    for pair, quantised in (("plain/e4m3", 1), ("e5m2/e2m1", 2)):
+        words = dict(zip(lines[pair][1::2], map(int, lines[pair][2::2]), strict=True))
+        assert words["wgmma"] >= 12
+        assert words["shared"] < 64 * 1024
+        assert words["asynchronous"] >= 2 + quantised
+        assert words["awaited"] == 0
 
 
 @needs_gpu

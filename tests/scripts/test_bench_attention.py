@@ -30,7 +30,7 @@ def test_torchs_attention_is_measured_on_bf16_alone(tmp_path, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy below 2.4")
 def test_our_attention_is_measured_on_every_storage_and_put_back_as_it_was(tmp_path):
-    shape = fused.WAVES, fused.STAGES
+    shape = bench_attention.own_shape()
     code, rows = rows_of(tmp_path, "--kinds", "fused", "--storages", "bf16,mx_kv,i8_kv")
     assert code == 0
     assert [row["storage"] for row in rows] == ["bf16", "mx_kv", "i8_kv"]
@@ -38,8 +38,11 @@ def test_our_attention_is_measured_on_every_storage_and_put_back_as_it_was(tmp_p
     assert rows[1]["bytes"] < rows[2]["bytes"] < rows[0]["bytes"]
     code, rows = rows_of(tmp_path, "--kinds", "fused", "--storages", "mxfp4_kv", "--sweep")
     assert code == 0
-    assert len({(row["waves"], row["stages"]) for row in rows}) == len(rows) == 12
-    assert shape == (fused.WAVES, fused.STAGES)
+    tried = {tuple(row[name] for name in shape._fields) for row in rows}
+    assert tried == set(bench_attention.SWEEP)
+    assert len(rows) == len(tried) == 16
+    assert shape in tried
+    assert bench_attention.own_shape() == shape
 
 
 def test_a_row_that_fails_is_reported_and_does_not_end_the_run(tmp_path, monkeypatch):

@@ -34,24 +34,20 @@ def rescale(values, scales, ROWS: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.
 
 
 @triton.jit
-def decode_bytes(elements, scales, FORMAT: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SCALES: tl.constexpr):
-    """8-bit ``elements [ROWS, DIM]`` times ``scales [ROWS, SCALES]`` (as stored), float32; exact."""
+def decode_bytes(elements, factors, FORMAT: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SCALES: tl.constexpr):
+    """8-bit ``elements [ROWS, DIM]`` times float32 ``factors [ROWS, SCALES]``, float32; exact."""
     if FORMAT == "int8":
         values = elements.to(tl.float32)
-        factors = scales.to(tl.float32)
     elif FORMAT == "e4m3":
         values = elements.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        factors = scale_values(scales)
     else:
         values = elements.to(tl.float8e5, bitcast=True).to(tl.float32)
-        factors = scale_values(scales)
     return rescale(values, factors, ROWS, DIM, SCALES)
 
 
 @triton.jit
-def decode_nibbles(elements, scales, ROWS: tl.constexpr, DIM: tl.constexpr, SCALES: tl.constexpr):
+def decode_nibbles(elements, factors, ROWS: tl.constexpr, DIM: tl.constexpr, SCALES: tl.constexpr):
     """E2M1 ``elements [ROWS, DIM / 2]``: the even and the odd columns, float32 ``[ROWS, DIM / 2]`` each."""
-    factors = scale_values(scales)
     even = rescale(e2m1_values(elements & 0xF), factors, ROWS, DIM // 2, SCALES)
     odd = rescale(e2m1_values(elements >> 4), factors, ROWS, DIM // 2, SCALES)
     return even, odd

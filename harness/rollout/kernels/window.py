@@ -1,12 +1,18 @@
-"""Attention of one frame to its window: a ring, packed or plain, beside the frame's own K and V.
+"""Attention of one frame from its projection on, in one launch: to its window in the ring beside its own K and V.
 
-Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program reads a share of the window
-for one head and leaves unnormalised sums; a second kernel combines them. A share is a run of tiles in order of age,
-oldest first: frame ``slot + 1`` of the ring, around to ``slot - 1``, then the frame itself, which stands in for the
-stale slot. Packed tiles are decoded in registers; the window is nowhere unpacked in memory.
+Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
+for one head and leaves unnormalised sums; the last program of a head to finish combines them, in the order of the
+splits, so that results do not depend on which one that was. The window is read in order of age, oldest first: the ring
+from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the window and is read by
+nobody. So the last split of a head, which attends to the frame's own K and V, straight from the projection, can store
+them there in the same launch.
 
-E2M1 packs neighbouring columns into a byte. Rather than interleaving them again, which moves data between threads,
-K's even and odd columns meet those of the queries in two products, and V's fill two accumulators.
+Scores need no running maximum: queries and keys are RMS-normalised, so that by Cauchy and Schwarz none is larger than
+sqrt(Dh), give or take a stored key's rounding, and the sums of their exponentials are far from float32's limits.
+
+Packed tiles are decoded in registers; the window is nowhere unpacked in memory. E2M1 packs neighbouring columns into a
+byte. Rather than interleaving them again, which moves data between threads, K's even and odd columns meet those of the
+queries in two products, and V's fill two accumulators.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,7 +20,8 @@ K's even and odd columns meet those of the queries in two products, and V's fill
 import triton
 import triton.language as tl
 
-from harness.rollout.kernels.blocks import decode_bytes, decode_nibbles
+from harness.rollout.kernels.blocks import decode_bytes, decode_nibbles, scale_values
+from harness.rollout.kernels.heads import load_angles, load_rows, rotated, store_tile
 
 
 @triton.jit
@@ -34,197 +41,363 @@ def halves_of(x, PAIRED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    data,
+def ring_rows(start, place, TOKENS: tl.constexpr, LENGTH: tl.constexpr, PARTIAL: tl.constexpr):
+    """Where the rows at ``place`` in order of age lie in a ring of ``LENGTH`` rows whose oldest is at ``start``.
+
+    ``PARTIAL``: some may be past the newest stored one; they get its row, and are for the caller to mask.
+    """
+    row = start + (tl.minimum(place, LENGTH - TOKENS - 1) if PARTIAL else place)
+    return tl.where(row >= LENGTH, row - LENGTH, row)
+
+
+@triton.jit
+def prefetch_bytes(address, count):
+    """Fetch ``count`` bytes at a global ``address`` into the L2 cache; both multiples of 16. Waits for nothing."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred one;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 one, thread, 0;
+        setp.gt.and.s32 one, $2, 0, one;
+        @one cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address, count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_rows(data, start, first, ROWS: tl.constexpr, BYTES: tl.constexpr, LENGTH: tl.constexpr):
+    """Fetch ``ROWS`` rows of ``BYTES`` each, from ``first`` on in order of age, from a ring into the L2 cache."""
+    row = start + first
+    row = tl.where(row >= LENGTH, row - LENGTH, row)
+    whole = tl.minimum(ROWS, LENGTH - row)
+    address = data.to(tl.int64)
+    prefetch_bytes(address + row * BYTES, whole * BYTES)
+    prefetch_bytes(address, (ROWS - whole) * BYTES)
+
+
+@triton.jit
+def load_factors(
     scales,
-    rows,
-    ok,
+    start,
+    first,
     FORMAT: tl.constexpr,
     PER: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """Scales of ``ROWS`` rows from ``first`` on in order of age, float32 ``[ROWS, DIM/32]``, or ``[ROWS, 1]``.
+
+    ``PER``: what has a scale of its own, a "block" of 32 columns, a "token" or a "frame" of ``TOKENS`` rows.
+    """
+    COLUMNS: tl.constexpr = DIM // 32 if PER == "block" else 1
+    BYTES: tl.constexpr = COLUMNS * (2 if FORMAT == "int8" else 1)  # of a row
+    if PER == "frame" or TOKENS * BYTES % 4 != 0:
+        row = ring_rows(start, first + tl.arange(0, ROWS), TOKENS, LENGTH, PARTIAL)
+        place = row // TOKENS if PER == "frame" else row
+        stored = tl.load(scales + place[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+        factors = stored.to(tl.float32) if FORMAT == "int8" else scale_values(stored)
+    else:
+        # Words of 4 bytes: Hopper's asynchronous copies take no less, and a load that is not asynchronous makes every
+        # tile wait for memory.
+        WORDS: tl.constexpr = ROWS * BYTES // 4
+        row = ring_rows(start, first + tl.arange(0, WORDS) * (4 // BYTES), TOKENS, LENGTH, PARTIAL)
+        words = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + row // (4 // BYTES))
+        if FORMAT == "int8":  # BF16 is a float32's upper half
+            halves = (words[:, None] >> (tl.arange(0, 2) * 16)[None, :]) << 16
+            factors = tl.reshape(halves, (ROWS, COLUMNS)).to(tl.float32, bitcast=True)
+        else:
+            bytes = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 0xFF
+            factors = scale_values(tl.reshape(bytes, (ROWS, COLUMNS)))
+    return factors
+
+
+@triton.jit
+def load_tile(
+    data,
+    scales,
+    start,
+    first,
+    FORMAT: tl.constexpr,
+    PER: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Rows of a ring as ``DTYPE``: all columns (twice), or for E2M1 the even and the odd ones.
 
-    ``PER``: what has a scale of its own, a "block" of 32 columns, a "token" or a "frame" of ``TOKENS`` rows.
+    ``ROWS`` rows from ``first`` on in order of age; ``start``: row of the oldest frame. See :func:`load_factors`
+    and :func:`ring_rows`.
     """
+    WIDTH: tl.constexpr = DIM // 2 if FORMAT == "e2m1" else DIM
+    SCALES: tl.constexpr = DIM // 32 if PER == "block" else 1
+    row = ring_rows(start, first + tl.arange(0, ROWS), TOKENS, LENGTH, PARTIAL)
+    stored = tl.load(data + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
     if FORMAT == "plain":
-        first = tl.load(data + rows[:, None] * DIM + tl.arange(0, DIM)[None, :], mask=ok[:, None], other=0.0)
-        second = first
+        one, other = stored, stored
     else:
-        SCALES: tl.constexpr = DIM // 32 if PER == "block" else 1
-        place = rows // TOKENS if PER == "frame" else rows
-        column = tl.arange(0, SCALES)
-        scale = tl.load(scales + place[:, None] * SCALES + column[None, :], mask=ok[:, None], other=0)
+        factors = load_factors(scales, start, first, FORMAT, PER, ROWS, DIM, TOKENS, LENGTH, PARTIAL)
         if FORMAT == "e2m1":
-            bytes = tl.arange(0, DIM // 2)
-            packed = tl.load(data + rows[:, None] * (DIM // 2) + bytes[None, :], mask=ok[:, None], other=0)
-            first, second = decode_nibbles(packed, scale, ROWS, DIM, SCALES)
+            one, other = decode_nibbles(stored, factors, ROWS, DIM, SCALES)
         else:
-            columns = tl.arange(0, DIM)
-            elements = tl.load(data + rows[:, None] * DIM + columns[None, :], mask=ok[:, None], other=0)
-            first = decode_bytes(elements, scale, FORMAT, ROWS, DIM, SCALES)
-            second = first
-    return first.to(DTYPE), second.to(DTYPE)
+            one = decode_bytes(stored, factors, FORMAT, ROWS, DIM, SCALES)
+            other = one
+    return one.to(DTYPE), other.to(DTYPE)
 
 
 @triton.jit
 def attend_tile(
-    q0, q1, k0, k1, v0, v1, ok, top, total, sum0, sum1, scale, K_PAIRED: tl.constexpr, V_PAIRED: tl.constexpr
+    q0,
+    q1,
+    k0,
+    k1,
+    v0,
+    v1,
+    ok,
+    total,
+    sum0,
+    sum1,
+    scale,
+    MASKED: tl.constexpr,
+    K_PAIRED: tl.constexpr,
+    V_PAIRED: tl.constexpr,
 ):
-    """One step of the online softmax (base 2; Milakov & Gimelshein 2018) over a tile of keys."""
+    """Add a tile of keys, those that are ``ok``, to each query's total of weights and weighted sums of values."""
     scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
     if K_PAIRED:
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
-    scores = tl.where(ok[None, :], scores * scale, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - new_top[:, None])
-    keep = tl.exp2(top - new_top)
-    total = total * keep + tl.sum(p, 1)
+    p = tl.exp2(scores * scale)
+    if MASKED:
+        p = tl.where(ok[None, :], p, 0.0)
+        v0 = tl.where(ok[:, None], v0, 0.0)  # a weight of 0 does not silence a NaN or an infinity
+        v1 = tl.where(ok[:, None], v1, 0.0)
+    total += tl.sum(p, 1)
     weights = p.to(v0.dtype)
-    sum0 = tl.dot(weights, v0, sum0 * keep[:, None], input_precision="ieee")
+    sum0 = tl.dot(weights, v0, sum0, input_precision="ieee")
     if V_PAIRED:
-        sum1 = tl.dot(weights, v1, sum1 * keep[:, None], input_precision="ieee")
-    return new_top, total, sum0, sum1
+        sum1 = tl.dot(weights, v1, sum1, input_precision="ieee")
+    return total, sum0, sum1
+
+
+@triton.jit
+def own_rows(
+    part,
+    cos,
+    sin,
+    token,
+    ok,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Keys, normalised and rotated, and values of rows ``token`` of a head, whose queries are at ``part``."""
+    STRIDE: tl.constexpr = 3 * HEADS * DIM
+    raw = load_rows(part + HEADS * DIM, token, ok, STRIDE, DIM)
+    values = load_rows(part + 2 * HEADS * DIM, token, ok, STRIDE, DIM)
+    cosine, sine = load_angles(cos, sin, token, ok, DIM)
+    return rotated(raw, cosine, sine, ROWS, DIM, EPS), values
+
+
+@triton.jit
+def combine(
+    sums,
+    totals,
+    out,
+    rows,
+    stride,
+    queries,
+    asked,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Softmax over the whole window from each split's sums; ``rows``: a head's, ``stride`` from split to split.
+
+    Reads around the L1 cache, which may hold what lay there before.
+    """
+    CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(totals + split * stride + rows, mask=asked, other=1.0, cache_modifier=".cg")
+    for first in range(0, DIM, CHUNK):
+        columns = first + tl.arange(0, CHUNK)
+        result = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        for split in tl.static_range(SPLITS):
+            part = sums + (split * stride + rows)[:, None] * DIM + columns[None, :]
+            result += tl.load(part, mask=asked[:, None], other=0.0, cache_modifier=".cg")
+        values = (result / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
 
 
 @triton.jit
 def window_kernel(
-    q,
-    k,
-    v,
+    qkv,
+    cos,
+    sin,
     k_ring,
     k_scales,
     v_ring,
     v_scales,
     slot,
     out,
+    own_k,
     sums,
-    stats,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    v_batch,
-    v_head,
-    v_token,
+    totals,
+    arrived,
     scale,
     programs,
     HEADS: tl.constexpr,
     FRAMES: tl.constexpr,
     TOKENS: tl.constexpr,
     DIM: tl.constexpr,
+    EPS: tl.constexpr,
     SHARE: tl.constexpr,
     SPLITS: tl.constexpr,
     K_FORMAT: tl.constexpr,
     K_PER: tl.constexpr,
+    K_STORE: tl.constexpr,
+    K_LARGEST: tl.constexpr,
+    K_EMAX: tl.constexpr,
+    K_THRESHOLD: tl.constexpr,
     V_FORMAT: tl.constexpr,
     V_PER: tl.constexpr,
+    V_STORE: tl.constexpr,
+    V_LARGEST: tl.constexpr,
+    V_EMAX: tl.constexpr,
+    V_THRESHOLD: tl.constexpr,
+    RCEIL: tl.constexpr,
+    KEEP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,
+    OWN: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
-    """Grid (splits, B*H, blocks of queries).
+    """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
 
-    ``q, k, v [B, H, TOKENS, DIM]`` by their strides, last one 1; rings ``[B, H, FRAMES, TOKENS, width]``. ``SHARE``
-    tiles a split. With one split writes ``out [B, TOKENS, H, DIM]``, else float32 ``sums [SPLITS, B*H, TOKENS, DIM]``
-    and ``stats [2, SPLITS, B*H, TOKENS]`` (running maximum, running total). ``programs`` is B*H; ``scale`` includes
-    log2(e).
+    Rings ``[B, H, FRAMES, TOKENS, width]``; ``cos, sin [TOKENS, DIM/2]`` float32. ``SHARE`` tiles of ``BLOCK_N`` rows
+    a split; the last split also takes what is left over, in a tile of ``REST`` rows (0: nothing is), and the frame's
+    own, in tiles of ``OWN``. Writes ``out [B, TOKENS, H, DIM]``; where told to store, slot ``slot`` of the rings;
+    with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``.
+
+    With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
+    ``arrived`` int32, 0 for each head and block of queries, and 0 again afterwards. ``programs`` is B*H; ``scale``
+    includes log2(e).
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
     V_WIDTH: tl.constexpr = DIM // 2 if V_PAIRED else DIM
-    TILES: tl.constexpr = (TOKENS + BLOCK_N - 1) // BLOCK_N  # of a frame
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    K_WIDTH: tl.constexpr = DIM // 2 if K_PAIRED else DIM
+    STRIDE: tl.constexpr = 3 * HEADS * DIM
+    LENGTH: tl.constexpr = FRAMES * TOKENS
+    PAST: tl.constexpr = LENGTH - TOKENS
+    TILES: tl.constexpr = PAST // BLOCK_N
+    DTYPE: tl.constexpr = qkv.dtype.element_ty
+    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS
     queries = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, DIM)
     asked = queries < TOKENS
-    q += batch * q_batch + head * q_head
-    q_tile = tl.load(q + queries[:, None] * q_token + columns[None, :], mask=asked[:, None], other=0.0)
-    q0, q1 = halves_of(q_tile, K_PAIRED, BLOCK_M, DIM)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    current = tl.load(slot).to(tl.int32)
+    start = (current + 1) * TOKENS
+    k_data, v_data = k_ring + row * (LENGTH * K_WIDTH), v_ring + row * (LENGTH * V_WIDTH)
+    K_SCALES: tl.constexpr = FRAMES if K_PER == "frame" else LENGTH * (DIM // 32 if K_PER == "block" else 1)
+    V_SCALES: tl.constexpr = FRAMES if V_PER == "frame" else LENGTH * (DIM // 32 if V_PER == "block" else 1)
+    k_factors, v_factors = k_scales + row * K_SCALES, v_scales + row * V_SCALES
+    part = qkv + batch * (TOKENS * STRIDE) + head * DIM
+    raw = load_rows(part, queries, asked, STRIDE, DIM)
+    cosine, sine = load_angles(cos, sin, queries, asked, DIM)
+    begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
+    if PREFETCH:  # the share is on its way while the queries are made
+        K_ITEM: tl.constexpr = k_ring.dtype.element_ty.primitive_bitwidth // 8
+        V_ITEM: tl.constexpr = v_ring.dtype.element_ty.primitive_bitwidth // 8
+        for tile in tl.range(begin, end, num_stages=1):
+            prefetch_rows(k_data, start, tile * BLOCK_N, BLOCK_N, K_WIDTH * K_ITEM, LENGTH)
+            prefetch_rows(v_data, start, tile * BLOCK_N, BLOCK_N, V_WIDTH * V_ITEM, LENGTH)
+    q = rotated(raw, cosine, sine, BLOCK_M, DIM, EPS)
+    q0, q1 = halves_of(q, K_PAIRED, BLOCK_M, DIM)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum0 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     sum1 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
-    lanes = tl.arange(0, BLOCK_N)
-    first, stop = split * SHARE, (split + 1) * SHARE
-    oldest = tl.load(slot).to(tl.int32) + 1
-    ring = row * (FRAMES * TOKENS)
-    for tile in range(first, tl.minimum(stop, (FRAMES - 1) * TILES)):
-        frame = oldest + tile // TILES
-        frame = tl.where(frame >= FRAMES, frame - FRAMES, frame)
-        token = tile % TILES * BLOCK_N + lanes
-        ok = token < TOKENS
-        rows = ring + frame * TOKENS + token
-        k0, k1 = load_tile(k_ring, k_scales, rows, ok, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, q.dtype.element_ty)
-        v0, v1 = load_tile(v_ring, v_scales, rows, ok, V_FORMAT, V_PER, BLOCK_N, DIM, TOKENS, q.dtype.element_ty)
-        top, total, sum0, sum1 = attend_tile(
-            q0, q1, k0, k1, v0, v1, ok, top, total, sum0, sum1, scale, K_PAIRED, V_PAIRED
+    for tile in range(begin, end):
+        first = tile * BLOCK_N
+        k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
+        v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
+        total, sum0, sum1 = attend_tile(
+            q0, q1, k0, k1, v0, v1, None, total, sum0, sum1, scale, False, K_PAIRED, V_PAIRED
         )
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    for tile in range(tl.maximum(first, (FRAMES - 1) * TILES), tl.minimum(stop, FRAMES * TILES)):
-        token = tile % TILES * BLOCK_N + lanes
-        ok = token < TOKENS
-        own_k = tl.load(k + token[:, None] * k_token + columns[None, :], mask=ok[:, None], other=0.0)
-        own_v = tl.load(v + token[:, None] * v_token + columns[None, :], mask=ok[:, None], other=0.0)
-        k0, k1 = halves_of(own_k, K_PAIRED, BLOCK_N, DIM)
-        v0, v1 = halves_of(own_v, V_PAIRED, BLOCK_N, DIM)
-        top, total, sum0, sum1 = attend_tile(
-            q0, q1, k0, k1, v0, v1, ok, top, total, sum0, sum1, scale, K_PAIRED, V_PAIRED
-        )
+    if split == SPLITS - 1:
+        if REST > 0:
+            first = TILES * BLOCK_N
+            k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            ok = first + tl.arange(0, REST) < PAST
+            total, sum0, sum1 = attend_tile(
+                q0, q1, k0, k1, v0, v1, ok, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
+            )
+        for tile in tl.range(0, (TOKENS + OWN - 1) // OWN, num_stages=1):
+            token = tile * OWN + tl.arange(0, OWN)
+            ok = token < TOKENS
+            own_keys, own_values = own_rows(part, cos, sin, token, ok, HEADS, OWN, DIM, EPS)
+            k_even, k_odd = halves_of(own_keys, K_PAIRED, OWN, DIM)
+            v_even, v_odd = halves_of(own_values, V_PAIRED, OWN, DIM)
+            total, sum0, sum1 = attend_tile(
+                q0, q1, k_even, k_odd, v_even, v_odd, ok, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
+            )
+            mine = ok & (tl.program_id(2) == 0)  # every block of queries is here; one stores
+            place = current * TOKENS + token
+            if K_STORE:
+                store_tile(
+                    own_keys, k_data, k_factors, place, mine, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, RCEIL, OWN, DIM
+                )
+            if V_STORE:
+                store_tile(
+                    own_values,
+                    v_data,
+                    v_factors,
+                    place,
+                    mine,
+                    V_FORMAT,
+                    V_LARGEST,
+                    V_EMAX,
+                    V_THRESHOLD,
+                    RCEIL,
+                    OWN,
+                    DIM,
+                )
+            if KEEP_K:
+                target = own_k + (row * TOKENS + token)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+                tl.store(target, own_keys, mask=mine[:, None])
     if V_PAIRED:  # noqa: SIM108 (a compile-time branch)
         result = tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
     else:
         result = sum0
+    columns = tl.arange(0, DIM)
+    out += (batch * TOKENS * HEADS + head) * DIM
     if SPLITS == 1:
-        out += (batch * TOKENS * HEADS + head) * DIM
         values = (result / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
     else:
-        place = (split * programs + row) * TOKENS
-        tl.store(sums + (place + queries[:, None]) * DIM + columns[None, :], result, mask=asked[:, None])
-        tl.store(stats + place + queries, top, mask=asked)
-        tl.store(stats + (SPLITS * programs * TOKENS + place) + queries, total, mask=asked)
-
-
-@triton.jit
-def combine_kernel(
-    sums,
-    stats,
-    out,
-    rows,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Softmax over the whole window from each split's; grid (blocks of rows), ``rows`` is B*H*TOKENS.
-
-    ``sums [SPLITS, rows, DIM]``, ``stats [2, SPLITS, rows]``, ``out [B, TOKENS, H, DIM]``.
-    """
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = row < rows
-    split = tl.arange(0, SPLITS_PADDED)
-    both = (split < SPLITS)[:, None] & ok[None, :]
-    tops = tl.load(stats + split[:, None] * rows + row[None, :], mask=both, other=float("-inf"))
-    totals = tl.load(stats + (SPLITS + split[:, None]) * rows + row[None, :], mask=both, other=0.0)
-    top = tl.max(tops, 0)
-    total = tl.sum(tl.exp2(tops - top[None, :]) * totals, 0)
-    columns = tl.arange(0, DIM)
-    result = tl.zeros((BLOCK, DIM), tl.float32)
-    for index in tl.static_range(SPLITS):
-        weight = tl.exp2(tl.load(stats + index * rows + row, mask=ok, other=float("-inf")) - top)
-        part = tl.load(sums + (index * rows + row[:, None]) * DIM + columns[None, :], mask=ok[:, None], other=0.0)
-        result += part * weight[:, None]
-    head, token = row // TOKENS % HEADS, row % TOKENS
-    place = ((row // (TOKENS * HEADS) * TOKENS + token) * HEADS + head) * DIM
-    values = (result / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] + columns[None, :], values, mask=ok[:, None])
+        stride = programs * TOKENS
+        place = split * stride + row * TOKENS + queries
+        tl.store(sums + place[:, None] * DIM + columns[None, :], result, mask=asked[:, None])
+        tl.store(totals + place, total, mask=asked)
+        tl.debug_barrier()  # all threads' sums are written before one thread says so
+        counter = arrived + tl.program_id(2) * programs + row
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            rows = row * TOKENS + queries
+            combine(sums, totals, out, rows, stride, queries, asked, HEADS, DIM, SPLITS, BLOCK_M)
+            tl.store(counter, 0)
