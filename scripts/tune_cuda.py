@@ -50,7 +50,7 @@ def tune(bench: Bench, mx: CudaMXLinear, x: Tensor) -> str:
     def measure(configs: Sequence[CudaConfig]) -> None:
         fresh = [config for config in dict.fromkeys(configs) if config not in timed]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.fmt.element.name) for c in fresh}
+            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.fmt.element.name, False) for c in fresh}
             for config, job in jobs.items():
                 if bench.over:
                     job.cancel()

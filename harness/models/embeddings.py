@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,11 +26,12 @@ class MLP(nn.Module):
     def __init__(self, d_in: int, d_hidden: int, d_out: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(d_in, d_hidden)
+        self.act = nn.SiLU()
         self.fc2 = nn.Linear(d_hidden, d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., d_in]`` to ``[..., d_out]``."""
-        return self.fc2(F.silu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class TimestepEmbedding(nn.Module):

@@ -52,6 +52,14 @@ class MXModule(nn.Module, ABC):
     bias: Tensor | None
     note: str | None = None
 
+    def absorb(self, activation: nn.Module) -> bool:
+        """Apply `activation` to the outputs of `forward` from now on, if the kernel can; whether it will."""
+        return False
+
+    def linear(self, x: Tensor) -> Tensor:
+        """`forward` without an activation that it has absorbed: what any other MX Linear of this format gives."""
+        return self(x)
+
     @abstractmethod
     def weight_blocks(self) -> MXBlocks:
         """The weight [N, K] in MX form, scales row-major."""

@@ -14,6 +14,7 @@ from harness.mx.linear import MXModule
 def linear_error(linear: nn.Linear, mx: MXModule, x: Tensor) -> dict[str, Any]:
     """Error of `mx` on the BF16 input `x` [..., K] against `linear` (BF16 weight [N, K]) computed in float64.
 
+    An activation that `mx` has absorbed is left out, so the figures are those of any other kernel.
     Returns the figures of `error` for the MX Linear; under `bf16` the same for `linear` itself, the error BF16 alone
     makes; under `weight` the `block_stats` of the MX weight, with the count of weights `clipped` beyond the largest
     element; and under `activation`, for dynamic activations, the same of `x`.
@@ -22,7 +23,7 @@ def linear_error(linear: nn.Linear, mx: MXModule, x: Tensor) -> dict[str, Any]:
     bias = None if linear.bias is None else linear.bias.detach().double()
     with torch.no_grad():
         reference = F.linear(x.double(), weight.double(), bias)
-        result: dict[str, Any] = error(mx(x), reference)
+        result: dict[str, Any] = error(mx.linear(x), reference)
         result["bf16"] = error(linear(x), reference)
     blocks = mx.weight_blocks()
     result["weight"] = block_stats(blocks, mx.fmt.element) | {"clipped": clipped(weight, blocks, mx.fmt.element)}

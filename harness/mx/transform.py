@@ -10,8 +10,11 @@ from torch import nn
 from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
 from harness.mx.formats import BLOCK
-from harness.mx.linear import LinearFormat
+from harness.mx.linear import LinearFormat, MXModule
 from harness.mx.select import Candidate, MXTransformError, Selection, category, place, select
+
+_BEHIND = {"mlp.fc1": "act"}
+"""By a Linear's name within its block, the module beside it that takes all of its output, and that alone."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class TransformSummary:
 
     `kernel` is the kernel in use, `kernel_asked` the one in the config. `emulated` says that the speed is none of
     MX's. `kept_bf16` maps Linears in scope that stay BF16 to the reason, `other_kernels` transformed ones that
-    `kernel` cannot take to what computes them, and why. Bytes count weights, scales and biases of the transformed
+    `kernel` cannot take to what computes them, and why. `fused_activations` maps transformed Linears whose kernel
+    applies the activation behind them to its name. Bytes count weights, scales and biases of the transformed
     Linears. `bits_by_category` has every category that was transformed; `bits` and `element` are those
     of a category that the config does not name.
     """
@@ -42,6 +46,7 @@ class TransformSummary:
     names: list[str] = field(default_factory=list)
     kept_bf16: dict[str, str] = field(default_factory=dict)
     other_kernels: dict[str, str] = field(default_factory=dict)
+    fused_activations: dict[str, str] = field(default_factory=dict)
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
     bits_by_category: dict[str, int] = field(default_factory=dict)
@@ -54,14 +59,13 @@ class TransformSummary:
         """For a person: every transformed Linear by category, layers folded together, and each kept one's reason."""
         if not self.enabled:
             return "Linears in MX: none (quant.enabled=false)"
-        layers: dict[tuple[str, str], list[int]] = {}
-        for name in self.names:
-            layer, within = place(name)
-            layers.setdefault((category(within), name.replace(f".{layer}.", ".{}.", 1)), []).append(layer)
         counts = ", ".join(f"{number} {name}" for name, number in self.categories.items())
         lines = [f"Linears in MX: {self.count} ({counts}), {self.numeric_path}"]
-        lines += [f"  {kind:<10} {name.format(_span(found))}" for (kind, name), found in sorted(layers.items())]
+        lines += [f"  {kind:<10} {name}" for kind, name in _folded(self.names)]
         lines += [f"  {name}: {note}" for name, note in self.other_kernels.items()]
+        for activation in dict.fromkeys(self.fused_activations.values()):
+            names = [name for name, fused in self.fused_activations.items() if fused == activation]
+            lines += [f"  {activation} in the kernel of {name}" for _, name in _folded(names)]
         lines += [f"In scope, kept BF16: {len(self.kept_bf16)}"]
         lines += [f"  {name}: {reason}" for name, reason in self.kept_bf16.items()]
         return "\n".join(lines)
@@ -92,6 +96,7 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
         if replacement.note is not None:
             other_kernels[candidate.name] = replacement.note
         _replace(model, candidate.name, replacement)
+    names = [c.name for c in selection.chosen]
     fmt = LinearFormat.of(conf)
     return TransformSummary(
         enabled=True,
@@ -108,9 +113,10 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
         emulated=any(way.kernel.emulated for way in ways.values()),
         count=len(selection.chosen),
         categories=dict(Counter(c.category for c in selection.chosen)),
-        names=[c.name for c in selection.chosen],
+        names=names,
         kept_bf16=selection.kept_bf16,
         other_kernels=other_kernels,
+        fused_activations=_fuse_activations(model, names),
         weight_bytes_before=before,
         weight_bytes_after=after,
         bits_by_category={category: way.fmt.element.bits for category, way in ways.items()},
@@ -152,6 +158,15 @@ def _numeric_path(ways: dict[str, _Way]) -> str:
     if len(categories) == 1:
         return next(iter(categories))
     return "; ".join(f"{' and '.join(names)} {path}" for path, names in categories.items())
+
+
+def _folded(names: list[str]) -> list[tuple[str, str]]:
+    """Category and name of Linears, those of several layers as one pattern, sorted."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        layer, within = place(name)
+        layers.setdefault((category(within), name.replace(f".{layer}.", ".{}.", 1)), []).append(layer)
+    return [(kind, name.format(_span(found))) for (kind, name), found in sorted(layers.items())]
 
 
 def _span(layers: list[int]) -> str:
@@ -203,6 +218,24 @@ def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
     if not weight.is_meta and not weight.isfinite().all():
         return "its weight holds NaN or infinity"
     return kernel.unfit(module)
+
+
+def _fuse_activations(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Move the activation behind an MX Linear into it where its kernel can, an Identity in its place.
+
+    Returns the names of such Linears with the activation's.
+    """
+    fused = {}
+    for name in names:
+        behind = _BEHIND.get(place(name)[1])
+        if behind is None:
+            continue
+        linear, mlp = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        activation = mlp.get_submodule(behind)
+        if isinstance(linear, MXModule) and linear.absorb(activation):
+            setattr(mlp, behind, nn.Identity())
+            fused[name] = type(activation).__name__
+    return fused
 
 
 def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:

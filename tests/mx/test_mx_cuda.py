@@ -1,10 +1,13 @@
 """`kernel=cuda` on a Hopper GPU against the decoded operands. What needs no GPU is in test_mx_cuda_source.py."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.models.embeddings import MLP
 from harness.mx.conf import Activation, ScaleMode
 from harness.mx.formats import E2M1, E4M3, E5M2, MXBlocks, decode, encode
 from harness.mx.kernels import cuda_linear
@@ -151,6 +154,51 @@ def test_a_captured_graph_reads_what_its_input_then_holds():
     graph.replay()
     torch.cuda.synchronize()
     assert_equals_oracle(mx, x, out)
+
+
+def mlps(name):
+    """The same MLP with SiLU as a call of its own, and in `fc1`."""
+    plain = MLP(512, 2048, 512)
+    plain.fc1, plain.fc2 = make(2048, 512, FORMATS[name]), make(512, 2048, FORMATS[name])
+    fused = copy.deepcopy(plain)
+    assert fused.fc1.absorb(fused.act)
+    fused.act = nn.Identity()
+    return plain, fused
+
+
+def test_silu_of_every_bf16_value_is_that_of_torch():
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).to(DEVICE)
+    blocks = MXBlocks(torch.zeros(2**16, 32, dtype=torch.uint8), torch.full((2**16, 1), 127, dtype=torch.uint8))
+    mx = CudaMXLinear.from_blocks(MXBlocks(*(part.to(DEVICE) for part in blocks)), every, W8A16)
+    assert mx.absorb(nn.SiLU())
+    got, want = mx(torch.zeros(1, 32, device=DEVICE).bfloat16())[0], F.silu(every)
+    assert torch.equal(got.isnan(), want.isnan())
+    differing = (got != want) & ~want.isnan()
+    assert set(every[differing].tolist()) <= {-(2**-8), 2**-7, 5.9375}  # see `silu` in mx_linear.cu
+    torch.testing.assert_close(got[differing], want[differing], rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200])
+@pytest.mark.parametrize("name", FORMATS)
+def test_silu_in_the_kernel_is_silu_behind_it(name, rows):
+    plain, fused = mlps(name)
+    x = torch.randn(rows, 512, device=DEVICE).bfloat16()
+    want = F.silu(plain.fc1(x))
+    torch.testing.assert_close(fused.fc1(x), want, rtol=2**-7, atol=0)
+    assert (fused.fc1(x) != want).sum() <= want.numel() // 1000
+    assert torch.equal(fused.fc1.linear(x), plain.fc1(x))
+    torch.testing.assert_close(fused(x), plain(x), rtol=2**-6, atol=2**-6 * plain(x).abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["W8A16", "W4A4"])
+def test_an_mlp_with_silu_in_the_kernel_compiles_to_one_graph_and_replays(name):
+    _, fused = mlps(name)
+    x = torch.randn(64, 512, device=DEVICE).bfloat16()
+    compiled = torch.compile(lambda x: fused(x * 2) + 1, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        got = compiled(x).clone()
+    want = fused(x * 2) + 1
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * want.abs().max().item())
 
 
 def test_stacked_linears_give_their_outputs_side_by_side():

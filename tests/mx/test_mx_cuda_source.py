@@ -42,9 +42,10 @@ def kernel(tmp_path_factory):
     source.write_text("".join(f'#include "{part}"\n' for part in parts))
     built = {}
 
-    def call(config, x, weight, bias, n, fmt, seed=0):
+    def call(config, x, weight, bias, n, fmt, seed=0, silu=False):
         (m, k), groups = x.shape, weight.tiles.shape[1]
-        macros = tuple(f"-D{name}={value}" for name, value in defines(config, k, fmt.bits, SHIFT[fmt.name]).items())
+        parameters = defines(config, k, fmt.bits, SHIFT[fmt.name], silu)
+        macros = tuple(f"-D{name}={value}" for name, value in parameters.items())
         if macros not in built:
             path = folder / f"kernel{len(built)}.so"
             command = [COMPILER, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC"]
@@ -102,6 +103,29 @@ def test_threads_may_run_in_any_order(kernel):
     results = [kernel(config, x, weight, bias, n, fmt, seed) for seed in range(3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["a cluster of 2, split K within a block", "one block alone, odd outputs"])
+def test_silu_is_that_of_the_rounded_outputs(kernel, name):
+    config, fmt, m, n, k = CASES[name]
+    x, blocks, bias = operands(m, n, k, fmt)
+    weight = cuda_packing.pack(blocks, fmt)
+    plain = kernel(config, x, weight, bias, n, fmt)
+    got = kernel(config, x, weight, bias, n, fmt, silu=True)
+    assert_equals_oracle(plain, x, blocks, bias, fmt)
+    assert not torch.equal(got, plain)
+    assert torch.equal(got, F.silu(plain))
+
+
+def test_silu_of_every_bf16_value_is_that_of_torch(kernel):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    blocks = MXBlocks(torch.zeros(2**16, 16, dtype=torch.uint8), torch.full((2**16, 1), 127, dtype=torch.uint8))
+    weight, x = cuda_packing.pack(blocks, E2M1), torch.zeros(1, 32).bfloat16()
+    got = kernel(CudaConfig(1, 4, 4, 1, 1, 1, 1), x, weight, every, 2**16, E2M1, silu=True)[0]
+    want = F.silu(every)
+    assert torch.equal(got.isnan(), want.isnan())
+    differing = every[(got != want) & ~want.isnan()]
+    assert not len(differing), differing
 
 
 def every_value(fmt, low, high):

@@ -92,7 +92,7 @@ def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
     return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
 
 
-def defines(config: CudaConfig, k: int, bits: int, magnitude_shift: int) -> dict[str, int]:
+def defines(config: CudaConfig, k: int, bits: int, magnitude_shift: int, silu: bool = False) -> dict[str, int]:
     """The compile-time parameters of `mx_linear.cu`."""
     return {
         "BITS": bits,
@@ -108,6 +108,7 @@ def defines(config: CudaConfig, k: int, bits: int, magnitude_shift: int) -> dict
         "OVERLAY": int(layout(config, k, bits)[1]),
         "PDL": config.overlap,
         "BLOCKS": config.blocks,
+        "SILU": int(silu),
     }
 
 

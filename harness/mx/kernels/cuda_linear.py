@@ -52,11 +52,12 @@ class CudaMXLinear(MXModule):
 
     Buffers: `tiles` uint8 [N/16, K/64, bytes] (see `cuda_packing`), `bias` BF16 [N] or None. Products are multiplied
     by `post`, a power of two, after summing. `config` overrides the launch shape (see `cuda_config.choose`) for every
-    M.
+    M. `silu`: whether the kernel applies SiLU to its outputs (see `absorb`).
     """
 
     tiles: Tensor
     config: CudaConfig | None = None
+    silu: bool = False
 
     def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None, fmt: LinearFormat) -> None:
         """`sizes` are (out_features, in_features) of the weight that `weight` holds."""
@@ -82,10 +83,10 @@ class CudaMXLinear(MXModule):
         """One Linear whose output is that of this one, then those of `others`, which read the same input.
 
         Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
-        when they do not fit together: another format or K, padded outputs, or another `post`.
+        when they do not fit together: another format or K, padded outputs, another `post`, or SiLU behind some only.
         """
         members = [self, *(other for other in others if isinstance(other, CudaMXLinear))]
-        kinds = {(m.fmt, m.post, m.in_features, m.bias is None) for m in members}
+        kinds = {(m.fmt, m.post, m.in_features, m.bias is None, m.silu) for m in members}
         outputs = [m.out_features for m in members]
         if len(members) <= len(others) or len(kinds) > 1 or any(n % cuda_packing.ROWS for n in outputs):
             return None
@@ -94,24 +95,41 @@ class CudaMXLinear(MXModule):
             weight = CudaWeight(_joined(members), self.post)
             if weight.tiles.is_cuda:
                 torch.cuda.synchronize(weight.tiles.device)
-            return CudaMXLinear(weight, (sum(outputs), self.in_features), bias, self.fmt)
+            stacked = CudaMXLinear(weight, (sum(outputs), self.in_features), bias, self.fmt)
+            stacked.silu = self.silu
+            return stacked
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""
+        return self._outputs(x, self.silu)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The same without SiLU."""
+        return self._outputs(x, silu=False)
+
+    def absorb(self, activation: nn.Module) -> bool:
+        """Take over SiLU: a call of the kernel that writes the outputs instead of two."""
+        if self.silu or type(activation) is not nn.SiLU:
+            return False
+        self.silu = True
+        return True
+
+    def _outputs(self, x: Tensor, silu: bool) -> Tensor:
         rows = self.operand(x.reshape(-1, self.in_features))
-        return self.product(rows).view(*x.shape[:-1], self.out_features)
+        return self.product(rows, silu).view(*x.shape[:-1], self.out_features)
 
     def operand(self, rows: Tensor) -> Tensor:
         """BF16 rows [M, K], rounded to MX if activations are to be; in compiled code fused with what made the rows."""
         element = self.fmt.activation_element
         return rows if element is None else decode(encode(rows, element, self.fmt.scale_mode), element)
 
-    def product(self, rows: Tensor) -> Tensor:
-        """BF16 [M, N] of what `operand` made of the rows."""
+    def product(self, rows: Tensor, silu: bool = False) -> Tensor:
+        """BF16 [M, N] of what `operand` made of the rows; with `silu`, SiLU of it."""
         from harness.mx.kernels.cuda_ops import mx_linear  # an operator of CUDA tensors alone
 
         config = [] if self.config is None else self.config.as_ints()
-        return mx_linear(rows, self.tiles, self.bias, self.out_features, self.fmt.element.name, self.post, config)
+        name = self.fmt.element.name
+        return mx_linear(rows, self.tiles, self.bias, self.out_features, name, self.post, config, silu)
 
     def weight_blocks(self) -> MXBlocks:
         """The weight in MX form, unpacked."""
@@ -121,6 +139,10 @@ class CudaMXLinear(MXModule):
     def weight_bytes(self) -> int:
         """Elements and scales with their padding, and bias."""
         return self.tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def extra_repr(self) -> str:
+        """Sizes, format, and whether SiLU follows."""
+        return super().extra_repr() + ", then SiLU" * self.silu
 
     def shape(self, rows: int) -> CudaShape:
         """The product of this weight and `rows` activation rows."""

@@ -24,12 +24,20 @@ _loading = threading.Lock()
 
 @torch.library.custom_op("harness_mx::cuda_linear", mutates_args=(), device_types="cuda")
 def mx_linear(
-    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, element: str, post: float, config: list[int]
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    element: str,
+    post: float,
+    config: list[int],
+    silu: bool = False,
 ) -> Tensor:
-    """`x @ decode(weight).T + bias`: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
+    """`x @ decode(weight).T + bias`, or SiLU of that: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
 
     `tiles` and `post` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or None,
-    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`).
+    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`). `silu` applies SiLU in float32 to the sums
+    rounded to BF16, as `F.silu` on the rounded outputs does.
 
     Raises `nvrtc.DriverError` when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
     """
@@ -42,7 +50,7 @@ def mx_linear(
         return out
     shape = CudaConfig(*config) if config else choose(CudaShape(m, out_features, k, bits))
     with torch.cuda.device(x.device):
-        function = load(shape, k, element, x.device)
+        function = load(shape, k, element, x.device, silu)
         arguments = (
             nvrtc.TensorMap(x, 8 * shape.m_tiles, GROUP),
             tiles,
@@ -59,7 +67,14 @@ def mx_linear(
 
 @mx_linear.register_fake
 def _(
-    x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int, element: str, post: float, config: list[int]
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    element: str,
+    post: float,
+    config: list[int],
+    silu: bool = False,
 ) -> Tensor:
     return torch.empty(x.shape[0], out_features, dtype=torch.bfloat16, device=x.device)
 
@@ -72,20 +87,21 @@ def source() -> str:
 
 
 @functools.cache
-def compiled(config: CudaConfig, k: int, element: str) -> bytes:
-    """The cubin of `config` for weights of `k` inputs and elements "e4m3", "e5m2" or "e2m1"."""
+def compiled(config: CudaConfig, k: int, element: str, silu: bool) -> bytes:
+    """The cubin of `config` for weights of `k` inputs and elements "e4m3", "e5m2" or "e2m1", with SiLU or without."""
     bits = 4 if element == "e2m1" else 8
-    defines = cuda_config.defines(config, k, bits, _MAGNITUDE_SHIFT[element])
+    defines = cuda_config.defines(config, k, bits, _MAGNITUDE_SHIFT[element], silu)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
-def load(config: CudaConfig, k: int, element: str, device: torch.device) -> nvrtc.Function:
+def load(config: CudaConfig, k: int, element: str, device: torch.device, silu: bool) -> nvrtc.Function:
     """The kernel `config` on the current device, `device`."""
     with _loading:
-        return _load(config, k, element, torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _load(config, k, element, index, silu)
 
 
 @functools.cache
-def _load(config: CudaConfig, k: int, element: str, device: int) -> nvrtc.Function:
+def _load(config: CudaConfig, k: int, element: str, device: int, silu: bool) -> nvrtc.Function:
     shared, _ = layout(config, k, 4 if element == "e2m1" else 8)
-    return nvrtc.Function(compiled(config, k, element), "mx_linear", shared)
+    return nvrtc.Function(compiled(config, k, element, silu), "mx_linear", shared)

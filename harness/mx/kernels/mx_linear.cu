@@ -1,4 +1,4 @@
-// Product of BF16 activations with a packed MX weight: out[m][n] = sum_k x[m][k] * W[n][k] + bias[n].
+// Product of BF16 activations with a packed MX weight: out[m][n] = sum_k x[m][k] * W[n][k] + bias[n], or SiLU of it.
 //
 // For few rows M (a frame's 64), where reading the weight once decides the time. Written for sm_90.
 //
@@ -17,7 +17,7 @@
 // Compile-time parameters (cuda_config.py): BITS 8 or 4; MAG_SHIFT bits an 8-bit element's magnitude moves; MT tiles of
 // 8 rows of x; RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a
 // block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a
-// multiprocessor.
+// multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
 constexpr int WARPS = WR * WK;
 constexpr int TILE = BITS == 8 ? 1056 : 544;   // bytes of a tile of 16 rows by 64 inputs: elements, then 32 scales
@@ -119,9 +119,17 @@ __device__ __forceinline__ float bias_of(const u16* bias, int n, int N) {
     return bias != nullptr && n < N ? __uint_as_float(static_cast<u32>(bias[n]) << 16) : 0.0f;
 }
 
+// In float32 and with the full exp and division, as torch's own SiLU of BF16 has it. SiLU of -2^-8, 2^-7 and 5.9375
+// lies so close to where BF16 rounds the other way that another exp may decide; that of no other BF16 value does.
+__device__ __forceinline__ float silu(float v) {
+    return v / (1.0f + expf(-v));
+}
+
 // Two outputs in BF16, turned so that a lane holds row `lane / 4` of x and outputs 2 * (lane % 4) and the next.
 __device__ __forceinline__ u32 turned(float first, float second) {
-    return transpose(to_bf16(first, second));
+    u32 pair = to_bf16(first, second);
+    if constexpr (SILU) pair = to_bf16(silu(__uint_as_float(pair << 16)), silu(__uint_as_float(pair & 0xffff0000u)));
+    return transpose(pair);
 }
 
 __device__ __forceinline__ void store_pair(u16* out, u32 pair, int m, int n, int M, int N) {
