@@ -33,8 +33,8 @@ from harness.rollout import Rollout, make_cache
 from scripts.bench_rollout import build, compose_plan, random_inputs
 
 PARTS = (
-    ("attention", r"window_kernel|combine_kernel|window_attention|flash|fmha|attention|flex|sdpa"),
-    ("cache", r"heads_kernel|frame_heads|index_copy|index_put|scatter"),
+    ("attention", r"window_kernel|window_attention|flash|fmha|attention|flex|sdpa"),
+    ("cache", r"index_copy|index_put|scatter"),
     ("MX GEMM", r"mx_|gemm_fp8|gemm_bf16|dot_scaled"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|splitk|addmm|\bmm\b|matmul|linear|triton_tem|triton_mm"),
     ("copy", r"memcpy|memset|copy_|aten::clone"),

@@ -61,7 +61,7 @@ def test_profile_splits_a_frame_and_compares(tmp_path, capsys):
     [
         ("window_kernel", "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
-        ("heads_kernel", "cache"),
+        ("index_copy_kernel", "cache"),
         ("nvjet_tst_64x64_splitK", "GEMM"),
         ("triton_red_fused_add_mean_0", "norm and elementwise"),
         ("Memcpy DtoD", "copy"),
