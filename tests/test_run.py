@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import av
 import pytest
@@ -105,20 +106,22 @@ def test_a_gate_that_cannot_be_evaluated_keeps_the_finished_run(command, monkeyp
     assert (record.status, len(record.clips), record.gates) == ("complete", 2, None)
 
 
-@pytest.fixture
-def small_files():
+@contextmanager
+def small_files(size: int):
     """Files of this process cannot grow beyond so many bytes, as on a disk that is nearly full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:  # at once: what pytest writes to may be a longer file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_with_the_table_on_the_screen_and_the_file_named(monkeypatch, tmp_path, small_files, capfd):
+def test_a_full_disk_ends_with_the_table_on_the_screen_and_the_file_named(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(sys, "argv", ["run.py", *QUICK, "measure.videos=false", "quant=mxfp8_mlp", "hydra.run.dir=run"])
     monkeypatch.chdir(tmp_path)
     GlobalHydra.instance().clear()
-    small_files(10_000)
-    with pytest.raises(SystemExit) as stop:
+    with small_files(10_000), pytest.raises(SystemExit) as stop:
         cli()
     said = capfd.readouterr()
     assert stop.value.code == 2
