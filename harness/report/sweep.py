@@ -7,6 +7,7 @@ however it ends.
 from __future__ import annotations
 
 import atexit
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -233,6 +234,27 @@ def _plots(runs: Sequence[Run]) -> list[Markup]:
     return plots
 
 
+def _labels(runs: Sequence[Run]) -> dict[Path, str]:
+    """A run's name; where several share it, with what they differ in: ``mxfp8_all, floor`` or ``mxfp8_all, bits=4``."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    labels = {}
+    for name, group in groups.items():
+        common = set.intersection(*(set(run.overrides) for run in group))
+        for run in group:
+            own = [_short(override) for override in run.overrides if len(group) > 1 and override not in common]
+            labels[run.folder] = ", ".join([name, *own])
+    return labels
+
+
+def _short(override: str) -> str:
+    """``floor`` for ``quant.scale_mode=floor``; a number or a switch keeps its field's name: ``bits=4``."""
+    field, _, value = override.partition("=")
+    says_enough = re.fullmatch(r"[a-z]\w*", value) and value not in ("true", "false", "null")
+    return value if says_enough else f"{field.rpartition('.')[2]}={value}"
+
+
 def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: int) -> list[Point]:
     """Points of one plot. An emulated kernel's speed is no speed, so it competes in no front over speed."""
     found: list[tuple[Run, float, float, bool]] = []
@@ -244,9 +266,10 @@ def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: in
             found.append((run, x, y, cost == "held" or not emulated(record)))
     competing = [(sense * x, better * y) for _, x, y, competes in found if competes]
     fronts = iter(pareto([*competing, (sense * 1.0, 0.0)] if quality == "drop" else competing))
+    labels = _labels(runs)
     points = [
         Point(
-            run.name,
+            labels[run.folder],
             x,
             y,
             "s-cand" if competes else "s-cand hollow",

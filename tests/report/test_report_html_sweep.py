@@ -101,6 +101,18 @@ def test_runs_link_to_their_pages_once_they_have_one(sweep):
     assert (sweep / "1_quant_mxfp8_all" / "report.html").is_file()
 
 
+def test_runs_of_one_name_are_told_apart_in_the_plots(tmp_path):
+    for number, mode in enumerate(("floor", "rceil")):
+        job(
+            tmp_path / "sweep", number, ["quant=mxfp8_all", f"quant.scale_mode={mode}", "quant.late_layers=4"], record()
+        )
+    job(tmp_path / "sweep", 2, ["quant=mxfp8_all", "quant.scale_mode=rceil", "quant.late_layers=8"], record())
+    text = write_sweep_page(tmp_path / "sweep").read_text()
+    name = read_sweep(tmp_path / "sweep")[0].name
+    for label in ("floor, late_layers=4", "rceil, late_layers=4", "rceil, late_layers=8"):
+        assert f"{name}, {label}" in text
+
+
 def test_columns_that_no_run_fills_are_left_out(tmp_path):
     job(tmp_path, 0, ["quant=a"], record(quality=quality(recording=False)))
     text = write_sweep_page(tmp_path).read_text()
