@@ -165,6 +165,7 @@ def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, 
         save_record(record, folder / "record.json")
         if conf.gates.enabled:
             record.gates = evaluate(asdict(record), conf.gates, baseline)
+            save_record(record, folder / "record.json")
     finally:
         show(record)
     write_report(record, folder, conf.stability.incident_log)
@@ -178,8 +179,7 @@ def show(record: RunRecord) -> None:
 
 
 def write_report(record: RunRecord, folder: Path, incident_log: str | None) -> None:
-    """Write the judged record, its table, its line of the incident log and its page."""
-    save_record(record, folder / "record.json")
+    """Write the record's table, its line of the incident log and its page."""
     write_atomically(folder / "table.txt", render(record))
     if incident_log:
         incidents.append(Path(incident_log), asdict(record))
