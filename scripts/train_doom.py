@@ -12,7 +12,7 @@ training can be cut up at will. Each training stage runs for its number of minut
 * ``flow``: GameRFT by rectified flow with an independent time per frame.
 * ``forced``: the two-step sampler's passes, after recorded frames (see ``doom_world/world_model.py``).
 * ``rollout``: the same on the sampler's own states.
-* ``sharpen``: the same beside a discriminator, for detail.
+* ``sharpen``: the same beside a discriminator of decoded pictures, for detail.
 * ``evaluate``: PSNR over held-out play against "repeat the last frame" and shuffled actions; a contact sheet.
 * ``export``: BF16 safetensors and YAML, as ``assets/doom`` ships them.
 """
@@ -92,7 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rollout-minutes", type=float, default=6.0)
     parser.add_argument("--sharpen-minutes", type=float, default=3.0)
     parser.add_argument("--horizon", type=int, default=16, help="generated frames per training rollout")
-    parser.add_argument("--weight", type=float, default=0.5, help="of the adversarial gradient beside the regression's")
+    weight = "of the adversarial gradient beside the regression's, in"
+    parser.add_argument("--decoder-weight", type=float, default=0.5, help=f"{weight} decoder")
+    parser.add_argument("--sharpen-weight", type=float, default=0.2, help=f"{weight} sharpen")
     parser.add_argument("--batch", type=int, default=64, help="sequences per step (autoencoder: four times as many)")
     rate = "peak rate of AdamW in flow and forced (Muon: twice that; rollout 0.4, sharpen 0.2 of it)"
     parser.add_argument("--lr", type=float, default=2e-3, help=rate)
@@ -108,6 +110,8 @@ class Workshop:
         self.args = args
         self.work: Path = args.work
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.phase = "latest"
+        """The phase of the world model that ran last."""
         self._frames: tuple[Tensor, Controls] | None = None
         self._latents: Tensor | None = None
 
@@ -180,7 +184,7 @@ def stage_autoencoder(shop: Workshop) -> None:
 def stage_decoder(shop: Workshop) -> None:
     states = {name: load_file(shop.work / f"{name}.safetensors") for name in ("encoder", "decoder")}
     seconds, batch = 60 * shop.args.decoder_minutes, 2 * shop.args.batch
-    task = DecoderTask(DCAE, shop.frames()[0], seconds, batch, 5e-4, weight=shop.args.weight, **states)
+    task = DecoderTask(DCAE, shop.frames()[0], seconds, batch, 5e-4, weight=shop.args.decoder_weight, **states)
     finish_autoencoder(shop, task)
 
 
@@ -215,8 +219,14 @@ def stage_rollout(shop: Workshop) -> None:
 
 
 def stage_sharpen(shop: Workshop) -> None:
-    weight = shop.args.weight
-    fit_two_steps(shop, partial(SharpenTask, weight=weight), "sharpen", shop.args.sharpen_minutes, 0.2 * shop.args.lr)
+    decoder = densify(load_decoder(shop.work / "decoder.safetensors", DCAE).to(shop.device))
+    scale = shop.vae_scale()
+
+    def decode(latents: Tensor) -> Tensor:
+        return decoder((latents * scale).contiguous(memory_format=torch.channels_last))
+
+    task = partial(SharpenTask, decode=decode, weight=shop.args.sharpen_weight)
+    fit_two_steps(shop, task, "sharpen", shop.args.sharpen_minutes, 0.2 * shop.args.lr)
 
 
 def fit_two_steps(shop: Workshop, cls: Callable[..., ForcedTask], name: str, minutes: float, lr: float) -> None:
@@ -228,6 +238,7 @@ def fit_two_steps(shop: Workshop, cls: Callable[..., ForcedTask], name: str, min
 def finish_world_model(shop: Workshop, task: WorldModelTask, name: str) -> None:
     """Fit, and keep the averaged weights twice: as the latest, and under the stage's own name."""
     shop.fit(task)
+    shop.phase = name
     for path in (shop.work / f"dit_{name}.safetensors", shop.work / "dit.safetensors"):
         save(task.averaged(), path)
 
@@ -241,8 +252,8 @@ def stage_evaluate(shop: Workshop) -> None:
         torch.save(held_out_play(shop.args.eval_clips, SAMPLER.window + 64, shop.args.workers), cache)
     play = torch.load(cache, weights_only=True)
     figures, pictures = evaluate(core, encoder, decoder, play, SAMPLER, shop.vae_scale(), shop.device)
-    (shop.work / "evaluation.json").write_text(json.dumps(figures, indent=1))
-    contact_sheet(pictures, shop.work / "evaluation.png")
+    (shop.work / f"evaluation_{shop.phase}.json").write_text(json.dumps(figures, indent=1))
+    contact_sheet(pictures, shop.work / f"evaluation_{shop.phase}.png")
     print(json.dumps(figures, indent=1), flush=True)
 
 

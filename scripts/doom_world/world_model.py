@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -204,34 +205,45 @@ class RolloutTask(ForcedTask):
 
 
 class SharpenTask(RolloutTask):
-    """Phase 4: phase 3 beside a discriminator of pairs of successive latent frames, for detail that moves rightly.
+    """Phase 4: phase 3 beside a discriminator of pairs of successive pictures, for detail that moves rightly.
 
     Args:
+        decode: latents in the model's scale to pictures ``[B, 3, h, w]``; frozen. Recorded and generated latents
+            both go through it, so that nobody is blamed for what the autoencoder loses.
         weight: of the adversarial gradient beside the regression's.
+        pairs: pictures judged per sequence, each with the one before it.
     """
 
-    def __init__(self, *args: Any, weight: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, decode: Callable[[Tensor], Tensor], weight: float = 0.5, pairs: int = 2, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.weight = weight
-        self.judge = PatchJudge(2 * self.core.cfg.channels, [192] * 5, [1] * 4)
+        self.decode, self.weight, self.pairs = decode, weight, pairs
+        self.judge = PatchJudge(6, [32, 64, 128, 256], [2, 2, 2])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
         """The model's optimisers and one for the discriminator."""
-        judge = torch.optim.AdamW(self.judge.parameters(), lr=self.lr, betas=(0.5, 0.95), weight_decay=0.01)
+        judge = torch.optim.AdamW(self.judge.parameters(), lr=5e-4, betas=(0.5, 0.95), weight_decay=0.01)
         return [*super().configure_optimizers(), judge]
+
+    def pictures(self, latents: Tensor, index: Tensor) -> Tensor:
+        """Frames ``index [B, pairs]`` of ``latents [B, N, …]``, each beside the one before: ``[B*pairs, 6, h, w]``."""
+        rows = torch.arange(len(latents), device=latents.device)[:, None]
+        chosen = torch.stack((latents[rows, index - 1], latents[rows, index]), dim=2)
+        return self.decode(chosen.flatten(0, 2)).float().unflatten(0, (-1, 2)).flatten(1, 2)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """One step of the model, then one of the discriminator, on the generated frames."""
         *model_opts, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
         x0, step1, step2 = self.estimates()
-        window = self.sampler.window
-        real, fake = (
-            torch.cat((x[:, window - 1 : -1], x[:, window:]), dim=2).flatten(0, 1)
-            for x in (x0, torch.cat((x0[:, :window], step2[:, window:]), dim=1))
-        )
+        window, frames = self.sampler.window, x0.shape[1]
+        index = torch.randint(window, frames, (len(x0), self.pairs), device=x0.device)
+        with torch.no_grad():
+            real = self.pictures(x0, index)
+        fake = self.pictures(torch.cat((x0[:, :window], step2[:, window:]), dim=1), index)
         regression, realism = self.regression(x0, step1, step2), realism_loss(self.judge, real, fake)
         last = self.core.proj_out.proj.weight
         self.manual_step(model_opts, balanced(regression, realism, last, self.weight), self.core)
-        verdict = judge_loss(self.judge, real, fake, sigma=0.1)
+        verdict = judge_loss(self.judge, real, fake, sigma=0.05)
         self.manual_step(judge_opt, verdict, self.judge)
         self.report(every=50, realism=realism, verdict=verdict)

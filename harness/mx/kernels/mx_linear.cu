@@ -210,9 +210,11 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < ST; ++i) fetch(i);
-    if (PDL) next_may_begin();
     if (warp == 0 && lane == 0) {
-        if (PDL) previous_is_over();  // it may be writing x
+        if (PDL) {
+            previous_is_over();  // it may be writing x
+            next_may_begin();    // not before: what comes next may count on all but this kernel being over
+        }
         for (int i = 0; i < block_groups; ++i) {
             barrier_expect(x_bars + i * 8, XTILE);
             copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, m0, x_bars + i * 8);

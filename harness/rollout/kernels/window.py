@@ -286,6 +286,7 @@ def window_kernel(
     REST: tl.constexpr,
     OWN: tl.constexpr,
     PREFETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
 
@@ -296,7 +297,8 @@ def window_kernel(
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
     ``arrived`` int32, 0 for each head and block of queries, and 0 again afterwards. ``programs`` is B*H; ``scale``
-    includes log2(e).
+    includes log2(e). ``DEPENDENT``: launched, perhaps, before the kernel in front of it has ended (programmatic
+    dependent launch).
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
@@ -311,22 +313,26 @@ def window_kernel(
     batch, head = row // HEADS, row % HEADS
     queries = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     asked = queries < TOKENS
-    current = tl.load(slot).to(tl.int32)
-    start = (current + 1) * TOKENS
     k_data, v_data = k_ring + row * (LENGTH * K_WIDTH), v_ring + row * (LENGTH * V_WIDTH)
     K_SCALES: tl.constexpr = FRAMES if K_PER == "frame" else LENGTH * (DIM // 32 if K_PER == "block" else 1)
     V_SCALES: tl.constexpr = FRAMES if V_PER == "frame" else LENGTH * (DIM // 32 if V_PER == "block" else 1)
     k_factors, v_factors = k_scales + row * K_SCALES, v_scales + row * V_SCALES
     part = qkv + batch * (TOKENS * STRIDE) + head * DIM
-    raw = load_rows(part, queries, asked, STRIDE, DIM)
-    cosine, sine = load_angles(cos, sin, queries, asked, DIM)
     begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
-    if PREFETCH:  # the share is on its way while the queries are made
+    if PREFETCH:  # the share is on its way while the projection ends and the queries are made
         K_ITEM: tl.constexpr = k_ring.dtype.element_ty.primitive_bitwidth // 8
         V_ITEM: tl.constexpr = v_ring.dtype.element_ty.primitive_bitwidth // 8
+        oldest = (tl.load(slot, volatile=True).to(tl.int32) + 1) * TOKENS
         for tile in tl.range(begin, end, num_stages=1):
-            prefetch_rows(k_data, start, tile * BLOCK_N, BLOCK_N, K_WIDTH * K_ITEM, LENGTH)
-            prefetch_rows(v_data, start, tile * BLOCK_N, BLOCK_N, V_WIDTH * V_ITEM, LENGTH)
+            prefetch_rows(k_data, oldest, tile * BLOCK_N, BLOCK_N, K_WIDTH * K_ITEM, LENGTH)
+            prefetch_rows(v_data, oldest, tile * BLOCK_N, BLOCK_N, V_WIDTH * V_ITEM, LENGTH)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()  # nothing read so far matters, or can be trusted
+        tl.extra.cuda.gdc_launch_dependents()
+    current = tl.load(slot, volatile=True).to(tl.int32)
+    start = (current + 1) * TOKENS
+    raw = load_rows(part, queries, asked, STRIDE, DIM)
+    cosine, sine = load_angles(cos, sin, queries, asked, DIM)
     q = rotated(raw, cosine, sine, BLOCK_M, DIM, EPS)
     q0, q1 = halves_of(q, K_PAIRED, BLOCK_M, DIM)
     total = tl.zeros((BLOCK_M,), tl.float32)
