@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.mx.formats import decode
 from harness.mx.kernels import cuda_ops, nvrtc
-from harness.mx.kernels.cuda_config import CudaConfig, candidates, choose
+from harness.mx.kernels.cuda_config import SHARED_BYTES, CudaConfig, CudaShape, candidates, choose, layout
 from harness.mx.kernels.cuda_linear import CudaMXLinear
 
 TRIED = 64
@@ -66,7 +66,7 @@ def tune(bench: Bench, mx: CudaMXLinear, x: Tensor) -> str:
 
     measure([choose(shape), *candidates(shape, TRIED)])
     fastest = sorted(timed, key=timed.__getitem__)[:REFINED]
-    measure([other for config in fastest for other in _other_stages(config)])
+    measure([other for config in fastest for other in _other_stages(config) if _fits(other, shape)])
     best = min(timed, key=timed.__getitem__)
     overlapped = replace(best, overlap=1)
     measure([overlapped])
@@ -88,6 +88,10 @@ def _other_stages(config: CudaConfig) -> list[CudaConfig]:
         replace(config, stage_groups=stage, stages=-(-groups // stage)) for stage in (1, 2, 3, 4, 6) if stage <= groups
     ]
     return [*others, *(replace(config, stages=stages) for stages in (2, 3, 4, 6) if stages < config.stages)]
+
+
+def _fits(config: CudaConfig, shape: CudaShape) -> bool:
+    return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
 
 
 def _checker(mx: CudaMXLinear, rows: Tensor) -> Callable[[], str | None]:

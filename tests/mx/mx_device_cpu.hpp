@@ -179,6 +179,7 @@ inline void copy_bytes(u32 to, const u8* from, u32 bytes, u32 bar, u64) {
     at(*now->block, to, bytes, 16);
     now->block->copies.push_back({static_cast<int>(dice() % 8), to, bytes, bar, from, nullptr, 0, 0});
 }
+inline void prefetch_map(const TensorMap*) {}
 inline void copy_x(u32 to, const TensorMap* map, int k, int m, u32 bar) {
     const u32 bytes = map->rows * 128;
     at(*now->block, to, bytes, 1024);
@@ -230,14 +231,6 @@ void together(const u32* given, int n, u32* result, int results, Compute compute
     meet(warp.meeting);
     std::memcpy(result, warp.result[lane], 4 * results);
 }
-inline void load_matrices(u32 (&r)[4], u32 address) {
-    together(&address, 1, r, 4, [](Warp& warp) {
-        for (int lane = 0; lane < 32; ++lane)
-            for (int i = 0; i < 4; ++i)
-                std::memcpy(&warp.result[lane][i],
-                            at(*now->block, warp.given[8 * i + lane / 4][0], 16, 16) + lane % 4 * 4, 4);
-    });
-}
 inline u32 transpose(u32 pair) {
     u32 result;
     together(&pair, 1, &result, 1, [](Warp& warp) {
@@ -273,6 +266,29 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
             }
     });
     std::memcpy(c, result, 16);
+}
+
+// wgmma, a warp's 16 rows of it, done at once. Shared memory is read as swizzled: bits 4 to 6 of an address exclusive-or
+// bits 7 to 9.
+inline void products_begin() {}
+inline void products_commit() {}
+template <int LATER>
+inline void products_wait() {}
+inline void keep(const u32&) {}
+inline void keep(float&) {}
+inline u64 rows_at(u32 address) { return address; }
+template <int FIRST, int COUNT>
+inline void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
+    const int lane = now->thread.x % 32;
+    for (int m = FIRST; m < min(COUNT, FIRST + 8); ++m) {
+        u32 b[2];
+        for (int i = 0; i < 2; ++i) {
+            const u32 address = static_cast<u32>(rows) + ((m - FIRST) * 8 + lane / 4) * 128 + i * 16 + lane % 4 * 4;
+            std::memcpy(&b[i], at(*now->block, address ^ (address >> 7 & 7) << 4, 4, 4), 4);
+        }
+        for (float& sum : acc[m]) sum = add ? sum : 0.0f;
+        mma(acc[m], a, b[0], b[1]);
+    }
 }
 
 static std::vector<std::unique_ptr<Fiber>> fibers;

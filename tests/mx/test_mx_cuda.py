@@ -83,13 +83,15 @@ def test_the_product_is_that_of_the_decoded_operands(name, m, n, k):
 @pytest.mark.parametrize(
     "config",
     [
-        CudaConfig(8, 2, 1, 2, 2, 1, 2),
-        CudaConfig(8, 3, 2, 2, 4, 2, 2),
-        CudaConfig(8, 2, 4, 2, 8, 1, 3),
-        CudaConfig(4, 4, 2, 2, 2, 2, 1),
+        CudaConfig(8, 2, 4, 2, 2, 1, 2),
+        CudaConfig(8, 3, 4, 2, 4, 2, 2),
+        CudaConfig(8, 1, 12, 1, 8, 1, 3),
+        CudaConfig(4, 4, 4, 2, 2, 2, 1),
         CudaConfig(2, 1, 4, 4, 1, 1, 2),
         CudaConfig(1, 4, 4, 1, 1, 1, 4),
-        CudaConfig(8, 4, 3, 1, 8, 1, 1, blocks=1),
+        CudaConfig(8, 1, 4, 4, 4, 1, 1, blocks=2),
+        CudaConfig(16, 2, 4, 1, 4, 1, 2),
+        CudaConfig(32, 1, 8, 1, 8, 1, 2),
     ],
     ids=str,
 )

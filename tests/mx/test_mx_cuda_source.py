@@ -78,12 +78,14 @@ def assert_equals_oracle(got, x, blocks, bias, fmt):
 
 
 CASES = {
-    "a cluster of 2, split K within a block": (CudaConfig(8, 2, 1, 2, 2, 1, 2), E4M3, 64, 64, 256),
-    "4 bits, N and K that end early": (CudaConfig(4, 1, 2, 2, 2, 2, 1), E2M1, 30, 72, 352),
-    "sums where operands were": (CudaConfig(8, 3, 1, 1, 4, 2, 1, blocks=21), E4M3, 50, 72, 320),
-    "one block alone, odd outputs": (CudaConfig(1, 1, 2, 1, 1, 2, 2), E2M1, 3, 39, 480),
-    "E5M2, more rows than a tile": (CudaConfig(2, 1, 2, 3, 2, 1, 1), E5M2, 20, 50, 640),
-    "more blocks than groups": (CudaConfig(2, 4, 1, 2, 8, 1, 1), E4M3, 16, 160, 96),
+    "a cluster of 2, split K within a block": (CudaConfig(8, 1, 4, 2, 2, 1, 2), E4M3, 64, 64, 256),
+    "4 bits, N and K that end early": (CudaConfig(4, 2, 4, 2, 2, 2, 1), E2M1, 30, 200, 352),
+    "sums where operands were": (CudaConfig(8, 3, 4, 1, 4, 2, 1, blocks=10), E4M3, 50, 72, 320),
+    "one block alone, odd outputs": (CudaConfig(1, 1, 8, 1, 1, 2, 2), E2M1, 3, 39, 480),
+    "E5M2, more rows than a tile": (CudaConfig(2, 1, 4, 3, 2, 1, 1), E5M2, 20, 50, 640),
+    "more blocks than groups": (CudaConfig(2, 2, 4, 2, 7, 1, 1), E4M3, 16, 160, 96),
+    "128 rows": (CudaConfig(16, 1, 4, 1, 2, 2, 1), E4M3, 100, 64, 256),
+    "256 rows": (CudaConfig(32, 1, 8, 1, 1, 1, 1), E2M1, 250, 64, 192),
 }
 
 
@@ -146,12 +148,12 @@ def test_every_code_point_is_decoded_under_every_scale(kernel, fmt, high):
     blocks = every_value(fmt, 97, high)
     n = blocks.scales.shape[0]
     weight = cuda_packing.pack(blocks, fmt)
-    config = CudaConfig(4, 4, 1, 1, 1, 1, 1)
+    config = CudaConfig(4, 1, 4, 1, 1, 1, 1)
     got = kernel(config, torch.eye(32).bfloat16(), weight, None, n, fmt)
     assert torch.equal(got, decode(blocks, fmt).t())
 
 
 def test_a_layout_has_every_block_of_outputs_once():
-    config = CudaConfig(8, 2, 3, 1, 4, 1, 1)
-    assert launch_grid(config, 64, 6 * 16 * 5) == (20, 1)
-    assert launch_grid(config, 65, 6 * 16 * 5 + 1) == (24, 2)
+    config = CudaConfig(8, 2, 4, 1, 4, 1, 1)
+    assert launch_grid(config, 64, 8 * 16 * 5) == (20, 1)
+    assert launch_grid(config, 65, 8 * 16 * 5 + 1) == (24, 2)

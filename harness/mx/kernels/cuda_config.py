@@ -6,7 +6,7 @@
 import functools
 from dataclasses import astuple, dataclass, replace
 
-from harness.mx.kernels.cuda_packing import GROUP, ROWS, groups, tile_bytes
+from harness.mx.kernels.cuda_packing import ROWS, groups, tile_bytes
 
 BUCKETS = (8, 16, 32, 64, 256, 1024)
 """Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
@@ -19,9 +19,9 @@ SHARED_BYTES = 227 * 1024
 class CudaConfig:
     """Shape of one launch, all fixed at compile time.
 
-    `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` by `warps_k` warps a block,
-    side by side and splitting K; `cluster` blocks splitting K; `stage_groups` times 64 inputs in each of `stages`
-    stages that a warp fetches ahead; `blocks` a multiprocessor; `overlap` as programmatic dependent launch.
+    `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` (a multiple of 4) by `warps_k`
+    warps a block, side by side and splitting K; `cluster` blocks splitting K; `stage_groups` times 64 inputs in each of
+    `stages` stages that a warp fetches ahead; `blocks` a multiprocessor; `overlap` as programmatic dependent launch.
     """
 
     m_tiles: int
@@ -67,9 +67,12 @@ class CudaShape:
 TUNED: dict[tuple[int, int, int, int], CudaConfig] = {}
 """(bits, M bucket, N, K) to the fastest shape measured on an H200."""
 
+_PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
+"""Multiprocessors of an H100 or H200 that clusters of each size can fill."""
+
 _BYTES_PER_NS = 45.0  # what one multiprocessor takes in from HBM, L2 and its neighbours
-_SHARED_BYTES_PER_NS = 200.0
-_HMMA_NS = 0.9  # of one m16n8k16 on one of four tensor cores
+_DECODE_NS = 10.0  # of one tile of W by all warps of a multiprocessor
+_WGMMA_NS = 2.4  # of one tile of W by 8 rows of x
 _CLUSTER_NS = 600.0  # starting and meeting in a cluster
 _WARPS_K_NS = 150.0
 
@@ -130,15 +133,16 @@ def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
 
 @functools.cache
 def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
-    m_tiles = next(t for t in (1, 2, 4, 8) if t == 8 or shape.m <= 8 * t)
+    m_tiles = next(t for t in (1, 2, 4, 8, 16, 32) if t == 32 or shape.m <= 8 * t)
     fitting = [
         config
-        for cluster in (1, 2, 4, 8)
+        for tiles in {m_tiles, min(m_tiles, 16), min(m_tiles, 8)}
+        for cluster in _PLACES
         for row_tiles in (1, 2, 3, 4)
-        for warps_n in (1, 2, 3, 4, 6, 8)
-        for warps_k in (1, 2, 3, 4, 5, 6, 8)
+        for warps_n in (4, 8, 12, 16)
+        for warps_k in (1, 2, 3, 4)
         for blocks in (1, 2)
-        for config in _with_stages(CudaConfig(m_tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks), shape)
+        for config in _with_stages(CudaConfig(tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks), shape)
         if _sensible(config, shape)
     ]
     return tuple(sorted(fitting, key=lambda config: estimate(shape, config)))
@@ -159,10 +163,11 @@ def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
 
 def _sensible(config: CudaConfig, shape: CudaShape) -> bool:
     warps = config.warps * config.blocks
-    registers = config.row_tiles * config.m_tiles * 4 + 2 * config.m_tiles + 12 * config.row_tiles + 48
+    registers = config.row_tiles * (config.m_tiles * 4 + 24) + 40
     return (
-        4 <= config.warps <= 16
+        config.warps <= 16
         and warps <= 24
+        and registers <= 255
         and registers * 32 * warps <= 65536
         and config.warps_k <= held_groups(config, shape.k)
         and config.tiles <= -(-shape.n // ROWS) + config.row_tiles
@@ -172,19 +177,17 @@ def _sensible(config: CudaConfig, shape: CudaShape) -> bool:
 def estimate(shape: CudaShape, config: CudaConfig) -> float:
     """Predicted time in ns. Coarse on purpose, it only ranks shapes that nobody has measured.
 
-    A block takes in its part of W and of x and its neighbours' partial sums; its warps read x once for every
-    `row_tiles` tiles, and multiply. Blocks beyond what the multiprocessors hold wait for a second round.
+    A block takes in its part of W and of x and its neighbours' partial sums, decodes and multiplies. Blocks beyond what
+    the multiprocessors hold wait for a second round.
     """
     held, (across, down) = held_groups(config, shape.k), launch_grid(config, shape.m, shape.n)
-    places = {1: 132, 2: 132, 4: 128, 8: 120}[config.cluster] * config.blocks
+    places = _PLACES[config.cluster] * config.blocks
     rounds = max(1.0, across * down / places) if across * down > 4 * places else -(-across * down // places)
     w, x = config.tiles * held * tile_bytes(shape.bits), held * config.m_tiles * 1024
     sent = config.warps_k * config.tiles * config.m_tiles * 512 if config.cluster * config.warps_k > 1 else 0
     taken_in = w + x + sent * (config.cluster - 1) / config.cluster
-    shared = w + x * config.warps_n + 2 * sent
-    busiest = -(-config.warps // 4) * 4 / config.warps  # tensor cores share warps unevenly
-    busiest *= 1 + 4 / (config.warps * config.blocks)  # one warp alone waits for its loads
-    tensor = config.tiles * config.m_tiles * held * (GROUP / 16) / 4 * _HMMA_NS * busiest
-    work = taken_in / _BYTES_PER_NS + 0.5 * (shared / _SHARED_BYTES_PER_NS + tensor)
+    compute = config.tiles * held * max(_DECODE_NS, _WGMMA_NS * config.m_tiles)
+    compute *= 1 + 4 / (config.warps * config.blocks)  # one warpgroup alone decodes or multiplies
+    work = taken_in / _BYTES_PER_NS + 0.5 * compute
     extra = (_CLUSTER_NS if config.cluster > 1 else 0.0) + (_WARPS_K_NS if config.warps_k > 1 else 0.0)
     return rounds * work * config.blocks + extra

@@ -63,6 +63,11 @@ __device__ __forceinline__ void copy_bytes(u32 to, const u8* from, u32 bytes, u3
         ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
 
+// Has the description of a matrix at hand when the first copy needs it.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void copy_x(u32 to, const TensorMap* map, int k, int m, u32 bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
@@ -82,22 +87,67 @@ __device__ __forceinline__ u32 load4(u32 address) {
     return v;
 }
 
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 d;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// Products of a warpgroup (wgmma): asynchronous, in order. Registers they read or add to are theirs from
+// `products_begin` until `products_wait` says that at most `LATER` commits after theirs are still under way.
+__device__ __forceinline__ void products_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int LATER>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
+}
+
+// Not to be given to anything else before this point.
+__device__ __forceinline__ void keep(const u32& value) {
+    asm volatile("" ::"r"(value) : "memory");
+}
+
+__device__ __forceinline__ void keep(float& value) {
+    asm volatile("" : "+f"(value)::"memory");
+}
+
+// How wgmma finds rows of 64 inputs, 128 bytes each, as TMA swizzles them: 8 rows are 1024 bytes, aligned to that.
+// Further inputs begin 2 bytes each after `address`.
+__device__ __forceinline__ u64 rows_at(u32 address) {
+    return static_cast<u64>((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define SUMS(m) "+f"(acc[m][0]), "+f"(acc[m][1]), "+f"(acc[m][2]), "+f"(acc[m][3])
+#define SUMS8(m) SUMS(m), SUMS(m + 1), SUMS(m + 2), SUMS(m + 3), SUMS(m + 4), SUMS(m + 5), SUMS(m + 6), SUMS(m + 7)
+#define FACTORS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows), "r"(add)
+#define WGMMA(n, sums, factors, more) \
+    "{\n.reg .pred add;\nsetp.ne.u32 add, " more ", 0;\n" \
+    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, " factors ", add, 1, 1, 0;\n}\n"
+
+// acc[FIRST], ... (+)= A * B^T for 16 inputs: A 64 rows, 16 a warp, fragments of m16n8k16; B up to 64 rows in shared
+// memory, 8 for each acc[m]. Without `add` what acc held does not matter.
+template <int FIRST, int COUNT>
+__device__ __forceinline__ void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
+    if constexpr (COUNT == 1) {
+        asm volatile(WGMMA(8, "%0,%1,%2,%3", "{%4,%5,%6,%7}, %8", "%9") : SUMS(0) : FACTORS);
+    } else if constexpr (COUNT == 2) {
+        asm volatile(WGMMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11}, %12", "%13") : SUMS(0), SUMS(1) : FACTORS);
+    } else if constexpr (COUNT == 4) {
+        asm volatile(WGMMA(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "{%16,%17,%18,%19}, %20", "%21")
+                     : SUMS(0), SUMS(1), SUMS(2), SUMS(3)
+                     : FACTORS);
+    } else {
+        asm volatile(WGMMA(64, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                               "%24,%25,%26,%27,%28,%29,%30,%31", "{%32,%33,%34,%35}, %36", "%37")
+                     : SUMS8(FIRST)
+                     : FACTORS);
+    }
 }
 
 __device__ __forceinline__ void cluster_arrive() {

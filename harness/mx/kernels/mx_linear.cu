@@ -2,11 +2,12 @@
 //
 // For few rows M (a frame's 64), where reading the weight once decides the time. Written for sm_90.
 //
-//  * Rows of W are the A operand of mma.m16n8k16, rows of x the B operand. Weights are decoded into A fragments in
-//    registers; they are packed (cuda_packing.py) so that a lane finds its fragments of a tile in 16 bytes.
-//  * A cluster of CL blocks shares TILES row tiles of W and splits K; a block's warps split its row tiles WR ways and
-//    its part of K WK ways. Every warp fetches its own part of W by bulk copies, up to ST stages ahead: no block-wide
-//    synchronisation, and most of what a multiprocessor will need is under way at once.
+//  * Rows of W are the A operand of wgmma.m64n64k16, rows of x the B operand. Weights are decoded into A fragments in
+//    registers, 16 rows a warp; they are packed (cuda_packing.py) so that a lane finds its fragments of a tile in 16
+//    bytes. The tensor cores read x from shared memory, once for the 64 rows of a warpgroup, while the warps decode on.
+//  * A cluster of CL blocks shares TILES row tiles of W and splits K; a block's warps split its row tiles WR ways (a
+//    multiple of 4: warpgroups) and its part of K WK ways. Every warp fetches its own part of W by bulk copies, up to ST
+//    stages ahead: no block-wide synchronisation, and most of what a multiprocessor will need is under way at once.
 //  * A block holds its part of x in shared memory (TMA, 128-byte swizzle): x is read once a cluster.
 //  * Partial sums go to the block that owns the output, through distributed shared memory, and are added there in the
 //    order of their ranks: the result is the same every time.
@@ -15,9 +16,9 @@
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
 //
 // Compile-time parameters (cuda_config.py): BITS 8 or 4; MAG_SHIFT bits an 8-bit element's magnitude moves; MT tiles of
-// 8 rows of x; RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a
-// block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a
-// multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
+// 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST
+// stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent
+// launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
 constexpr int WARPS = WR * WK;
 constexpr int TILE = BITS == 8 ? 1056 : 544;   // bytes of a tile of 16 rows by 64 inputs: elements, then 32 scales
@@ -68,50 +69,57 @@ __device__ __forceinline__ void decode4(u32 (&a)[4], u32 word, u32 scale, u32 sc
     a[3] = multiply(((word << 2) & 0x80008000u) | ((word << 6) & 0x01c001c0u), scale8);
 }
 
-// B fragments of all rows of x for 16 inputs (step 0 to 3 of a group): the same 8 rows twice, inputs 0-7 and 8-15.
-__device__ __forceinline__ void load_x(u32 (&b)[2 * MT], u32 tile, u32 offset, int step) {
-    if constexpr (MT == 1) {
-        u32 four[4];  // of two steps
-        load_matrices(four, tile + (offset ^ (step / 2 * 64)));
-        b[0] = four[step % 2 * 2];
-        b[1] = four[step % 2 * 2 + 1];
+// The next 16 inputs' fragments of a row tile, from what `raw` holds of it.
+__device__ __forceinline__ void decode(u32 (&a)[4], const uint4& raw, u32 scales, int step) {
+    const u32 scale = power(scales, step / 2 * 2), scale8 = power(scales, step / 2 * 2 + 1);
+    if constexpr (BITS == 8) {
+        decode8(a, step % 2 ? raw.z : raw.x, step % 2 ? raw.w : raw.y, scale, scale8);
     } else {
-#pragma unroll
-        for (int pair = 0; pair < MT / 2; ++pair) {
-            u32 four[4];
-            load_matrices(four, tile + pair * 2048 + (offset ^ (step * 32)));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) b[pair * 4 + i] = four[i];
-        }
+        decode4(a, step == 0 ? raw.x : step == 1 ? raw.y : step == 2 ? raw.z : raw.w, scale, scale8);
     }
 }
 
-// acc += W * x^T for 64 inputs; `w` is the warp's first tile in shared memory, tiles of further rows lie GS tiles apart.
-__device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], u32 w, u32 x, u32 offset, int lane) {
+// Fragments of 32 inputs of a warp's row tiles. There are two: while tensor cores read one, the other is decoded.
+struct Half {
+    u32 a[2][RT][4];
+
+    __device__ __forceinline__ void hold() const {
+#pragma unroll
+        for (int i = 0; i < 8 * RT; ++i) keep(a[i / (4 * RT)][i / 4 % RT][i % 4]);
+    }
+};
+
+// acc += W * x^T for 64 inputs, or without `add` acc = it; `w` is the warp's first tile in shared memory, tiles of further
+// rows lie GS tiles apart. The products of the last 32 inputs are under way when this returns.
+__device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], Half (&halves)[2], u32 w, u32 x, int lane,
+                                               bool add) {
     u32 scales[RT];
     uint4 raw[RT];
 #pragma unroll
     for (int r = 0; r < RT; ++r) scales[r] = load4(w + r * GS * TILE + SCALES + lane / 4 * 4);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-        if (step % (BITS == 8 ? 2 : 4) == 0) {
-#pragma unroll
-            for (int r = 0; r < RT; ++r) raw[r] = load16(w + r * GS * TILE + step / 2 * 512 + lane * 16);
-        }
-        u32 b[2 * MT];
-        load_x(b, x, offset, step);
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int r = 0; r < RT; ++r) {
-            const u32 scale = power(scales[r], step / 2 * 2), scale8 = power(scales[r], step / 2 * 2 + 1);
-            u32 a[4];
-            if constexpr (BITS == 8) {
-                decode8(a, step % 2 ? raw[r].z : raw[r].x, step % 2 ? raw[r].w : raw[r].y, scale, scale8);
-            } else {
-                decode4(a, step == 0 ? raw[r].x : step == 1 ? raw[r].y : step == 2 ? raw[r].z : raw[r].w, scale, scale8);
-            }
-#pragma unroll
-            for (int m = 0; m < MT; ++m) mma(acc[r][m], a, b[2 * m], b[2 * m + 1]);
+            if (BITS == 8 || half == 0) raw[r] = load16(w + r * GS * TILE + half * 512 + lane * 16);
+            decode(halves[half].a[0][r], raw[r], scales[r], half * 2);
+            decode(halves[half].a[1][r], raw[r], scales[r], half * 2 + 1);
         }
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 2 * RT; ++i) {
+            const u32 inputs = x + (half * 2 + i / RT) * 32, more = half + i / RT > 0 || add;
+            multiply_rows<0>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs), more);
+            if constexpr (MT >= 16)
+                multiply_rows<8>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs + 8192), more);
+            if constexpr (MT >= 32) {
+                multiply_rows<16>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs + 16384), more);
+                multiply_rows<24>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs + 24576), more);
+            }
+        }
+        products_commit();
+        products_wait<1>();
+        halves[1 - half].hold();
     }
 }
 
@@ -202,20 +210,20 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     };
 
     if (lane == 0) {
+        if (warp == 0) prefetch_map(&x_map);
         for (int i = 0; i < ST; ++i) barrier_init(w_bars + i * 8);
-        if (warp == 0)
-            for (int i = 0; i < GX; ++i) barrier_init(x_bars + i * 8);
+        for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
         barriers_ready();
     }
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < ST; ++i) fetch(i);
-    if (warp == 0 && lane == 0) {
+    if (lane == 0) {
         if (PDL) {
             previous_is_over();  // it may be writing x
             next_may_begin();    // not before: what comes next may count on all but this kernel being over
         }
-        for (int i = 0; i < block_groups; ++i) {
+        for (int i = warp; i < block_groups; i += WARPS) {
             barrier_expect(x_bars + i * 8, XTILE);
             copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, m0, x_bars + i * 8);
         }
@@ -224,18 +232,8 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     if (CL > 1) cluster_arrive();  // a block may only write to blocks that have started
     __syncthreads();               // the barriers of x are ready
 
-    // Where ldmatrix finds this lane's 16 bytes: row by 128, 16-byte column exclusive-or row (the swizzle).
-    const int row = MT == 1 ? lane % 8 : lane / 16 * 8 + lane % 8;
-    const int column = MT == 1 ? lane / 8 : lane / 8 % 2;
-    const u32 offset = row * 128 + (column ^ lane % 8) * 16;
-
     float acc[RT][MT][4];
-#pragma unroll
-    for (int r = 0; r < RT; ++r)
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[r][m][i] = 0.0f;
+    Half halves[2];
 
     int group = lo;
     for (int stage = 0; group < hi; ++stage) {
@@ -243,12 +241,22 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         const int end = min(group + GS, hi);
         for (u32 w = w_shared + stage % ST * STAGE; group < end; ++group, w += TILE) {
             barrier_wait(x_bars + group * 8, 0);
-            multiply_group(acc, w, base + group * XTILE, offset, lane);
+            multiply_group(acc, halves, w, base + group * XTILE, lane, group > lo);
         }
         __syncwarp();  // every lane has read the stage
         fetch(stage + ST);
-        __syncwarp();  // tensor cores take whole warps
+        __syncwarp();
     }
+    products_wait<0>();
+#pragma unroll
+    for (int r = 0; r < RT; ++r)
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                keep(acc[r][m][i]);
+                if (lo >= hi) acc[r][m][i] = 0.0f;
+            }
 
     if constexpr (SLOTS == 1) {
 #pragma unroll
