@@ -48,8 +48,8 @@ from harness.models.rope import apply_rotary
 from harness.mx.conf import Activation, KernelChoice, ScaleMode
 from harness.mx.dispatch import KERNELS, available_kernels
 from harness.mx.formats import E2M1, E4M3, decode, encode
-from harness.mx.kernels import triton_config
-from harness.mx.kernels.cuda_linear import CudaMXLinear
+from harness.mx.kernels import cuda_linear, triton_config
+from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
 from harness.mx.kernels.triton_config import GemmConfig, candidates
 from harness.mx.kernels.triton_linear import TritonMXLinear, paths
 from harness.mx.linear import LinearFormat, MXModule
@@ -265,6 +265,7 @@ def bench_product(
     plain = Row("linear", product.name, product.shape, "torch BF16", product.n)
     bench.rows.append(plain)
     time_linear(bench, plain, linear, linear.weight.nbytes, x, None)
+    bench_packed(bench, product, linear, x, plain.us, kernels, tune)
     for name in formats:
         for way, mx in ways(linear, FORMATS[name], bench.device, kernels):
             row = Row("linear", product.name, product.shape, f"{name} {way}", product.n)
@@ -279,6 +280,32 @@ def bench_product(
             elif tune and isinstance(mx, CudaMXLinear):
                 row.note = tune_cuda.tune(bench, mx, x)
             time_linear(bench, row, mx, mx.weight_bytes(), x, plain.us)
+
+
+def bench_packed(
+    bench: Bench,
+    product: Product,
+    linear: nn.Linear,
+    x: Tensor,
+    plain_us: float | None,
+    kernels: Sequence[str] | None,
+    tune: bool,
+) -> None:
+    """BF16 through the kernel of kernel=cuda, where it runs and is asked for."""
+    asked = kernels is None or KernelChoice.cuda in kernels
+    if not asked or cuda_linear.unavailable(bench.device, FORMATS["W8A16"]) is not None:
+        return
+    packed = CudaLinear.from_linear(linear)
+    row = Row("linear", product.name, product.shape, "BF16 cuda", product.n)
+    bench.rows.append(row)
+    bench.check_time()
+    row.error = relative_error(packed(x), F.linear(x.double(), linear.weight.double(), linear.bias.double()))
+    if not row.error < 2e-2:
+        row.note = "WRONG, not timed"
+        return
+    if tune:
+        row.note = tune_cuda.tune(bench, packed, x)
+    time_linear(bench, row, packed, packed.weight_bytes(), x, plain_us)
 
 
 def tune_module(bench: Bench, mx: TritonMXLinear, x: Tensor) -> str:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.mx.formats import decode
 from harness.mx.kernels import cuda_ops, nvrtc
 from harness.mx.kernels.cuda_config import SHARED_BYTES, CudaConfig, CudaShape, candidates, choose, layout
-from harness.mx.kernels.cuda_linear import CudaMXLinear
+from harness.mx.kernels.cuda_linear import CudaLinear
 
 TRIED = 64
 """Launch shapes tried at first, the ones that the rule puts in front."""
@@ -35,7 +34,7 @@ class Bench(Protocol):
     def time(self, calls: Sequence[Callable[[], object]]) -> tuple[float, float]: ...
 
 
-def tune(bench: Bench, mx: CudaMXLinear, x: Tensor) -> str:
+def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     """Set `mx.config` to the fastest found; the entry for `cuda_config.TUNED`, and what was refused.
 
     Launch shapes are compiled side by side. One that gives anything but the product of the decoded operands up to the
@@ -50,7 +49,7 @@ def tune(bench: Bench, mx: CudaMXLinear, x: Tensor) -> str:
     def measure(configs: Sequence[CudaConfig]) -> None:
         fresh = [config for config in dict.fromkeys(configs) if config not in timed]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.fmt.element.name, False) for c in fresh}
+            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.element, False) for c in fresh}
             for config, job in jobs.items():
                 if bench.over:
                     job.cancel()
@@ -94,9 +93,9 @@ def _fits(config: CudaConfig, shape: CudaShape) -> bool:
     return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
 
 
-def _checker(mx: CudaMXLinear, rows: Tensor) -> Callable[[], str | None]:
+def _checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:
     """A function that says what is wrong with `mx`'s product of `rows`, or None."""
-    weight = decode(mx.weight_blocks(), mx.fmt.element)
+    weight = mx.dense_weight()
     bias = None if mx.bias is None else mx.bias.double()
     parts = [slice(0, 512), slice(max(0, mx.out_features - 512), mx.out_features)]  # both ends
     wants = [F.linear(rows.double(), weight[p].double(), None if bias is None else bias[p]) for p in parts]

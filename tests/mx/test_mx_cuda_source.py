@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, lay
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "mx" / "kernels"
-SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0}
+SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0, "bf16": 0}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),
@@ -96,6 +97,28 @@ def test_the_product_is_that_of_the_decoded_operands(kernel, name):
     assert layout(config, k, fmt.bits)[1] == ("sums where operands were" in name)
     got = kernel(config, x, cuda_packing.pack(blocks, fmt), bias, n, fmt)
     assert_equals_oracle(got, x, blocks, bias, fmt)
+
+
+class Plain(NamedTuple):
+    """BF16 weights, as `kernel` takes an element format."""
+
+    name: str = "bf16"
+    bits: int = 16
+
+
+@pytest.mark.parametrize(
+    ("config", "m", "n", "k"),
+    [(CudaConfig(8, 1, 4, 2, 3, 1, 2), 60, 72, 320), (CudaConfig(1, 2, 4, 1, 1, 2, 1), 3, 39, 480)],
+)
+def test_bf16_weights_are_multiplied_as_they_are(kernel, config, m, n, k):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((m, k), (n, k), (n,)))
+    tiles = cuda_packing.pack_plain(weight)
+    assert torch.equal(cuda_packing.unpack_plain(tiles, n, k), weight)
+    got = kernel(config, x, cuda_packing.CudaWeight(tiles, 1.0), bias, n, Plain())
+    want = F.linear(x.double(), weight.double(), bias.double())
+    slack = 2**-8 * want.abs() + 2**-20 * F.linear(x.double().abs(), weight.double().abs())
+    assert ((got.double() - want).abs() <= slack).all()
 
 
 def test_threads_may_run_in_any_order(kernel):

@@ -70,7 +70,7 @@ def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
         yield "wrong", Wrong(encode(linear.weight, E2M1), None, fmt)
 
     monkeypatch.setattr(microbench, "ways", wrong_ways)
-    microbench.bench_product(bench, microbench.Product("p", 4, 64, 64), ["W4A16"], False, False)
+    microbench.bench_product(bench, microbench.Product("p", 4, 64, 64), ["W4A16"], None, False)
     plain, wrong = bench.rows
     assert plain.us is not None
     assert wrong.us is None

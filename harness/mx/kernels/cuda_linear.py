@@ -47,8 +47,8 @@ def build(linear: nn.Linear, fmt: LinearFormat) -> MXModule:
     return module
 
 
-class CudaMXLinear(MXModule):
-    """Linear over a packed MX weight; activations BF16, or rounded to MX at every call (they enter as BF16: exact).
+class CudaLinear(nn.Module):
+    """Linear over a packed weight, BF16 here; `forward` maps BF16 [..., K] to BF16 [..., N].
 
     Buffers: `tiles` uint8 [N/16, K/64, bytes] (see `cuda_packing`), `bias` BF16 [N] or None. Products are multiplied
     by `post`, a power of two, after summing. `config` overrides the launch shape (see `cuda_config.choose`) for every
@@ -56,48 +56,28 @@ class CudaMXLinear(MXModule):
     """
 
     tiles: Tensor
+    bias: Tensor | None
+    element = "bf16"
     config: CudaConfig | None = None
     silu: bool = False
 
-    def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None, fmt: LinearFormat) -> None:
+    def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None) -> None:
         """`sizes` are (out_features, in_features) of the weight that `weight` holds."""
         super().__init__()
-        self.fmt, self.post = fmt, weight.post
+        self.post = weight.post
         self.out_features, self.in_features = sizes
         self.register_buffer("tiles", weight.tiles)
         self.register_buffer("bias", bias)
+        if weight.tiles.is_cuda:  # the kernel may fetch weights before what is queued in front of it has ended
+            torch.cuda.synchronize(weight.tiles.device)
 
     @classmethod
-    def from_blocks(cls, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat) -> "CudaMXLinear":
-        """Pack an encoded weight [N, K] and its BF16 `bias` [N].
-
-        Raises ValueError when the kernel cannot hold it exactly (see `cuda_packing.unfit`).
-        """
-        sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
-        module = cls(cuda_packing.pack(blocks, fmt.element), sizes, bias, fmt)
-        if module.tiles.is_cuda:  # the kernel may fetch weights before what is queued in front of it has ended
-            torch.cuda.synchronize(module.tiles.device)
-        return module
-
-    def stacked(self, others: Sequence[nn.Module]) -> "CudaMXLinear | None":
-        """One Linear whose output is that of this one, then those of `others`, which read the same input.
-
-        Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
-        when they do not fit together: another format or K, padded outputs, another `post`, or SiLU behind some only.
-        """
-        members = [self, *(other for other in others if isinstance(other, CudaMXLinear))]
-        kinds = {(m.fmt, m.post, m.in_features, m.bias is None, m.silu) for m in members}
-        outputs = [m.out_features for m in members]
-        if len(members) <= len(others) or len(kinds) > 1 or any(n % cuda_packing.ROWS for n in outputs):
-            return None
-        with torch.inference_mode(False):
-            bias = None if self.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
-            weight = CudaWeight(_joined(members), self.post)
-            if weight.tiles.is_cuda:
-                torch.cuda.synchronize(weight.tiles.device)
-            stacked = CudaMXLinear(weight, (sum(outputs), self.in_features), bias, self.fmt)
-            stacked.silu = self.silu
-            return stacked
+    def from_linear(cls, linear: nn.Linear) -> "CudaLinear":
+        """Pack a BF16 `linear`; its weight is not needed any more."""
+        weight = linear.weight.detach()
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        sizes = linear.out_features, linear.in_features
+        return cls(CudaWeight(cuda_packing.pack_plain(weight), 1.0), sizes, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""
@@ -119,34 +99,90 @@ class CudaMXLinear(MXModule):
         return self.product(rows, silu).view(*x.shape[:-1], self.out_features)
 
     def operand(self, rows: Tensor) -> Tensor:
-        """BF16 rows [M, K], rounded to MX if activations are to be; in compiled code fused with what made the rows."""
-        element = self.fmt.activation_element
-        return rows if element is None else decode(encode(rows, element, self.fmt.scale_mode), element)
+        """What the kernel multiplies for BF16 rows [M, K]: these."""
+        return rows
 
     def product(self, rows: Tensor, silu: bool = False) -> Tensor:
         """BF16 [M, N] of what `operand` made of the rows; with `silu`, SiLU of it."""
         from harness.mx.kernels.cuda_ops import mx_linear  # an operator of CUDA tensors alone
 
         config = [] if self.config is None else self.config.as_ints()
-        name = self.fmt.element.name
-        return mx_linear(rows, self.tiles, self.bias, self.out_features, name, self.post, config, silu)
+        return mx_linear(rows, self.tiles, self.bias, self.out_features, self.element, self.post, config, silu)
+
+    def weight_bytes(self) -> int:
+        """Elements and scales with their padding, and bias."""
+        return self.tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def dense_weight(self) -> Tensor:
+        """The weight [N, K] in BF16, unpacked."""
+        return cuda_packing.unpack_plain(self.tiles, self.out_features, self.in_features)
+
+    def shape(self, rows: int) -> CudaShape:
+        """The product of this weight and `rows` activation rows."""
+        return CudaShape(rows, self.out_features, self.in_features, 16)
+
+    def extra_repr(self) -> str:
+        """Sizes, and whether SiLU follows."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return sizes + ", then SiLU" * self.silu
+
+
+class CudaMXLinear(CudaLinear, MXModule):
+    """The same over an MX weight; activations BF16, or rounded to MX at every call (they enter as BF16: exact)."""
+
+    def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None, fmt: LinearFormat) -> None:
+        """As CudaLinear, with the weight in `fmt`."""
+        super().__init__(weight, sizes, bias)
+        self.fmt, self.element = fmt, fmt.element.name
+
+    @classmethod
+    def from_blocks(cls, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat) -> "CudaMXLinear":
+        """Pack an encoded weight [N, K] and its BF16 `bias` [N].
+
+        Raises ValueError when the kernel cannot hold it exactly (see `cuda_packing.unfit`).
+        """
+        sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
+        return cls(cuda_packing.pack(blocks, fmt.element), sizes, bias, fmt)
+
+    def stacked(self, others: Sequence[nn.Module]) -> "CudaMXLinear | None":
+        """One Linear whose output is that of this one, then those of `others`, which read the same input.
+
+        Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
+        when they do not fit together: another format or K, padded outputs, another `post`, or SiLU behind some only.
+        """
+        members = [self, *(other for other in others if isinstance(other, CudaMXLinear))]
+        kinds = {(m.fmt, m.post, m.in_features, m.bias is None, m.silu) for m in members}
+        outputs = [m.out_features for m in members]
+        if len(members) <= len(others) or len(kinds) > 1 or any(n % cuda_packing.ROWS for n in outputs):
+            return None
+        with torch.inference_mode(False):
+            bias = None if self.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
+            weight = CudaWeight(_joined(members), self.post)
+            stacked = CudaMXLinear(weight, (sum(outputs), self.in_features), bias, self.fmt)
+            stacked.silu = self.silu
+            return stacked
+
+    def operand(self, rows: Tensor) -> Tensor:
+        """BF16 rows [M, K], rounded to MX if activations are to be; in compiled code fused with what made the rows."""
+        element = self.fmt.activation_element
+        return rows if element is None else decode(encode(rows, element, self.fmt.scale_mode), element)
 
     def weight_blocks(self) -> MXBlocks:
         """The weight in MX form, unpacked."""
         weight = CudaWeight(self.tiles, self.post)
         return cuda_packing.unpack(weight, self.fmt.element, self.out_features, self.in_features)
 
-    def weight_bytes(self) -> int:
-        """Elements and scales with their padding, and bias."""
-        return self.tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def extra_repr(self) -> str:
-        """Sizes, format, and whether SiLU follows."""
-        return super().extra_repr() + ", then SiLU" * self.silu
+    def dense_weight(self) -> Tensor:
+        """The weight [N, K] decoded, in BF16."""
+        return decode(self.weight_blocks(), self.fmt.element)
 
     def shape(self, rows: int) -> CudaShape:
         """The product of this weight and `rows` activation rows."""
         return CudaShape(rows, self.out_features, self.in_features, self.fmt.element.bits)
+
+    def extra_repr(self) -> str:
+        """Sizes, format, and whether SiLU follows."""
+        return MXModule.extra_repr(self) + ", then SiLU" * self.silu
 
 
 def _joined(members: Sequence[CudaMXLinear]) -> Tensor:

@@ -16,8 +16,10 @@ from harness.mx.kernels import cuda_config, nvrtc
 from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid, layout
 from harness.mx.kernels.cuda_packing import GROUP
 
-_MAGNITUDE_SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0}
+_MAGNITUDE_SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0, "bf16": 0}
 """Bits by which an 8-bit element's magnitude moves right from the top of a 16-bit half to where BF16 has it."""
+
+_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "bf16": 16}
 
 _loading = threading.Lock()
 
@@ -44,7 +46,7 @@ def mx_linear(
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    (m, k), bits = x.shape, 4 if element == "e2m1" else 8
+    (m, k), bits = x.shape, _BITS[element]
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     if m == 0:
         return out
@@ -88,9 +90,8 @@ def source() -> str:
 
 @functools.cache
 def compiled(config: CudaConfig, k: int, element: str, silu: bool) -> bytes:
-    """The cubin of `config` for weights of `k` inputs and elements "e4m3", "e5m2" or "e2m1", with SiLU or without."""
-    bits = 4 if element == "e2m1" else 8
-    defines = cuda_config.defines(config, k, bits, _MAGNITUDE_SHIFT[element], silu)
+    """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
+    defines = cuda_config.defines(config, k, _BITS[element], _MAGNITUDE_SHIFT[element], silu)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
@@ -103,5 +104,5 @@ def load(config: CudaConfig, k: int, element: str, device: torch.device, silu: b
 
 @functools.cache
 def _load(config: CudaConfig, k: int, element: str, device: int, silu: bool) -> nvrtc.Function:
-    shared, _ = layout(config, k, 4 if element == "e2m1" else 8)
+    shared, _ = layout(config, k, _BITS[element])
     return nvrtc.Function(compiled(config, k, element, silu), "mx_linear", shared)

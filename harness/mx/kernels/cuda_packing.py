@@ -13,6 +13,8 @@ and g + 8, inputs 2t, 2t + 1, 2t + 8, 2t + 9 of every 16.
   the BF16 exponents that decoding multiplies by.
 
 N is rounded up to 16, K to 64; what is padded is zero.
+
+A BF16 weight is laid out likewise (`pack_plain`): 2048 bytes a tile, 512 for each 16 inputs, no scales.
 """
 
 from typing import NamedTuple
@@ -52,8 +54,8 @@ class CudaWeight(NamedTuple):
 
 
 def tile_bytes(bits: int) -> int:
-    """Bytes of one tile: elements and scales."""
-    return ROWS * GROUP * bits // 8 + SCALE_BYTES
+    """Bytes of one tile: elements, and scales unless they are BF16."""
+    return ROWS * GROUP * bits // 8 + (SCALE_BYTES if bits < 16 else 0)
 
 
 def groups(in_features: int) -> int:
@@ -89,6 +91,21 @@ def pack(blocks: MXBlocks, fmt: ElementFormat) -> CudaWeight:
     elements = _elements8(lanes) if fmt.bits == 8 else _elements4(lanes)
     scales = exponents.view(-1, 2, 8, (k + inputs) // GROUP, 2).permute(0, 3, 2, 4, 1).flatten(2)
     return CudaWeight(torch.cat((elements, scales), dim=2).contiguous(), 2.0**shift)
+
+
+def pack_plain(weight: Tensor) -> Tensor:
+    """Lay out a BF16 `weight` [N, K]: uint8 [N/16, K/64, 2048]."""
+    n, k = weight.shape
+    padded = F.pad(weight, (0, -k % GROUP, 0, -n % ROWS))
+    lanes = padded.view(-1, 2, 8, padded.shape[1] // GROUP, 4, 2, 4, 2)  # N/16, h, g, K/64, 16 inputs, +8, t, odd
+    return lanes.permute(0, 3, 4, 2, 6, 5, 1, 7).flatten(2).contiguous().view(torch.uint8)
+
+
+def unpack_plain(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The BF16 weight [N, K] that `pack_plain` was given."""
+    lanes = tiles.view(torch.bfloat16).unflatten(2, (4, 8, 4, 2, 2, 2))  # N/16, K/64, 16 inputs, g, t, +8, h, odd
+    weight = lanes.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(tiles.shape[0] * ROWS, -1)
+    return weight[:out_features, :in_features].contiguous()
 
 
 def unpack(weight: CudaWeight, fmt: ElementFormat, out_features: int, in_features: int) -> MXBlocks:

@@ -1,4 +1,5 @@
-// Product of BF16 activations with a packed MX weight: out[m][n] = sum_k x[m][k] * W[n][k] + bias[n], or SiLU of it.
+// Product of BF16 activations with a packed weight, MX or BF16: out[m][n] = sum_k x[m][k] * W[n][k] + bias[n], or SiLU
+// of it.
 //
 // For few rows M (a frame's 64), where reading the weight once decides the time. Written for sm_90.
 //
@@ -15,14 +16,14 @@
 // Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
 //
-// Compile-time parameters (cuda_config.py): BITS 8 or 4; MAG_SHIFT bits an 8-bit element's magnitude moves; MT tiles of
-// 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST
+// Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_SHIFT bits an 8-bit element's
+// magnitude moves; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST
 // stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent
 // launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
 constexpr int WARPS = WR * WK;
-constexpr int TILE = BITS == 8 ? 1056 : 544;   // bytes of a tile of 16 rows by 64 inputs: elements, then 32 scales
-constexpr int SCALES = TILE - 32;
+constexpr int SCALES = 128 * BITS;             // bytes of the elements of a tile of 16 rows by 64 inputs
+constexpr int TILE = SCALES + (BITS < 16 ? 32 : 0);  // and of its scales, which come after them
 constexpr int XTILE = MT * 8 * 128;            // bytes of 64 inputs of every row of x
 constexpr int STAGE = RT * GS * TILE;
 constexpr int TILES = WR * RT;
@@ -69,12 +70,16 @@ __device__ __forceinline__ void decode4(u32 (&a)[4], u32 word, u32 scale, u32 sc
     a[3] = multiply(((word << 2) & 0x80008000u) | ((word << 6) & 0x01c001c0u), scale8);
 }
 
-// The next 16 inputs' fragments of a row tile, from what `raw` holds of it.
+// The fragments of 16 inputs, `step` of a group, of a row tile; `raw` is what of it lies in the same 16 bytes.
 __device__ __forceinline__ void decode(u32 (&a)[4], const uint4& raw, u32 scales, int step) {
+    if constexpr (BITS == 16) {
+        a[0] = raw.x, a[1] = raw.y, a[2] = raw.z, a[3] = raw.w;
+        return;
+    }
     const u32 scale = power(scales, step / 2 * 2), scale8 = power(scales, step / 2 * 2 + 1);
     if constexpr (BITS == 8) {
         decode8(a, step % 2 ? raw.z : raw.x, step % 2 ? raw.w : raw.y, scale, scale8);
-    } else {
+    } else if constexpr (BITS == 4) {
         decode4(a, step == 0 ? raw.x : step == 1 ? raw.y : step == 2 ? raw.z : raw.w, scale, scale8);
     }
 }
@@ -93,17 +98,18 @@ struct Half {
 // rows lie GS tiles apart. The products of the last 32 inputs are under way when this returns.
 __device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], Half (&halves)[2], u32 w, u32 x, int lane,
                                                bool add) {
+    constexpr int STEPS = 16 / BITS;  // of 16 inputs, in 16 bytes a lane
     u32 scales[RT];
     uint4 raw[RT];
 #pragma unroll
-    for (int r = 0; r < RT; ++r) scales[r] = load4(w + r * GS * TILE + SCALES + lane / 4 * 4);
+    for (int r = 0; r < RT; ++r) scales[r] = BITS < 16 ? load4(w + r * GS * TILE + SCALES + lane / 4 * 4) : 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int r = 0; r < RT; ++r) {
-            if (BITS == 8 || half == 0) raw[r] = load16(w + r * GS * TILE + half * 512 + lane * 16);
-            decode(halves[half].a[0][r], raw[r], scales[r], half * 2);
-            decode(halves[half].a[1][r], raw[r], scales[r], half * 2 + 1);
+        for (int i = 0; i < 2 * RT; ++i) {
+            const int r = i / 2, step = half * 2 + i % 2;
+            if (step % STEPS == 0) raw[r] = load16(w + r * GS * TILE + step / STEPS * 512 + lane * 16);
+            decode(halves[half].a[i % 2][r], raw[r], scales[r], step);
         }
         products_begin();
 #pragma unroll
