@@ -52,31 +52,31 @@ L2_BYTES = 50e6
 
 
 class LaunchShape(NamedTuple):
-    """What ``harness.rollout.fused`` launches by: see WAVES, BLOCK_ROWS, STAGES and PREFETCH there."""
+    """What ``harness.rollout.fused`` launches by: see WAVES, BLOCK_ROWS, STAGES and MIN_ROWS there."""
 
     waves: int
     block: int
     stages: int
-    prefetch: bool
+    min_rows: int
 
 
 def own_shape() -> LaunchShape:
     """The launch shape in force."""
-    return LaunchShape(fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.PREFETCH)
+    return LaunchShape(fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.MIN_ROWS)
 
 
-SWEEP = [LaunchShape(*shape) for shape in itertools.product((1, 2), (64, 128), (3, 4), (True, False))]
+SWEEP = [LaunchShape(*shape) for shape in itertools.product((1, 2), (64, 128), (3, 4), (192, 320, 512))]
 
 
 @contextmanager
 def launched_by(shape: LaunchShape) -> Iterator[None]:
     """Run our kernel with another launch shape."""
     before = own_shape()
-    fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.PREFETCH = shape
+    fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.MIN_ROWS = shape
     try:
         yield
     finally:
-        fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.PREFETCH = before
+        fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.MIN_ROWS = before
 
 
 def make_caches(conf: KVConf, frames: int, args: argparse.Namespace) -> list[KVCache]:

@@ -42,12 +42,6 @@ MAX_QUERIES = 64
 BLOCK_ROWS = 64
 """Rows of the window in a tile: larger ones wait less often and take more registers."""
 
-DEPENDENT = True
-"""Whether the kernel is launched before the one in front of it has ended (programmatic dependent launch, sm_90)."""
-
-PREFETCH = True
-"""Whether a program asks for its whole share at once, before anything else, where the GPU can (sm_90)."""
-
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``; None if they can (Triton's interpreter runs them on a CPU)."""
@@ -104,15 +98,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 8  # Triton's interpreter: a few splits, so that combining them is exercised
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    """Whether Hopper's instructions can be used (Triton's interpreter knows no machine's)."""
-    import triton
-
-    interpreted = triton.knobs.runtime.interpret
-    return device.type == "cuda" and not interpreted and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 class Shape(NamedTuple):
@@ -230,7 +215,6 @@ def window_attention(
     out, own_k = _results(qkv, heads, keep_k)
     parts = (shape.splits, programs, tokens) if shape.splits > 1 else (0,)
     sums, totals = (qkv.new_empty(*parts, *last, dtype=torch.float32) for last in ((dim,), ()))
-    dependent = DEPENDENT and _has_bulk_copies(qkv.device)
     # An argument that is not used still needs a tensor of some kind.
     k_scales, v_scales = (slot if scales is None else scales for scales in (k_scales, v_scales))
     window_kernel[shape.splits, programs, shape.query_blocks](
@@ -240,8 +224,7 @@ def window_attention(
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
-        PREFETCH and _has_bulk_copies(qkv.device), dependent,
-        num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if dependent else {}),
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, own_k
 

@@ -40,7 +40,7 @@ def test_our_attention_is_measured_on_every_storage_and_put_back_as_it_was(tmp_p
     assert code == 0
     tried = {tuple(row[name] for name in shape._fields) for row in rows}
     assert tried == set(bench_attention.SWEEP)
-    assert len(rows) == len(tried) == 16
+    assert len(rows) == len(tried) == 24
     assert shape in tried
     assert bench_attention.own_shape() == shape
 

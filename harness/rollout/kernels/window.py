@@ -51,38 +51,6 @@ def ring_rows(start, place, TOKENS: tl.constexpr, LENGTH: tl.constexpr, PARTIAL:
 
 
 @triton.jit
-def prefetch_bytes(address, count):
-    """Fetch ``count`` bytes at a global ``address`` into the L2 cache; both multiples of 16. Waits for nothing."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred one;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 one, thread, 0;
-        setp.gt.and.s32 one, $2, 0, one;
-        @one cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [address, count],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_rows(data, start, first, ROWS: tl.constexpr, BYTES: tl.constexpr, LENGTH: tl.constexpr):
-    """Fetch ``ROWS`` rows of ``BYTES`` each, from ``first`` on in order of age, from a ring into the L2 cache."""
-    row = start + first
-    row = tl.where(row >= LENGTH, row - LENGTH, row)
-    whole = tl.minimum(ROWS, LENGTH - row)
-    address = data.to(tl.int64)
-    prefetch_bytes(address + row * BYTES, whole * BYTES)
-    prefetch_bytes(address, (ROWS - whole) * BYTES)
-
-
-@triton.jit
 def load_factors(
     scales,
     start,
@@ -285,8 +253,6 @@ def window_kernel(
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,
     OWN: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
 
@@ -297,8 +263,7 @@ def window_kernel(
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
     ``arrived`` int32, 0 for each head and block of queries, and 0 again afterwards. ``programs`` is B*H; ``scale``
-    includes log2(e). ``DEPENDENT``: launched, perhaps, before the kernel in front of it has ended (programmatic
-    dependent launch).
+    includes log2(e).
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
@@ -319,17 +284,7 @@ def window_kernel(
     k_factors, v_factors = k_scales + row * K_SCALES, v_scales + row * V_SCALES
     part = qkv + batch * (TOKENS * STRIDE) + head * DIM
     begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
-    if PREFETCH:  # the share is on its way while the projection ends and the queries are made
-        K_ITEM: tl.constexpr = k_ring.dtype.element_ty.primitive_bitwidth // 8
-        V_ITEM: tl.constexpr = v_ring.dtype.element_ty.primitive_bitwidth // 8
-        oldest = (tl.load(slot, volatile=True).to(tl.int32) + 1) * TOKENS
-        for tile in tl.range(begin, end, num_stages=1):
-            prefetch_rows(k_data, oldest, tile * BLOCK_N, BLOCK_N, K_WIDTH * K_ITEM, LENGTH)
-            prefetch_rows(v_data, oldest, tile * BLOCK_N, BLOCK_N, V_WIDTH * V_ITEM, LENGTH)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()  # nothing read so far matters, or can be trusted
-        tl.extra.cuda.gdc_launch_dependents()
-    current = tl.load(slot, volatile=True).to(tl.int32)
+    current = tl.load(slot).to(tl.int32)
     start = (current + 1) * TOKENS
     raw = load_rows(part, queries, asked, STRIDE, DIM)
     cosine, sine = load_angles(cos, sin, queries, asked, DIM)
