@@ -17,6 +17,7 @@ from harness.kv import KVConf, KVStats
 from harness.measure.memory import AllocationMeter, PeakProbe, module_bytes
 from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
+from harness.models.bf16 import widen
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
 from harness.mx.transform import TransformSummary, apply_mx
@@ -74,6 +75,7 @@ class Arm:
         conf, self.device, self.decode = plan.conf, plan.device, decode
         self.core, self.kv, self.skip_frames = core, kv, conf.measure.skip_frames
         self.summary: TransformSummary = apply_mx(core, quant)
+        widen(core)
         meter = AllocationMeter(self.device)
         self.cache = make_cache(core, conf.sampler, kv, conf.data.batch_size)
         self.rollout = Rollout(core, self.cache, conf.sampler, conf.attention.kind, conf.compile)

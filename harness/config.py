@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from harness.flags import FlagError, register_flags
 from harness.kv import KVConf
 from harness.measure import stability as stability_room
 from harness.measure.stability import OnInstability, StabilityConf
+from harness.models.bf16 import has_fast_bf16
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
@@ -69,6 +71,13 @@ class ModelConf:
     window: int = MISSING
 
 
+class DecoderDtype(Enum):
+    """What a decoder may compute in."""
+
+    bfloat16 = torch.bfloat16
+    float32 = torch.float32
+
+
 @dataclass
 class DecoderConf:
     """Which DCAE decodes latents to frames, and encodes recorded ones.
@@ -81,6 +90,8 @@ class DecoderConf:
         vae_scale: the decoder's latents are this times the model's; null = as the config files say.
         seed: of random weights.
         groups: how its grouped convolutions run, see :class:`DecoderGroups`.
+        dtype: what it computes in, in both arms: bfloat16, float32, or null = bfloat16 where the device has it
+            (every GPU; CPUs with instructions for it), else float32.
     """
 
     config_file: str | None = None
@@ -90,6 +101,12 @@ class DecoderConf:
     vae_scale: float | None = None
     seed: int = 0
     groups: DecoderGroups = DecoderGroups.auto
+    dtype: DecoderDtype | None = None
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """``dtype``, or what null stands for on ``device``."""
+        fitting = DecoderDtype.bfloat16 if has_fast_bf16(device) else DecoderDtype.float32
+        return (self.dtype or fitting).value
 
 
 @dataclass

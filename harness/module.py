@@ -75,6 +75,7 @@ class RolloutModule(LightningModule):
         self.guard = Guard(plan)
         self.parameters_total = 0
         self.decoder_cold_start_s = 0.0
+        self.decoder_dtype = torch.bfloat16
         self.numerics: dict[str, Any] | None = None
         self.on_frame: Callable[[], None] = lambda: None
         self._first: ClipBatch | None = None
@@ -108,7 +109,8 @@ class RolloutModule(LightningModule):
         decoder: DCAEDecoder = (
             load_decoder(conf.checkpoint, dcae) if conf.checkpoint else random_decoder(dcae, conf.seed)
         )
-        decoder.to(device, torch.bfloat16)
+        self.decoder_dtype = conf.dtype_on(device)
+        decoder.to(device, self.decoder_dtype)
         self._decoder = FrameDecoder(decoder, self.plan.conf.compile, conf.groups)
         start = time.perf_counter()
         shape = self.plan.clip_shape
@@ -124,8 +126,8 @@ class RolloutModule(LightningModule):
         return self._decoder.groups
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Decode model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1], BF16."""
-        return self._decoder((latent * self.plan.vae_scale).to(torch.bfloat16))
+        """Decode model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1], in the decoder's dtype."""
+        return self._decoder((latent * self.plan.vae_scale).to(self.decoder_dtype))
 
     def noise(self, clip_ids: list[str], future: int) -> tuple[Tensor, Tensor]:
         """The noise that every arm gets for these clips."""

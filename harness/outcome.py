@@ -137,6 +137,7 @@ def _model(module: RolloutModule, plan: RunPlan) -> dict[str, Any]:
         "decoder_arch": asdict(plan.dcae),
         "decoder_cold_start_s": module.decoder_cold_start_s,
         "decoder_groups": module.decoder_groups,
+        "decoder_dtype": str(module.decoder_dtype).removeprefix("torch."),
         "vae_scale": plan.vae_scale,
     }
 

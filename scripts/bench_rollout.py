@@ -336,11 +336,12 @@ class Bench:
 
     def _decoder(self, plan: RunPlan) -> Callable[[Tensor], Tensor]:
         start = time.perf_counter()
-        module = build(lambda: DCAEDecoder(plan.dcae), plan)
+        dtype = plan.conf.decoder.dtype_on(plan.device)
+        module = build(lambda: DCAEDecoder(plan.dcae), plan).to(dtype)
         decoder = FrameDecoder(module, plan.conf.compile, plan.conf.decoder.groups)
 
         def decode(latent: Tensor) -> Tensor:
-            return decoder((latent * plan.vae_scale).to(torch.bfloat16))
+            return decoder((latent * plan.vae_scale).to(dtype))
 
         (_, _, _, noise), _ = random_inputs(plan, plan.conf.data.batch_size)
         decode(noise[:, 0])

@@ -3,9 +3,9 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.models import bf16
 from harness.mx.conf import Activation, MXConf, ScaleMode
 from harness.mx.formats import BLOCK, E2M1, E4M3, FORMATS, ElementFormat, MXBlocks, decode, encode
 
@@ -77,7 +77,7 @@ class MXModule(nn.Module, ABC):
 
 
 class MXLinear(MXModule):
-    """Linear with MX weights, emulated: decodes its weight at every call, then `F.linear`.
+    """Linear with MX weights, emulated: decodes its weight at every call, then `bf16.linear`.
 
     Activations that are not to stay BF16 are rounded to MX first. Decoding is exact, so this is what any kernel must
     match up to summation order. No BF16 copy of the weight outlives a call. For inference: the weight takes no
@@ -111,7 +111,7 @@ class MXLinear(MXModule):
         element = self.fmt.activation_element
         if element is not None:
             x = decode(encode(x, element, self.fmt.scale_mode), element)
-        return F.linear(x, decode(self.weight_blocks(), self.fmt.element), self.bias)
+        return bf16.linear(x, decode(self.weight_blocks(), self.fmt.element), self.bias)
 
     def weight_blocks(self) -> MXBlocks:
         """The buffers, as they are."""

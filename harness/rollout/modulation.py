@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.models import bf16
 from harness.models.gamerft import BlockModulation, GameRFTCore, Modulation
 
 Product = Callable[[Tensor], Tensor]
@@ -46,18 +47,18 @@ def stack_plain(linears: Sequence[nn.Linear]) -> Product:
                 weight.data = view
         stacked = weights[0].detach().as_strided((sum(rows), weights[0].shape[1]), (weights[0].shape[1], 1))
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-    return lambda x: F.linear(x, stacked, bias)
+    return lambda x: bf16.linear(x, stacked, bias)
 
 
 def _like(linear: nn.Module) -> tuple[object, ...]:
     """Linears that may be stacked have the same of this."""
-    if type(linear) is nn.Linear:
+    if isinstance(linear, nn.Linear):
         return nn.Linear, linear.in_features, linear.weight.dtype, linear.bias is None
     return type(linear), getattr(linear, "in_features", None), getattr(linear, "bias", None) is None
 
 
 def _product(linears: list[nn.Module]) -> Product | None:
-    if all(type(linear) is nn.Linear for linear in linears):
+    if all(isinstance(linear, nn.Linear) for linear in linears):
         return stack_plain(linears)  # type: ignore[arg-type]
     first = linears[0]
     return first.stacked(linears[1:]) if isinstance(first, Stackable) else None
