@@ -83,20 +83,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("stages", nargs="+", choices=stages)
     parser.add_argument("--work", type=Path, required=True, help="folder of recordings and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("assets/doom"), help="where export writes")
-    parser.add_argument("--frames", type=int, default=300_000, help="frames to record")
+    parser.add_argument("--frames", type=int, default=400_000, help="frames to record")
     parser.add_argument("--workers", type=int, default=16, help="recording processes")
-    parser.add_argument("--autoencoder-minutes", type=float, default=3.0)
-    parser.add_argument("--decoder-minutes", type=float, default=1.5)
-    parser.add_argument("--flow-minutes", type=float, default=4.0)
+    parser.add_argument("--autoencoder-minutes", type=float, default=2.0)
+    parser.add_argument("--decoder-minutes", type=float, default=3.0)
+    parser.add_argument("--flow-minutes", type=float, default=3.0)
     parser.add_argument("--forced-minutes", type=float, default=4.0)
-    parser.add_argument("--rollout-minutes", type=float, default=6.0)
-    parser.add_argument("--sharpen-minutes", type=float, default=3.0)
-    parser.add_argument("--horizon", type=int, default=16, help="generated frames per training rollout")
+    parser.add_argument("--rollout-minutes", type=float, default=2.0)
+    parser.add_argument("--sharpen-minutes", type=float, default=2.0)
+    parser.add_argument("--horizon", type=int, default=5, help="generated frames per training rollout; many blur")
     weight = "of the adversarial gradient beside the regression's, in"
-    parser.add_argument("--decoder-weight", type=float, default=0.5, help=f"{weight} decoder")
-    parser.add_argument("--sharpen-weight", type=float, default=0.2, help=f"{weight} sharpen")
-    parser.add_argument("--batch", type=int, default=64, help="sequences per step (autoencoder: four times as many)")
-    rate = "peak rate of AdamW in flow and forced (Muon: twice that; rollout 0.4, sharpen 0.2 of it)"
+    parser.add_argument("--decoder-weight", type=float, default=1.0, help=f"{weight} decoder")
+    parser.add_argument("--sharpen-weight", type=float, default=0.5, help=f"{weight} sharpen")
+    parser.add_argument("--batch", type=int, default=32, help="sequences per step; autoencoder: frames, 8 times that")
+    rate = "peak rate of AdamW in flow and forced (Muon: twice that; rollout 0.3, sharpen 0.15 of it)"
     parser.add_argument("--lr", type=float, default=2e-3, help=rate)
     parser.add_argument("--eval-clips", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
@@ -177,13 +177,13 @@ def stage_record(shop: Workshop) -> None:
 
 def stage_autoencoder(shop: Workshop) -> None:
     frames, _ = shop.frames()
-    task = AutoencoderTask(DCAE, frames, 60 * shop.args.autoencoder_minutes, batch=4 * shop.args.batch)
+    task = AutoencoderTask(DCAE, frames, 60 * shop.args.autoencoder_minutes, batch=8 * shop.args.batch)
     finish_autoencoder(shop, task)
 
 
 def stage_decoder(shop: Workshop) -> None:
     states = {name: load_file(shop.work / f"{name}.safetensors") for name in ("encoder", "decoder")}
-    seconds, batch = 60 * shop.args.decoder_minutes, 2 * shop.args.batch
+    seconds, batch = 60 * shop.args.decoder_minutes, 4 * shop.args.batch
     task = DecoderTask(DCAE, shop.frames()[0], seconds, batch, 5e-4, weight=shop.args.decoder_weight, **states)
     finish_autoencoder(shop, task)
 
@@ -215,7 +215,7 @@ def stage_forced(shop: Workshop) -> None:
 
 
 def stage_rollout(shop: Workshop) -> None:
-    fit_two_steps(shop, RolloutTask, "rollout", shop.args.rollout_minutes, 0.4 * shop.args.lr)
+    fit_two_steps(shop, RolloutTask, "rollout", shop.args.rollout_minutes, 0.3 * shop.args.lr)
 
 
 def stage_sharpen(shop: Workshop) -> None:
@@ -226,7 +226,7 @@ def stage_sharpen(shop: Workshop) -> None:
         return decoder((latents * scale).contiguous(memory_format=torch.channels_last))
 
     task = partial(SharpenTask, decode=decode, weight=shop.args.sharpen_weight)
-    fit_two_steps(shop, task, "sharpen", shop.args.sharpen_minutes, 0.2 * shop.args.lr)
+    fit_two_steps(shop, task, "sharpen", shop.args.sharpen_minutes, 0.15 * shop.args.lr)
 
 
 def fit_two_steps(shop: Workshop, cls: Callable[..., ForcedTask], name: str, minutes: float, lr: float) -> None:

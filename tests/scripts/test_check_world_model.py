@@ -1,19 +1,10 @@
 """The shipped demo model earns its name, computed from the shipped weights and clips."""
 
-from pathlib import Path
-
 import pytest
 
 from scripts.check_world_model import MARGIN_DB, WorldModelFigures, main, world_model_figures
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "doom"
-needs_weights = pytest.mark.skipif(
-    not (ASSETS / "dit.safetensors").is_file(),
-    reason="assets/doom/dit.safetensors is not there (train_doom.py makes it)",
-)
 
-
-@needs_weights
 def test_the_demo_model_predicts_play_and_listens_to_the_player():
     figures = world_model_figures(frames=16)
     assert len(figures.clip_ids) >= 6
