@@ -120,6 +120,7 @@ class Bench:
     deadline: float
     bandwidth: float = 0.0
     rows: list[Row] = field(default_factory=list)
+    tried: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def over(self) -> bool:
@@ -502,7 +503,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         rows = [asdict(row) for row in bench.rows]
         figures = {"environment": environment(bench.device), "model": args.model, "complete": complete}
-        args.json.write_text(json.dumps({**figures, "copy_gb_s": bench.bandwidth, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({**figures, "copy_gb_s": bench.bandwidth, "rows": rows, "tried": bench.tried}, indent=1)
+        )
     return 1 if any("WRONG" in row.note for row in bench.rows) else 0
 
 

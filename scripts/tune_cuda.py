@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness import launch
 from harness.mx.kernels import cuda_ops, nvrtc
 from harness.mx.kernels.cuda_config import SHARED_BYTES, CudaConfig, CudaShape, candidates, choose, layout
 from harness.mx.kernels.cuda_linear import CudaLinear
@@ -22,11 +23,13 @@ TRIED = 64
 """Launch shapes tried at first, the ones that the rule puts in front."""
 
 REFINED = 4
-"""Of these, the fastest are tried with other stages, and as programmatic dependent launches."""
+"""Of these, the fastest are tried with other stages."""
 
 
 class Bench(Protocol):
     """What measures, as in `microbench`."""
+
+    tried: list[dict[str, Any]]
 
     @property
     def over(self) -> bool: ...
@@ -40,7 +43,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     Launch shapes are compiled side by side. One that gives anything but the product of the decoded operands up to the
     order of summation is never timed, and named.
     """
-    rows, shape = mx.operand(x), mx.shape(x.shape[0])
+    rows, shape, dependent = mx.operand(x), mx.shape(x.shape[0]), launch.dependent(x.device)
     modules = [mx, *(copy.deepcopy(mx) for _ in range(bench.copies(mx.weight_bytes()) - 1))]
     check = _checker(mx, rows)
     timed: dict[CudaConfig, float] = {}
@@ -49,7 +52,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     def measure(configs: Sequence[CudaConfig]) -> None:
         fresh = [config for config in dict.fromkeys(configs) if config not in timed]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.element, False) for c in fresh}
+            jobs = {c: pool.submit(cuda_ops.compiled, c, mx.in_features, mx.element, False, dependent) for c in fresh}
             for config, job in jobs.items():
                 if bench.over:
                     job.cancel()
@@ -67,17 +70,14 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     fastest = sorted(timed, key=timed.__getitem__)[:REFINED]
     measure([other for config in fastest for other in _other_stages(config) if _fits(other, shape)])
     best = min(timed, key=timed.__getitem__)
-    overlapped = replace(best, overlap=1)
-    measure([overlapped])
     mx.config = best
     for config in sorted(timed, key=timed.__getitem__)[:8]:
         print(f"  {timed[config]:7.2f} µs {config}", flush=True)
     print("".join(f"  REFUSED {line}\n" for line in wrong), end="", flush=True)
     note = f" {len(wrong)} refused." if wrong else ""
-    beside = (
-        f"  # {timed[best]:.2f} µs; overlapped {timed.get(overlapped, float('nan')):.2f}; {len(timed)} tried.{note}"
-    )
-    return f"{(shape.bits, shape.bucket, shape.n, shape.k)}: {best},{beside}"
+    key = (shape.bits, shape.bucket, shape.n, shape.k)
+    bench.tried.append({"shape": key, "us": [[*config.as_ints(), us] for config, us in timed.items()]})
+    return f"{key}: {best},  # {timed[best]:.2f} µs; {len(timed)} tried.{note}"
 
 
 def _other_stages(config: CudaConfig) -> list[CudaConfig]:

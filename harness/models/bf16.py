@@ -7,6 +7,8 @@ on every device, so multiplying in float32 and rounding the result is the same a
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +41,11 @@ class WideLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         return linear(input, self.weight, self.bias)
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is a Linear and nothing more: ``nn.Linear`` itself, widened or not."""
+    return type(module) in (nn.Linear, WideLinear)
 
 
 def widen(module: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from harness.models.bf16 import WideLinear
+from harness.models.bf16 import is_plain
 from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
 from harness.mx.formats import BLOCK
@@ -207,7 +207,7 @@ def _check_all(chosen: list[Candidate], ways: dict[str, _Way]) -> None:
 
 
 def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
-    if type(module) is not nn.Linear and type(module) is not WideLinear:
+    if not is_plain(module):
         return f"is of type {type(module).__name__}, not a plain nn.Linear"
     weight = module.weight
     if type(weight.data) is not torch.Tensor:

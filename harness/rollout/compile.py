@@ -76,6 +76,11 @@ def validate(conf: CompileConf, device: torch.device) -> None:
         problems.append(f"backend={conf.backend!r}: allowed are {', '.join(BACKENDS)}")
     if conf.options and conf.backend != "inductor":
         problems.append(f"options with backend={conf.backend}: they are Inductor's; drop them or use backend=inductor")
+    if conf.options.get("triton.enable_pdl"):
+        problems.append(
+            "options: triton.enable_pdl lets Inductor's kernels begin early on terms that ours do not keep "
+            "(harness/launch.py); leave it out"
+        )
     unknown = sorted(set(conf.options) - set(torch._inductor.list_options())) if conf.options else []
     if unknown:
         problems.append(f"options: Inductor has no {', '.join(unknown)}; see torch._inductor.list_options()")
@@ -122,7 +127,7 @@ def compile_function(function: Function, conf: CompileConf) -> Function:
     )
     options = None
     if conf.backend == "inductor":  # a mode is a set of options; torch.compile takes one or the other
-        options = {**torch._inductor.list_mode_options(conf.mode), **conf.options}
+        options = {"triton.enable_pdl": False, **torch._inductor.list_mode_options(conf.mode), **conf.options}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options, backend=conf.backend)  # type: ignore[return-value]
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from harness import launch
 from harness.kv.codecs import HeadEMACodec, Int8Codec, MXCodec
 from harness.kv.storage import FrameRing, PlainRing, QuantisedRing
 from harness.models.gamerft import RMS_EPS
@@ -215,6 +216,7 @@ def window_attention(
     out, own_k = _results(qkv, heads, keep_k)
     parts = (shape.splits, programs, tokens) if shape.splits > 1 else (0,)
     sums, totals = (qkv.new_empty(*parts, *last, dtype=torch.float32) for last in ((dim,), ()))
+    dependent = launch.dependent(qkv.device)
     # An argument that is not used still needs a tensor of some kind.
     k_scales, v_scales = (slot if scales is None else scales for scales in (k_scales, v_scales))
     window_kernel[shape.splits, programs, shape.query_blocks](
@@ -224,7 +226,7 @@ def window_attention(
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
-        num_warps=WARPS, num_stages=STAGES,
+        dependent, num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out, own_k
 

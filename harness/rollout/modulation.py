@@ -52,13 +52,13 @@ def stack_plain(linears: Sequence[nn.Linear]) -> Product:
 
 def _like(linear: nn.Module) -> tuple[object, ...]:
     """Linears that may be stacked have the same of this."""
-    if isinstance(linear, nn.Linear):
+    if bf16.is_plain(linear):
         return nn.Linear, linear.in_features, linear.weight.dtype, linear.bias is None
     return type(linear), getattr(linear, "in_features", None), getattr(linear, "bias", None) is None
 
 
 def _product(linears: list[nn.Module]) -> Product | None:
-    if all(isinstance(linear, nn.Linear) for linear in linears):
+    if all(bf16.is_plain(linear) for linear in linears):
         return stack_plain(linears)  # type: ignore[arg-type]
     first = linears[0]
     return first.stacked(linears[1:]) if isinstance(first, Stackable) else None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.kv import KVCache
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
 from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention
 from harness.rollout.compile import CompileConf, compile_function, keep_in_place
+from harness.rollout.norms import residual_norm
 
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +51,34 @@ def _through_layer(
     return block.halves(x + gated(branch, gate), mod, rotary, attend)
 
 
+def _through_layer_fused(
+    block: Block,
+    attend: LayerAttend,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    mod: BlockModulation,
+    rotary: Rotary,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_through_layer` with our kernel for each sum and norm."""
+    x, normed = residual_norm(x, branch, gate, mod.attn_scale, mod.attn_shift)
+    attended = block.attn(normed, rotary, attend)
+    x, normed = residual_norm(x, attended, mod.attn_gate, mod.mlp_scale, mod.mlp_shift)
+    return x, block.mlp(normed)
+
+
+def _layer_function(block: Block, attention: AttentionKind) -> Layer:
+    """Our kernels for sums and norms where attention is ours; but not in front of what quantises their results."""
+    rounds = _rounds_inputs(block.attn.qkv) or _rounds_inputs(block.mlp.fc1)
+    return _through_layer if rounds or attention is not AttentionKind.fused else _through_layer_fused
+
+
+def _rounds_inputs(linear: nn.Module) -> bool:
+    """Whether ``linear`` quantises what it is given, which Inductor does in one kernel with the norm in front."""
+    fmt = getattr(linear, "fmt", None)
+    return fmt is not None and fmt.activation_element is not None
+
+
 def _step_by_layers(
     core: GameRFTCore, cache: KVCache, attention: AttentionKind, store: bool, conf: CompileConf
 ) -> Step:
@@ -69,7 +98,10 @@ def _step_by_layers(
     for number, block in enumerate(core.blocks):
         kind = _kind(block, cache, number)
         if kind not in layers:
-            layers[kind] = compile_function(_through_layer, conf)
+            plain = (
+                attention is not AttentionKind.fused or _rounds_inputs(block.attn.qkv) or _rounds_inputs(block.mlp.fc1)
+            )
+            layers[kind] = compile_function(_through_layer if plain else _through_layer_fused, conf)
         calls.append((layers[kind], block, layer_attention(cache, number, attention, store)))
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:

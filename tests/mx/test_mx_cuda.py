@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness import launch
 from harness.models.embeddings import MLP
 from harness.mx.conf import Activation, ScaleMode
 from harness.mx.formats import E2M1, E4M3, E5M2, MXBlocks, decode, encode
@@ -79,7 +80,7 @@ def test_the_product_is_that_of_the_decoded_operands(name, m, n, k):
     assert_equals_oracle(mx, x, mx(x))
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize(
     "config",
     [
@@ -95,10 +96,11 @@ def test_the_product_is_that_of_the_decoded_operands(name, m, n, k):
     ],
     ids=str,
 )
-def test_every_launch_shape_computes_the_same(config, overlap):
+def test_every_launch_shape_computes_the_same(config, dependent, monkeypatch):
+    monkeypatch.setattr(launch, "ENABLED", dependent)
     for fmt in (W8A16, FORMATS["W4A16"]):
         mx = make(720, 1536, fmt)
-        mx.config = CudaConfig(*config.as_ints()[:-1], overlap)
+        mx.config = config
         x = activations(70, 1536)
         assert_equals_oracle(mx, x, mx(x))
         assert torch.equal(mx(x), mx(x))

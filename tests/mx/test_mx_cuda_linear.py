@@ -48,7 +48,7 @@ def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
 
 
 def test_a_config_survives_an_operators_signature():
-    config = CudaConfig(8, 3, 2, 2, 4, 2, 2, blocks=1, overlap=1)
+    config = CudaConfig(8, 3, 2, 2, 4, 2, 2, blocks=2)
     assert CudaConfig(*config.as_ints()) == config
 
 

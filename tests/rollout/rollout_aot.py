@@ -36,13 +36,14 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
         "REST": shape.rest,
         "OWN": shape.own,
         "KEEP_K": k == "int8",
+        "DEPENDENT": True,
     }
     for name, fmt in (("K", k), ("V", v)):
         types[f"{name.lower()}_ring"], types[f"{name.lower()}_scales"] = RING.get(fmt, ("*u8", "*u8"))
         fields = (f"{name}_{field}" for field in ("FORMAT", "PER", "STORE", "LARGEST", "EMAX", "THRESHOLD"))
         encoding = fused.encoding(fmt != "int8", fmt, "rceil")
         constants |= dict(zip(fields, (fmt, "token" if fmt == "int8" else "block", *encoding), strict=True))
-    return compiled(window_kernel, types, constants, num_warps=fused.WARPS, num_stages=fused.STAGES)
+    return compiled(window_kernel, types, constants, num_warps=fused.WARPS, num_stages=fused.STAGES, launch_pdl=True)
 
 
 def show(pair, kernel):

@@ -22,11 +22,12 @@ from rollout_cases import SAMPLER, make_core, make_inputs, make_rollout, play
 
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.kv.conf import KVFormat, KVScales
-from harness.models.gamerft import attend_from_projection, rms_norm
+from harness.models.gamerft import attend_from_projection, gated, modulated_norm, rms_norm
 from harness.models.rope import apply_rotary
 from harness.mx.conf import ScaleMode
 from harness.rollout import AttentionKind, CompileCounters, fused
 from harness.rollout.attention import FusedAttention, RingAttention
+from harness.rollout.norms import residual_norm
 
 MX = KVStorage.mx
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -295,3 +296,17 @@ def test_captured_bf16_frames_compile_nothing_and_stay_close(storage):
     del out
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= allocated
+
+
+@pytest.mark.parametrize(("batch", "tokens", "dim"), [(1, 4, 32), (3, 5, 48)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_sum_and_its_norm_are_the_models(batch, tokens, dim, dtype):
+    torch.manual_seed(0)
+    x, branch = (torch.randn(batch, tokens, dim).to(DEVICE, dtype) for _ in range(2))
+    stacked = torch.randn(batch, 2, 3 * dim).to(DEVICE, dtype)  # vectors are views, as stacked modulation gives them
+    gate, scale, shift = stacked[:, 1:].chunk(3, dim=-1)
+    total, normed = residual_norm(x, branch, gate, scale, shift)
+    expected = x + gated(branch, gate)
+    tolerance = {"rtol": 2**-7, "atol": 2**-7} if dtype is torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    assert torch.equal(total, expected)
+    torch.testing.assert_close(normed, modulated_norm(expected, scale, shift), **tolerance)

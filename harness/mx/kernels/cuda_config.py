@@ -21,7 +21,7 @@ class CudaConfig:
 
     `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` (a multiple of 4) by `warps_k`
     warps a block, side by side and splitting K; `cluster` blocks splitting K; `stage_groups` times 64 inputs in each of
-    `stages` stages that a warp fetches ahead; `blocks` a multiprocessor; `overlap` as programmatic dependent launch.
+    `stages` stages that a warp fetches ahead; `blocks` a multiprocessor.
     """
 
     m_tiles: int
@@ -32,7 +32,6 @@ class CudaConfig:
     stage_groups: int
     stages: int
     blocks: int = 1
-    overlap: int = 0
 
     def as_ints(self) -> list[int]:
         """For an operator's signature."""
@@ -95,8 +94,10 @@ def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
     return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
 
 
-def defines(config: CudaConfig, k: int, bits: int, magnitude_shift: int, silu: bool = False) -> dict[str, int]:
-    """The compile-time parameters of `mx_linear.cu`."""
+def defines(
+    config: CudaConfig, k: int, bits: int, magnitude_shift: int, silu: bool = False, dependent: bool = False
+) -> dict[str, int]:
+    """The compile-time parameters of `mx_linear.cu`; `dependent`: launched as `harness.launch` describes."""
     return {
         "BITS": bits,
         "MAG_SHIFT": magnitude_shift,
@@ -109,7 +110,7 @@ def defines(config: CudaConfig, k: int, bits: int, magnitude_shift: int, silu: b
         "ST": config.stages,
         "GX": held_groups(config, k),
         "OVERLAY": int(layout(config, k, bits)[1]),
-        "PDL": config.overlap,
+        "PDL": int(dependent),
         "BLOCKS": config.blocks,
         "SILU": int(silu),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness import launch
 from harness.mx.kernels import cuda_config, nvrtc
 from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid, layout
 from harness.mx.kernels.cuda_packing import GROUP
@@ -52,7 +53,8 @@ def mx_linear(
         return out
     shape = CudaConfig(*config) if config else choose(CudaShape(m, out_features, k, bits))
     with torch.cuda.device(x.device):
-        function = load(shape, k, element, x.device, silu)
+        pdl = launch.dependent(x.device)
+        function = load(shape, k, element, x.device, silu, pdl)
         arguments = (
             nvrtc.TensorMap(x, 8 * shape.m_tiles, GROUP),
             tiles,
@@ -63,7 +65,7 @@ def mx_linear(
             ctypes.c_int(tiles.shape[1]),
             ctypes.c_float(post),
         )
-        function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, bool(shape.overlap))
+        function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, pdl)
     return out
 
 
@@ -89,20 +91,20 @@ def source() -> str:
 
 
 @functools.cache
-def compiled(config: CudaConfig, k: int, element: str, silu: bool) -> bytes:
+def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool) -> bytes:
     """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
-    defines = cuda_config.defines(config, k, _BITS[element], _MAGNITUDE_SHIFT[element], silu)
+    defines = cuda_config.defines(config, k, _BITS[element], _MAGNITUDE_SHIFT[element], silu, dependent)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
-def load(config: CudaConfig, k: int, element: str, device: torch.device, silu: bool) -> nvrtc.Function:
+def load(config: CudaConfig, k: int, element: str, device: torch.device, silu: bool, dependent: bool) -> nvrtc.Function:
     """The kernel `config` on the current device, `device`."""
     with _loading:
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _load(config, k, element, index, silu)
+        return _load(config, k, element, index, silu, dependent)
 
 
 @functools.cache
-def _load(config: CudaConfig, k: int, element: str, device: int, silu: bool) -> nvrtc.Function:
+def _load(config: CudaConfig, k: int, element: str, device: int, silu: bool, dependent: bool) -> nvrtc.Function:
     shared, _ = layout(config, k, _BITS[element])
-    return nvrtc.Function(compiled(config, k, element, silu), "mx_linear", shared)
+    return nvrtc.Function(compiled(config, k, element, silu, dependent), "mx_linear", shared)

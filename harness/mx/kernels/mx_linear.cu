@@ -215,6 +215,16 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
                        bar, policy);
     };
 
+    const auto fetch_x = [&] {
+        if (lane != 0) return;
+        if (PDL) previous_is_over();  // it may be writing x
+        for (int i = warp; i < block_groups; i += WARPS) {
+            barrier_expect(x_bars + i * 8, XTILE);
+            copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, m0, x_bars + i * 8);
+        }
+    };
+
+    if (PDL) next_may_begin();
     if (lane == 0) {
         if (warp == 0) prefetch_map(&x_map);
         for (int i = 0; i < ST; ++i) barrier_init(w_bars + i * 8);
@@ -222,18 +232,10 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         barriers_ready();
     }
     __syncwarp();
+    if (!PDL) fetch_x();  // from L2, and needed with the first of W: before W
 #pragma unroll 1
     for (int i = 0; i < ST; ++i) fetch(i);
-    if (lane == 0) {
-        if (PDL) {
-            previous_is_over();  // it may be writing x
-            next_may_begin();    // not before: what comes next may count on all but this kernel being over
-        }
-        for (int i = warp; i < block_groups; i += WARPS) {
-            barrier_expect(x_bars + i * 8, XTILE);
-            copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, m0, x_bars + i * 8);
-        }
-    }
+    if (PDL) fetch_x();
     __syncwarp();
     if (CL > 1) cluster_arrive();  // a block may only write to blocks that have started
     __syncthreads();               // the barriers of x are ready

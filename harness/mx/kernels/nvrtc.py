@@ -84,10 +84,10 @@ class Function:
         )
         self._name, self._shared_bytes = name, shared_bytes
 
-    def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], overlap: bool = False) -> None:
+    def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], dependent: bool = False) -> None:
         """Queue the kernel on torch's current stream.
 
-        `overlap` lets it begin before the kernel in front of it has ended (programmatic dependent launch).
+        `dependent`: as programmatic dependent launch, see `harness.launch`.
         Raises DriverError when the driver refuses.
         """
         kept = [_pointer(argument) for argument in arguments]
@@ -100,7 +100,7 @@ class Function:
             self._shared_bytes,
             stream,
             ctypes.pointer(attribute),
-            int(overlap),
+            int(dependent),
         )
         result = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
         _check(result, f"launching {self._name} on {grid} blocks of {threads} threads")

@@ -253,6 +253,7 @@ def window_kernel(
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,
     OWN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
 
@@ -263,7 +264,7 @@ def window_kernel(
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
     ``arrived`` int32, 0 for each head and block of queries, and 0 again afterwards. ``programs`` is B*H; ``scale``
-    includes log2(e).
+    includes log2(e). ``DEPENDENT``: launched as ``harness.launch`` describes.
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
@@ -284,6 +285,9 @@ def window_kernel(
     k_factors, v_factors = k_scales + row * K_SCALES, v_scales + row * V_SCALES
     part = qkv + batch * (TOKENS * STRIDE) + head * DIM
     begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     current = tl.load(slot).to(tl.int32)
     start = (current + 1) * TOKENS
     raw = load_rows(part, queries, asked, STRIDE, DIM)

@@ -1,0 +1,49 @@
+"""What lies between a layer's big products, in one launch: a gated residual sum and the modulated norm of it.
+
+Host side of ``harness.rollout.kernels.norms``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness import launch
+from harness.models.gamerft import RMS_EPS
+
+WARPS = 4
+"""Of a program, which has one row."""
+
+
+@torch.library.custom_op("mx_harness::residual_norm", mutates_args=())
+def residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """``total = x + gate * branch`` and ``rms_norm(total) * (1 + scale) + shift`` of one frame.
+
+    Args:
+        x: ``[B, P, D]``.
+        branch: likewise.
+        gate: ``[B, 1, D]``, any stride between clips.
+        scale: likewise.
+        shift: likewise.
+
+    Returns:
+        Both, ``[B, P, D]`` in the dtype of ``x``, rounded where eager code rounds.
+    """
+    from harness.rollout.kernels.norms import residual_norm_kernel
+
+    x, branch = x.contiguous(), branch.contiguous()
+    gate, scale, shift = (v if v.stride(-1) == 1 else v.contiguous() for v in (gate, scale, shift))
+    batch, tokens, dim = x.shape
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    dependent = launch.dependent(x.device)
+    residual_norm_kernel[batch * tokens,](
+        x, branch, gate, scale, shift, total, normed, gate.stride(0), scale.stride(0), shift.stride(0),
+        tokens, dim, RMS_EPS, 1 << (dim - 1).bit_length(), dependent,
+        num_warps=WARPS, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
+    return total, normed
+
+
+@residual_norm.register_fake
+def _(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x).contiguous(), torch.empty_like(x).contiguous()
