@@ -58,16 +58,16 @@ KERNELS: tuple[Kernel, ...] = (
         build=lambda linear, fmt: TorchaoMXLinear.from_linear(linear, fmt, native=True),
     ),
     Kernel(
-        KernelChoice.triton,
-        unavailable=triton_linear.unavailable,
-        unfit=lambda linear: None,
-        build=triton_linear.TritonMXLinear.from_linear,
-    ),
-    Kernel(
         KernelChoice.cuda,
         unavailable=cuda_linear.unavailable,
         unfit=lambda linear: None,
         build=cuda_linear.build,
+    ),
+    Kernel(
+        KernelChoice.triton,
+        unavailable=triton_linear.unavailable,
+        unfit=lambda linear: None,
+        build=triton_linear.TritonMXLinear.from_linear,
     ),
     Kernel(
         KernelChoice.emulated,
@@ -77,8 +77,7 @@ KERNELS: tuple[Kernel, ...] = (
         emulated=True,
     ),
 )
-"""Every kernel of this version, fastest first (docs/performance.md): `auto` takes the first that is available. `cuda`
-stands behind `triton` until measurements put it in front."""
+"""Every kernel of this version, fastest first (docs/performance.md): `auto` takes the first that is available."""
 
 
 def available_kernels(device: torch.device, fmt: LinearFormat) -> dict[str, str]:

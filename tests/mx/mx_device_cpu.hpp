@@ -185,6 +185,17 @@ inline void copy_x(u32 to, const TensorMap* map, int k, int m, u32 bar) {
     at(*now->block, to, bytes, 1024);
     now->block->copies.push_back({static_cast<int>(dice() % 8), to, bytes, bar, nullptr, map, k, m});
 }
+inline void copy_x_to(u32 to, const TensorMap* map, int k, int m, u32 bar, int blocks) {
+    for (size_t rank = 0; rank < now->cluster->size(); ++rank) {
+        if (!(blocks >> rank & 1)) continue;
+        Block& block = (*now->cluster)[rank];
+        CHECK(block.started == block.all.needed, "a copy to a block that has not started");
+        CHECK(barrier_at(block, bar).phase <= 1, "a copy to a block whose barrier is not initialised");
+        const u32 bytes = map->rows * 128;
+        at(block, to, bytes, 1024);
+        block.copies.push_back({static_cast<int>(dice() % 8), to, bytes, bar, nullptr, map, k, m});
+    }
+}
 inline void perform(Block& block, const Copy& copy) {
     u8* to = at(block, copy.to, copy.bytes, 16);
     if (copy.from) std::memcpy(to, copy.from, copy.bytes);

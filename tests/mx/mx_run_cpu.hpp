@@ -15,8 +15,8 @@ extern "C" void run(const u16* x, const u8* weight, const u16* bias, u16* out, i
     map_ = TensorMap{x, K, M, MT * 8};
     weight_ = weight, bias_ = bias, out_ = out, M_ = M, N_ = N, groups_ = groups, post_ = post;
     body = [] { mx_linear(map_, weight_, bias_, out_, M_, N_, groups_, post_); };
-    const int clusters = ((N + 15) / 16 + TILES - 1) / TILES;
-    grid = {clusters * CL, (M + MT * 8 - 1) / (MT * 8)};
+    const int clusters = ((N + 15) / 16 + TILES - 1) / TILES;  // of CL blocks
+    grid = {(clusters + CN - 1) / CN * CN * CL, (M + MT * 8 - 1) / (MT * 8)};
     for (int y = 0; y < grid.y; ++y)
-        for (int c = 0; c < clusters; ++c) run_cluster({c * CL, y}, CL, WARPS * 32, shared_bytes());
+        for (int x = 0; x < grid.x; x += CL * CN) run_cluster({x, y}, CL * CN, WARPS * 32, shared_bytes());
 }

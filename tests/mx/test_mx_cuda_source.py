@@ -85,6 +85,14 @@ CASES = {
     "one block alone, odd outputs": (CudaConfig(1, 1, 8, 1, 1, 2, 2), E2M1, 3, 39, 480),
     "E5M2, more rows than a tile": (CudaConfig(2, 1, 4, 3, 2, 1, 1), E5M2, 20, 50, 640),
     "more blocks than groups": (CudaConfig(2, 2, 4, 2, 7, 1, 1), E4M3, 16, 160, 96),
+    "x shared by 2 clusters": (CudaConfig(8, 1, 4, 1, 2, 1, 2, share=2), E4M3, 64, 250, 320),
+    "x shared by 4 blocks, one beyond the outputs": (
+        CudaConfig(2, 1, 4, 2, 1, 1, 1, share=4),
+        E2M1,
+        16,
+        180,
+        256,
+    ),
     "128 rows": (CudaConfig(16, 1, 4, 1, 2, 2, 1), E4M3, 100, 64, 256),
     "256 rows": (CudaConfig(32, 1, 8, 1, 1, 1, 1), E2M1, 250, 64, 192),
 }

@@ -4,6 +4,8 @@
 """
 
 import functools
+import itertools
+import math
 from dataclasses import astuple, dataclass, replace
 
 from harness.mx.kernels.cuda_packing import ROWS, groups, tile_bytes
@@ -20,7 +22,8 @@ class CudaConfig:
     """Shape of one launch, all fixed at compile time.
 
     `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` (a multiple of 4) by `warps_k`
-    warps a block, side by side and splitting K; `cluster` blocks splitting K; `stage_groups` times 64 inputs in each of
+    warps a block, side by side and splitting K; `cluster` blocks splitting K, `share` such clusters side by side that
+    share what they fetch of x; `stage_groups` times 64 inputs in each of
     `stages` stages that a warp fetches ahead; `blocks` a multiprocessor.
     """
 
@@ -32,6 +35,7 @@ class CudaConfig:
     stage_groups: int
     stages: int
     blocks: int = 1
+    share: int = 1
 
     def as_ints(self) -> list[int]:
         """For an operator's signature."""
@@ -63,8 +67,24 @@ class CudaShape:
         return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
 
 
-TUNED: dict[tuple[int, int, int, int], CudaConfig] = {}
-"""(bits, M bucket, N, K) to the fastest shape measured on an H200."""
+TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
+    (8, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 1, 2),
+    (8, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 3, 1),
+    (8, 64, 6144, 1536): CudaConfig(8, 1, 4, 2, 1, 2, 2),
+    (8, 64, 1536, 6144): CudaConfig(8, 1, 4, 2, 4, 2, 2),
+    (8, 8, 147456, 1536): CudaConfig(1, 3, 4, 2, 1, 1, 2, blocks=2),
+    (4, 64, 4608, 1536): CudaConfig(8, 1, 4, 1, 3, 2, 2, blocks=2),
+    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
+    (4, 64, 6144, 1536): CudaConfig(8, 1, 4, 2, 1, 2, 2),
+    (4, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
+    (4, 8, 147456, 1536): CudaConfig(1, 3, 12, 1, 1, 2, 2),
+    (16, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 2, 2),
+    (16, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
+    (16, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 2, 2, 2),
+    (16, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
+    (16, 8, 147456, 1536): CudaConfig(1, 2, 4, 2, 1, 2, 2),
+}
+"""(bits, M bucket, N, K) to the fastest shape measured on an H100."""
 
 _PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
 """Multiprocessors of an H100 or H200 that clusters of each size can fill."""
@@ -89,7 +109,7 @@ def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
     owned = -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
     barriers = (held + config.warps * config.stages) * 8
-    room = (SHARED_BYTES - 1024 * (config.blocks - 1)) // config.blocks
+    room = _room(config)
     overlay = operands + partial + barriers > room
     return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
 
@@ -106,6 +126,7 @@ def defines(
         "WR": config.warps_n,
         "WK": config.warps_k,
         "CL": config.cluster,
+        "CN": config.share,
         "GS": config.stage_groups,
         "ST": config.stages,
         "GX": held_groups(config, k),
@@ -118,13 +139,27 @@ def defines(
 
 def launch_grid(config: CudaConfig, m: int, n: int) -> tuple[int, int]:
     """Blocks along N (whole clusters) and along M."""
-    clusters = -(-n // (ROWS * config.tiles))
-    return clusters * config.cluster, -(-m // (8 * config.m_tiles))
+    clusters = -(-n // (ROWS * config.tiles * config.share))
+    return clusters * config.cluster * config.share, -(-m // (8 * config.m_tiles))
 
 
 def choose(shape: CudaShape) -> CudaConfig:
-    """The measured winner for `shape`, or what the rule says."""
-    return TUNED.get((shape.bits, shape.bucket, shape.n, shape.k)) or _ranked(replace(shape, m=shape.bucket))[0]
+    """The measured winner for `shape`, or for the product most like it whose winner fits, or `estimate`'s."""
+    return _nearest(shape) or _ranked(replace(shape, m=shape.bucket))[0]
+
+
+def _nearest(shape: CudaShape) -> CudaConfig | None:
+    def distance(key: tuple[int, int, int, int]) -> float:
+        return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
+
+    alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
+    fitting = [key for key in alike if layout(TUNED[key], shape.k, shape.bits)[0] <= _room(TUNED[key])]
+    return TUNED[min(fitting, key=distance)] if fitting else None
+
+
+def _room(config: CudaConfig) -> int:
+    """Shared memory that a block of `config` may use."""
+    return (SHARED_BYTES - 1024 * (config.blocks - 1)) // config.blocks
 
 
 def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
@@ -138,27 +173,29 @@ def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
     fitting = [
         config
         for tiles in {m_tiles, min(m_tiles, 16), min(m_tiles, 8)}
-        for cluster in _PLACES
+        for cluster, share in itertools.product(_PLACES, (1, 2, 4))
+        if cluster * share in _PLACES
         for row_tiles in (1, 2, 3, 4)
         for warps_n in (4, 8, 12, 16)
         for warps_k in (1, 2, 3, 4)
         for blocks in (1, 2)
-        for config in _with_stages(CudaConfig(tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks), shape)
+        for config in _with_stages(CudaConfig(tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks, share), shape)
         if _sensible(config, shape)
     ]
     return tuple(sorted(fitting, key=lambda config: estimate(shape, config)))
 
 
 def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
-    """`config` with as many stages as hold all a warp needs, or as fit; nothing when not even two do."""
+    """`config` with two stages, and with as many as hold all a warp needs or as fit; nothing when not even two do."""
     needed = -(-held_groups(config, shape.k) // config.warps_k)
     grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
-    room = (SHARED_BYTES - 1024 * (config.blocks - 1)) // config.blocks
+    room = _room(config)
     wanted = -(-needed // grouped.stage_groups)
     for stages in range(min(wanted, 12), 0, -1):
         staged = replace(grouped, stages=stages)
         if layout(staged, shape.k, shape.bits)[0] <= room:
-            return [staged] if stages >= min(wanted, 3) else []
+            both = {min(stages, 2), stages}
+            return [replace(staged, stages=count) for count in both] if stages >= min(wanted, 2) else []
     return []
 
 
@@ -182,13 +219,13 @@ def estimate(shape: CudaShape, config: CudaConfig) -> float:
     the multiprocessors hold wait for a second round.
     """
     held, (across, down) = held_groups(config, shape.k), launch_grid(config, shape.m, shape.n)
-    places = _PLACES[config.cluster] * config.blocks
+    places = _PLACES[config.cluster * config.share] * config.blocks
     rounds = max(1.0, across * down / places) if across * down > 4 * places else -(-across * down // places)
     w, x = config.tiles * held * tile_bytes(shape.bits), held * config.m_tiles * 1024
     sent = config.warps_k * config.tiles * config.m_tiles * 512 if config.cluster * config.warps_k > 1 else 0
-    taken_in = w + x + sent * (config.cluster - 1) / config.cluster
+    taken_in = w + x * (1 + 1 / config.share) / 2 + sent * (config.cluster - 1) / config.cluster
     compute = config.tiles * held * max(_DECODE_NS, _WGMMA_NS * config.m_tiles)
     compute *= 1 + 4 / (config.warps * config.blocks)  # one warpgroup alone decodes or multiplies
     work = taken_in / _BYTES_PER_NS + 0.5 * compute
-    extra = (_CLUSTER_NS if config.cluster > 1 else 0.0) + (_WARPS_K_NS if config.warps_k > 1 else 0.0)
+    extra = (_CLUSTER_NS if config.cluster * config.share > 1 else 0.0) + (_WARPS_K_NS if config.warps_k > 1 else 0.0)
     return rounds * work * config.blocks + extra

@@ -74,6 +74,14 @@ __device__ __forceinline__ void copy_x(u32 to, const TensorMap* map, int k, int 
         ::"r"(to), "l"(map), "r"(k), "r"(m), "r"(bar) : "memory");
 }
 
+// The same into every block of the cluster whose bit is set in `blocks`, each at `to` and with its own barrier at `bar`.
+__device__ __forceinline__ void copy_x_to(u32 to, const TensorMap* map, int k, int m, u32 bar, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(to), "l"(map), "r"(k), "r"(m), "r"(bar), "h"(static_cast<u16>(blocks)) : "memory");
+}
+
 __device__ __forceinline__ uint4 load16(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

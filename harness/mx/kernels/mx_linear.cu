@@ -6,10 +6,12 @@
 //  * Rows of W are the A operand of wgmma.m64n64k16, rows of x the B operand. Weights are decoded into A fragments in
 //    registers, 16 rows a warp; they are packed (cuda_packing.py) so that a lane finds its fragments of a tile in 16
 //    bytes. The tensor cores read x from shared memory, once for the 64 rows of a warpgroup, while the warps decode on.
-//  * A cluster of CL blocks shares TILES row tiles of W and splits K; a block's warps split its row tiles WR ways (a
+//  * CL blocks share TILES row tiles of W and split K; CN such groups of blocks, side by side along N, are a cluster. A
+//    block's warps split its row tiles WR ways (a
 //    multiple of 4: warpgroups) and its part of K WK ways. Every warp fetches its own part of W by bulk copies, up to ST
 //    stages ahead: no block-wide synchronisation, and most of what a multiprocessor will need is under way at once.
-//  * A block holds its part of x in shared memory (TMA, 128-byte swizzle): x is read once a cluster.
+//  * A block holds its part of x in shared memory (TMA, 128-byte swizzle). The CN blocks of a cluster that need the same
+//    part fetch a share of it each and send it to all (multicast): x is read once a cluster.
 //  * Partial sums go to the block that owns the output, through distributed shared memory, and are added there in the
 //    order of their ranks: the result is the same every time.
 //
@@ -17,7 +19,7 @@
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
 //
 // Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_SHIFT bits an 8-bit element's
-// magnitude moves; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL as above; GS groups of 64 inputs in a stage; ST
+// magnitude moves; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST
 // stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent
 // launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
@@ -29,6 +31,7 @@ constexpr int STAGE = RT * GS * TILE;
 constexpr int TILES = WR * RT;
 constexpr int UNITS = TILES * MT;              // a unit is the 16 by 8 outputs of one accumulator fragment
 constexpr int OWNED = (UNITS + CL - 1) / CL;   // units a block adds up: every CL-th
+constexpr int PEERS = CN == 1 ? 1 : CN == 2 ? 1 | 1 << CL : 1 | 1 << CL | 1 << 2 * CL | 1 << 3 * CL;  // with rank 0's x
 constexpr int SLOTS = CL * WK;                 // partial sums of a unit
 constexpr int W_AT = GX * XTILE;
 constexpr int W_END = W_AT + WARPS * ST * STAGE;
@@ -36,7 +39,7 @@ constexpr int PARTIAL = SLOTS > 1 ? SLOTS * OWNED * 512 : 0;
 constexpr int PARTIAL_AT = OVERLAY ? 0 : W_END;
 constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_END + PARTIAL;
 
-// All warps of the cluster (of the block, where it is alone) have come this far and see each other's writes.
+// All warps that add up the same sums (and the rest of their cluster) have come this far and see each other's writes.
 __device__ __forceinline__ void everyone() {
     if constexpr (CL > 1) {
         cluster_arrive();
@@ -168,7 +171,8 @@ __device__ __forceinline__ void finish(const float (&c)[4], const u16* bias, u16
 }
 
 // A warp's partial sums, each unit to the block that owns it.
-__device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial, int first_tile, int slot, int lane) {
+__device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial, int first_tile, int slot, int place,
+                                     int lane) {
 #pragma unroll
     for (int r = 0; r < RT; ++r) {
 #pragma unroll
@@ -176,7 +180,7 @@ __device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial,
             const int unit = (first_tile + r) * MT + m;
             const u32 to = partial + (slot * OWNED + unit / CL) * 512 + lane * 16;
             if constexpr (CL > 1) {
-                store16_in(address_in(to, unit % CL), acc[r][m]);
+                store16_in(address_in(to, place * CL + unit % CL), acc[r][m]);
             } else {
                 store16(to, acc[r][m]);
             }
@@ -184,13 +188,13 @@ __device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial,
     }
 }
 
-KERNEL(WARPS * 32, CL, BLOCKS)
+KERNEL(WARPS * 32, CL * CN, BLOCKS)
 mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
           u16* __restrict__ out, int M, int N, int groups, float post) {
     const u32 base = shared_memory();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int wr = warp % WR, wk = warp / WR;
-    const int rank = CL > 1 ? blockIdx.x % CL : 0;
+    const int rank = blockIdx.x % CL, place = blockIdx.x / CL % CN;  // along K and N within the cluster
     const int tile0 = blockIdx.x / CL * TILES, m0 = blockIdx.y * MT * 8;
 
     // This block's groups of 64 inputs, and this warp's.
@@ -220,7 +224,12 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         if (PDL) previous_is_over();  // it may be writing x
         for (int i = warp; i < block_groups; i += WARPS) {
             barrier_expect(x_bars + i * 8, XTILE);
-            copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, m0, x_bars + i * 8);
+            const u32 to = base + i * XTILE, bar = x_bars + i * 8;
+            if constexpr (CN == 1) {
+                copy_x(to, &x_map, (block_lo + i) * 64, m0, bar);
+            } else if (i % CN == place) {
+                copy_x_to(to, &x_map, (block_lo + i) * 64, m0, bar, PEERS << rank);
+            }
         }
     };
 
@@ -232,13 +241,13 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         barriers_ready();
     }
     __syncwarp();
-    if (!PDL) fetch_x();  // from L2, and needed with the first of W: before W
+    if (CL * CN > 1) cluster_arrive();  // a block may only write to blocks whose barriers are ready
+    if (!PDL && CN == 1) fetch_x();     // from L2, and needed with the first of W: before W
 #pragma unroll 1
     for (int i = 0; i < ST; ++i) fetch(i);
-    if (PDL) fetch_x();
-    __syncwarp();
-    if (CL > 1) cluster_arrive();  // a block may only write to blocks that have started
-    __syncthreads();               // the barriers of x are ready
+    if (CN > 1) cluster_wait();
+    if (PDL || CN > 1) fetch_x();
+    __syncthreads();  // the barriers of x are ready
 
     float acc[RT][MT][4];
     Half halves[2];
@@ -273,10 +282,10 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
             for (int m = 0; m < MT; ++m)
                 finish(acc[r][m], bias, out, m0 + m * 8, (my_tile + r) * 16, M, N, post, lane);
     } else {
-        if (CL > 1) cluster_wait();
+        if (CL > 1 && CN == 1) cluster_wait();
         if (OVERLAY) everyone();  // all have read what the partial sums will replace
         const u32 partial = base + PARTIAL_AT;
-        send(acc, partial, wr * RT, rank * WK + wk, lane);
+        send(acc, partial, wr * RT, rank * WK + wk, place, lane);
         everyone();
         for (int i = warp; i < OWNED; i += WARPS) {
             const int unit = i * CL + rank;
