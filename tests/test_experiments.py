@@ -136,7 +136,7 @@ def test_both_arms_run_under_the_same_compilation(record, compile):
         assert arm["enabled"] == (compile == "on") == (arm["graphs"] > 0)
         assert (arm["graph_breaks"], arm["recompiles_after_warmup"]) == (0, 0)
         assert arm["cold_start_s"] > 0
-    assert found.quality["all"]["fidelity"]["psnr"] < 60
+    assert found.quality["all"]["fidelity"]["psnr"] < 80  # two models, not one
 
 
 @pytest.mark.parametrize(
