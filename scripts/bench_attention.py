@@ -153,8 +153,7 @@ def measure(conf: KVConf, kind: AttentionKind, frames: int, args: argparse.Names
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write JSON; 1 if a row failed."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = (("batch", 1), ("heads", 24), ("dim", 64), ("tokens", 64), ("replays", 50))
     for name, default in sizes:
@@ -167,6 +166,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/attention.json"))
     args = parser.parse_args(argv)
     args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write JSON; 1 if a row failed."""
+    args = parse(argv)
     rows, failed = [], False
     windows = [int(frames) for frames in args.frames.split(",")]
     for frames, storage, kind in itertools.product(windows, args.storages.split(","), args.kinds.split(",")):

@@ -1,0 +1,67 @@
+"""One table of everything measured, from the result files of the three measuring scripts."""
+
+import json
+import subprocess
+
+import pytest
+
+from scripts import bench_attention, bench_rollout, bench_summary, microbench
+
+
+def rollout(name, ms=None, **others):
+    row = {"row": name, "dit": ms and {"median": ms}, "decoder": {"median": 1.25}, "emulated": False, "failed": None}
+    row |= {"floor_ms": 0.5, "fps": 250.4, "fps_overlapped": 300.0, "weight_bytes": 2e6, "cache_bytes": 1e6}
+    return row | {"run_bytes": None} | others
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [
+        rollout("m/B1/bf16+bf16/sdpa", 3.0),
+        rollout("m/B1/bf16+bf16/fused", 2.0),
+        rollout("m/B1/mxfp8_all+mx_v_only/fused", 1.5),
+        rollout("m/B1/mxfp4_all+mx_v_only/fused", failed="OutOfMemoryError: too large"),
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    linear = [
+        {"shape": "64×8→16", "way": way, "us": us, "floor_us": 2.0} for way, us in (("torch BF16", 9.0), ("W8", 6.0))
+    ]
+    (tmp_path / "linear_m.json").write_text(json.dumps({"rows": linear}))
+    layers = [
+        {"storage": "bf16", "attention": "flex", "frames": 60, "us": 100.0},
+        {"storage": "mx_kv", "attention": "fused", "frames": 60, "us": 20.0},
+        {"storage": "mx_v_only", "attention": "fused", "failed": "ValueError: no"},
+    ]
+    (tmp_path / "attention.json").write_text(json.dumps({"rows": layers}))
+    return bench_summary.parse(["--models", "m", "--out", str(tmp_path)])
+
+
+def test_ratios_are_to_the_fastest_bf16_of_the_same_run(results):
+    table = dict(line.strip("| ").split(" | ", 1) for line in bench_summary.summary(results).splitlines())
+    assert table["DiT, `m`, bf16+bf16/sdpa"].startswith("3.00 ms a frame, 1.50× of BF16, 6.0× its floor of 0.50")
+    assert "0.75× of BF16" in table["DiT, `m`, mxfp8_all+mx_v_only/fused"]
+    assert table["DiT, `m`, mxfp4_all+mx_v_only/fused"] == "failed: OutOfMemoryError: too large"
+    assert table["Linear 64×8→16, `m`, W8"] == "6.00 µs, 1.50× the speed of BF16, floor 2.00 µs"
+    assert "5.0× the speed of FlexAttention" in table["attention over 60 frames, fused, ring mx_kv"]
+    assert table["attention over ? frames, fused, ring mx_v_only"] == "ValueError: no"
+    assert table["decoder, `m`"] == "1.25 ms"
+    assert table["memory, `m`, bf16+bf16/fused"].endswith("cache and a frame's peak – MB")
+
+
+def test_the_measuring_scripts_take_its_commands(results):
+    parsers = {
+        "microbench.py": lambda words: microbench.parse([*words, "--device", "cpu"]),
+        "bench_rollout.py": bench_rollout.parse,
+        "bench_attention.py": bench_attention.parse,
+    }
+    for script, *words in bench_summary.jobs(results).values():
+        parsers[script](words)
+    rows = bench_rollout.all_rows(bench_rollout.parse(bench_summary.jobs(results)["bench.json"][1:]))
+    assert len(rows) == 5
+
+
+def test_a_job_that_breaks_is_an_exit_code_and_leaves_no_old_figures(results, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
+    assert bench_summary.main(["--models", "m", "--out", str(results.out)]) == 1
+    assert "µs" not in capsys.readouterr().out
+    assert (results.out / "summary.md").is_file()
