@@ -45,7 +45,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     """
     rows, shape, dependent = mx.operand(x), mx.shape(x.shape[0]), launch.dependent(x.device)
     modules = [mx, *(copy.deepcopy(mx) for _ in range(bench.copies(mx.weight_bytes()) - 1))]
-    check = _checker(mx, rows)
+    check = checker(mx, rows)
     timed: dict[CudaConfig, float] = {}
     wrong: list[str] = []
 
@@ -93,7 +93,7 @@ def _fits(config: CudaConfig, shape: CudaShape) -> bool:
     return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
 
 
-def _checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:
+def checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:
     """A function that says what is wrong with `mx`'s product of `rows`, or None."""
     weight = mx.dense_weight()
     bias = None if mx.bias is None else mx.bias.double()

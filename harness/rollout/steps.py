@@ -51,7 +51,7 @@ def _through_layer(
     return block.halves(x + gated(branch, gate), mod, rotary, attend)
 
 
-def _through_layer_fused(
+def through_layer_fused(
     block: Block,
     attend: LayerAttend,
     x: Tensor,
@@ -70,7 +70,7 @@ def _through_layer_fused(
 def _layer_function(block: Block, attention: AttentionKind) -> Layer:
     """Our kernels for sums and norms where attention is ours; but not in front of what quantises their results."""
     rounds = _rounds_inputs(block.attn.qkv) or _rounds_inputs(block.mlp.fc1)
-    return _through_layer if rounds or attention is not AttentionKind.fused else _through_layer_fused
+    return _through_layer if rounds or attention is not AttentionKind.fused else through_layer_fused
 
 
 def _rounds_inputs(linear: nn.Module) -> bool:
@@ -98,10 +98,7 @@ def _step_by_layers(
     for number, block in enumerate(core.blocks):
         kind = _kind(block, cache, number)
         if kind not in layers:
-            plain = (
-                attention is not AttentionKind.fused or _rounds_inputs(block.attn.qkv) or _rounds_inputs(block.mlp.fc1)
-            )
-            layers[kind] = compile_function(_through_layer if plain else _through_layer_fused, conf)
+            layers[kind] = compile_function(_layer_function(block, attention), conf)
         calls.append((layers[kind], block, layer_attention(cache, number, attention, store)))
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:

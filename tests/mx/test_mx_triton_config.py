@@ -133,7 +133,8 @@ def test_where_the_kernels_run_and_why_not(hopper, monkeypatch):
 @pytest.mark.parametrize("element", FORMATS.values(), ids=lambda f: f.name)
 def test_auto_emulates_nothing_that_the_kernels_can_compute(hopper, element, activation):
     kernel = resolve_kernel(KernelChoice.auto, hopper, LinearFormat(element, ScaleMode.rceil, activation))
-    assert (kernel.name, kernel.emulated) == ("triton", False)
+    assert kernel.name in ("triton", "cuda")  # whichever of them runs here
+    assert not kernel.emulated
 
 
 def test_fp8_tensor_cores_are_for_mx_by_mx_that_e4m3_holds():

@@ -69,18 +69,18 @@ class CudaShape:
 
 TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
     (8, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 1, 2),
-    (8, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 3, 1),
-    (8, 64, 6144, 1536): CudaConfig(8, 1, 4, 2, 1, 2, 2),
-    (8, 64, 1536, 6144): CudaConfig(8, 1, 4, 2, 4, 2, 2),
+    (8, 64, 1536, 1536): CudaConfig(8, 1, 4, 3, 4, 1, 2, share=2),
+    (8, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 1, 2, blocks=2),
+    (8, 64, 1536, 6144): CudaConfig(8, 2, 4, 2, 8, 1, 2),
     (8, 8, 147456, 1536): CudaConfig(1, 3, 4, 2, 1, 1, 2, blocks=2),
     (4, 64, 4608, 1536): CudaConfig(8, 1, 4, 1, 3, 2, 2, blocks=2),
-    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
-    (4, 64, 6144, 1536): CudaConfig(8, 1, 4, 2, 1, 2, 2),
-    (4, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
+    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 3, 4, 2, 1),
+    (4, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 2, 2, blocks=2, share=2),
+    (4, 64, 1536, 6144): CudaConfig(8, 1, 4, 1, 8, 2, 2, blocks=2),
     (4, 8, 147456, 1536): CudaConfig(1, 3, 12, 1, 1, 2, 2),
-    (16, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 2, 2),
-    (16, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
-    (16, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 2, 2, 2),
+    (16, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 2, 2, share=2),
+    (16, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 2, 2),
+    (16, 64, 6144, 1536): CudaConfig(8, 1, 12, 1, 3, 2, 2),
     (16, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
     (16, 8, 147456, 1536): CudaConfig(1, 2, 4, 2, 1, 2, 2),
 }
@@ -165,6 +165,35 @@ def _room(config: CudaConfig) -> int:
 def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
     """What `microbench --tune` tries for `shape`: the `most` that look best to `estimate`, best first."""
     return list(_ranked(replace(shape, m=shape.bucket))[:most])
+
+
+def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
+    """What `scripts/tune_layer.py` tries for `shape`: in equal parts the best to `estimate`,
+
+    the best of those that leave room on a multiprocessor, where the next kernel's weights can be fetched meanwhile,
+    and those that fetch most of their weight before they need x.
+    """
+    ranked = sorted(_ranked(replace(shape, m=shape.bucket)), key=lambda config: not _at_once(config, shape))
+    small = [config for config in ranked if layout(config, shape.k, shape.bits)[0] <= _SMALL_BYTES]
+    early = sorted(ranked, key=lambda config: -_fetched_ahead(config, shape))
+    part = most // 3
+    return list(dict.fromkeys([*ranked[:part], *small[:part], *early[:part]]))
+
+
+_SMALL_BYTES = 128 * 1024
+
+
+def _at_once(config: CudaConfig, shape: CudaShape) -> bool:
+    """Whether there is a place for every block from the start."""
+    across, down = launch_grid(config, shape.m, shape.n)
+    return across * down <= _PLACES[config.cluster * config.share] * config.blocks
+
+
+def _fetched_ahead(config: CudaConfig, shape: CudaShape) -> int:
+    """Bytes of W under way on the whole GPU before x is there."""
+    stage = config.row_tiles * config.stage_groups * tile_bytes(shape.bits)
+    needed = config.tiles * held_groups(config, shape.k) * tile_bytes(shape.bits)
+    return launch_grid(config, shape.m, shape.n)[0] * min(config.warps * config.stages * stage, needed)
 
 
 @functools.cache

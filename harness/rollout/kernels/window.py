@@ -309,9 +309,9 @@ def window_kernel(
             first = TILES * BLOCK_N
             k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
             v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
-            ok = first + tl.arange(0, REST) < PAST
+            stored = first + tl.arange(0, REST) < PAST
             total, sum0, sum1 = attend_tile(
-                q0, q1, k0, k1, v0, v1, ok, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
+                q0, q1, k0, k1, v0, v1, stored, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
             )
         for tile in tl.range(0, (TOKENS + OWN - 1) // OWN, num_stages=1):
             token = tile * OWN + tl.arange(0, OWN)

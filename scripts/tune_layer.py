@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Find the launch shapes of `kernel=cuda` with which whole layers run fastest; prints entries for `cuda_config.TUNED`.
+
+    python scripts/tune_layer.py                                # dit_v4, 8, 4 and 16 bits
+    python scripts/tune_layer.py --model dit_v4_5b --bits 8 4
+
+A Linear by itself (`microbench.py --tune`) does not show what counts in a frame: kernels are launched while those in
+front of them still run (`harness.launch`), and one that leaves room on a multiprocessor has its weights there before
+its input is ready. So here layers run as in a frame, in a CUDA graph: attention over a full ring, sums and norms, and
+the four Linears, of which one kind after the other is given each launch shape worth trying. A shape whose product is
+wrong is never timed. Needs a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness import launch
+from harness.kv import KVCache, KVConf, KVStorage
+from harness.models.gamerft import Block, BlockModulation, GameRFTConfig
+from harness.mx.kernels import cuda_config, cuda_linear, cuda_ops, nvrtc
+from harness.mx.kernels.cuda_config import CudaConfig
+from harness.mx.kernels.cuda_linear import CudaLinear
+from harness.rollout.attention import AttentionKind, frame_attention
+from harness.rollout.steps import through_layer_fused
+from scripts.microbench import FORMATS, read_model
+from scripts.tune_cuda import checker
+
+FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
+REPLAYS = 12
+REFINED = 8
+"""Of each Linear's launch shapes, the fastest are tried once more when those of the others are known."""
+
+
+class Layers:
+    """Layers of a model in a CUDA graph, and how long one takes."""
+
+    def __init__(self, arch: GameRFTConfig, window: int, bits: int, count: int, batch: int, storage: KVStorage) -> None:
+        device, dim = torch.device("cuda", torch.cuda.current_device()), arch.d_model
+        sizes = (count, batch, arch.n_heads, arch.head_dim, arch.tokens_per_frame)
+        own = [arch.local_window if layer % arch.local_idx else arch.global_window for layer in range(count)]
+        windows = [min(window, limit or window) for limit in own]
+        cache = KVCache(*sizes, windows, KVConf(storage), torch.bfloat16, device)
+        for layer, frames in enumerate(windows):
+            shape = (batch, arch.n_heads, frames * arch.tokens_per_frame, arch.head_dim)
+            cache.load(layer, *(torch.randn(shape, device=device).bfloat16() for _ in range(2)))
+        cache.advance()
+        self.attend = frame_attention(cache, AttentionKind.fused, store=False)
+        self.blocks = [_block(layer, arch, bits, device) for layer in range(count)]
+        self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
+        self.mods = [
+            BlockModulation(*(0.1 * torch.randn(batch, 1, dim, device=device).bfloat16() for _ in range(6)))
+            for _ in range(count)
+        ]
+        angles = torch.rand(arch.tokens_per_frame, arch.head_dim // 2, device=device)
+        self.rotary = (angles.cos(), angles.sin())
+
+    def linears(self, name: str) -> list[CudaLinear]:
+        """Every layer's Linear of a name such as "mlp.fc1"."""
+        found = [block.get_submodule(name) for block in self.blocks]
+        assert all(isinstance(linear, CudaLinear) for linear in found)
+        return found  # type: ignore[return-value]
+
+    def run(self) -> Tensor:
+        """All layers once."""
+        x, branch, gate = self.x, torch.zeros_like(self.x), self.mods[0].mlp_gate
+        for block, mod in zip(self.blocks, self.mods, strict=True):
+            x, branch = through_layer_fused(block, self.attend, x, branch, gate, mod, self.rotary)
+            gate = mod.mlp_gate
+        return x + branch
+
+    def time(self) -> float:
+        """Median µs of a layer."""
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            self.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self.run()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
+        for start, end in [*events[:2], *events]:
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / len(self.blocks)
+
+
+NAMES = ("mlp.fc1", "mlp.fc2", "attn.qkv", "attn.out")
+
+
+def _block(layer: int, arch: GameRFTConfig, bits: int, device: torch.device) -> Block:
+    """A layer with random weights, its Linears in the kernel's form."""
+    with torch.device(device):
+        block = Block(layer, arch.d_model, arch.n_heads).requires_grad_(False).bfloat16()
+    name = FORMAT_OF_BITS[bits]
+    for path in NAMES:
+        parent, _, child = path.rpartition(".")
+        linear = block.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        packed = CudaLinear.from_linear(linear) if name is None else cuda_linear.build(linear, FORMATS[name])
+        setattr(block.get_submodule(parent), child, packed)
+    assert isinstance(block.mlp.fc1, CudaLinear)
+    if block.mlp.fc1.absorb(block.mlp.act):
+        block.mlp.act = nn.Identity()
+    return block
+
+
+class Tuner:
+    """Tries launch shapes of each Linear in turn."""
+
+    def __init__(self, layers: Layers, most: int, deadline: float) -> None:
+        self.layers, self.most, self.deadline = layers, most, deadline
+        self.timed: dict[str, dict[CudaConfig, float]] = {name: {} for name in NAMES}
+        self.refused: list[str] = []
+
+    def tune(self) -> dict[str, CudaConfig]:
+        """The fastest of each Linear; two rounds, since what one occupies is what another cannot have."""
+        for turn in range(2):
+            for name in NAMES:
+                linear = self.layers.linears(name)[0]
+                shape = linear.shape(self.layers.x[..., 0].numel())
+                known = self.timed[name]
+                configs = sorted(known, key=known.__getitem__)[:REFINED] if turn else self._worth_trying(shape)
+                self.timed[name] = {} if turn else known
+                self._try(name, [config for config in configs if turn or config not in known])
+                self._set(name, min(self.timed[name], key=self.timed[name].__getitem__))
+                print(f"  {name}: {min(self.timed[name].values()):.2f} µs a layer", flush=True)
+        return {name: min(timed, key=timed.__getitem__) for name, timed in self.timed.items()}
+
+    def _worth_trying(self, shape: cuda_config.CudaShape) -> list[CudaConfig]:
+        return [cuda_config.choose(shape), *cuda_config.candidates_in_a_layer(shape, self.most)]
+
+    def _set(self, name: str, config: CudaConfig) -> None:
+        for linear in self.layers.linears(name):
+            linear.config = config
+
+    def _try(self, name: str, configs: Sequence[CudaConfig]) -> None:
+        linear = self.layers.linears(name)[0]
+        rows = torch.randn(self.layers.x[..., 0].numel(), linear.in_features, device="cuda").bfloat16()
+        check, dependent = checker(linear, rows), launch.dependent(rows.device)
+        sizes = linear.in_features, linear.element
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for silu in {False, linear.silu}:
+                jobs = {c: pool.submit(cuda_ops.compiled, c, *sizes, silu, dependent) for c in configs}
+            for config in configs:
+                if time.monotonic() > self.deadline and self.timed[name]:
+                    pool.shutdown(cancel_futures=True)
+                    break
+                if (reason := self._reason(config, linear, jobs[config].result, check)) is None:
+                    self._set(name, config)
+                    self.timed[name][config] = self.layers.time()
+                else:
+                    self.refused.append(f"{name} {config}: {reason}")
+
+    def _reason(
+        self, config: CudaConfig, linear: CudaLinear, wait: Callable[[], bytes], check: Callable[[], str | None]
+    ) -> str | None:
+        before, linear.config = linear.config, config
+        try:
+            wait()
+            return check()
+        except (nvrtc.CompileError, nvrtc.DriverError) as error:
+            return str(error).splitlines()[0]
+        finally:
+            linear.config = before
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="dit_v4", help="a model config by name, or a YAML file")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 16], choices=tuple(FORMAT_OF_BITS))
+    parser.add_argument("--layers", type=int, default=8, help="layers of the graph: more than L2 holds")
+    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--most", type=int, default=120, help="launch shapes of each Linear that are tried")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
+    parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
+    parser.add_argument("--json", type=Path, help="where to write every figure")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a Hopper GPU; torch sees no CUDA GPU here")
+    return args
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    arch, window = read_model(args.model)
+    found = []
+    for bits in args.bits:
+        start = time.monotonic()
+        layers = Layers(arch, window, bits, args.layers, args.batch, KVStorage(args.kv))
+        print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer at first", flush=True)
+        tuner = Tuner(layers, args.most, start + args.seconds)
+        best = tuner.tune()
+        print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer, {time.monotonic() - start:.0f} s")
+        for name, config in best.items():
+            shape = layers.linears(name)[0].shape(layers.x[..., 0].numel())
+            print(f"    ({shape.bits}, {shape.bucket}, {shape.n}, {shape.k}): {config},", flush=True)
+            tried = [[*c.as_ints(), us] for c, us in tuner.timed[name].items()]
+            key = [shape.bits, shape.bucket, shape.n, shape.k]
+            found.append({"shape": key, "best": asdict(config), "us": tried})
+        print("".join(f"  REFUSED {line}\n" for line in tuner.refused), end="", flush=True)
+        del layers, tuner
+        torch.cuda.empty_cache()
+    if args.json:
+        args.json.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
