@@ -42,8 +42,8 @@ from scripts.tune_cuda import checker
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
-REFINED = 8
-"""Of each Linear's launch shapes, the fastest are tried once more when those of the others are known."""
+ROUNDS, REFINED = 3, 12
+"""Of each Linear's launch shapes, the fastest are tried again when those of the others are known."""
 
 
 class Layers:
@@ -127,11 +127,12 @@ class Tuner:
     def __init__(self, layers: Layers, most: int, deadline: float) -> None:
         self.layers, self.most, self.deadline = layers, most, deadline
         self.timed: dict[str, dict[CudaConfig, float]] = {name: {} for name in NAMES}
+        self.tried: list[tuple[str, CudaConfig, float]] = []
         self.refused: list[str] = []
 
     def tune(self) -> dict[str, CudaConfig]:
-        """The fastest of each Linear; two rounds, since what one occupies is what another cannot have."""
-        for turn in range(2):
+        """The fastest of each Linear; several rounds, since what one occupies is what another cannot have."""
+        for turn in range(ROUNDS):
             for name in NAMES:
                 linear = self.layers.linears(name)[0]
                 shape = linear.shape(self.layers.x[..., 0].numel())
@@ -165,6 +166,7 @@ class Tuner:
                 if (reason := self._reason(config, linear, jobs[config].result, check)) is None:
                     self._set(name, config)
                     self.timed[name][config] = self.layers.time()
+                    self.tried.append((name, config, self.timed[name][config]))
                 else:
                     self.refused.append(f"{name} {config}: {reason}")
 
@@ -187,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 16], choices=tuple(FORMAT_OF_BITS))
     parser.add_argument("--layers", type=int, default=8, help="layers of the graph: more than L2 holds")
     parser.add_argument("--batch", type=int, default=1, help="clips")
-    parser.add_argument("--most", type=int, default=120, help="launch shapes of each Linear that are tried")
+    parser.add_argument("--most", type=int, default=180, help="launch shapes of each Linear that are tried")
     parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
     parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
     parser.add_argument("--json", type=Path, help="where to write every figure")
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, config in best.items():
             shape = layers.linears(name)[0].shape(layers.x[..., 0].numel())
             print(f"    ({shape.bits}, {shape.bucket}, {shape.n}, {shape.k}): {config},", flush=True)
-            tried = [[*c.as_ints(), us] for c, us in tuner.timed[name].items()]
+            tried = [[*c.as_ints(), us] for tried_name, c, us in tuner.tried if tried_name == name]
             key = [shape.bits, shape.bucket, shape.n, shape.k]
             found.append({"shape": key, "best": asdict(config), "us": tried})
         print("".join(f"  REFUSED {line}\n" for line in tuner.refused), end="", flush=True)

@@ -15,7 +15,7 @@ from harness.mx.kernels.cuda_config import (
     choose,
     held_groups,
     launch_grid,
-    layout,
+    shared_bytes,
 )
 from harness.mx.kernels.triton_linear import TritonMXLinear
 from harness.mx.linear import LinearFormat
@@ -39,7 +39,7 @@ def make(n, k, fmt=W8A16, scale=1.0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
     for config in [choose(shape), *candidates(shape, 48)]:
-        assert layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
+        assert shared_bytes(config, shape.k, shape.bits) <= SHARED_BYTES // config.blocks
         assert 32 * config.warps <= 1024
         across, down = launch_grid(config, shape.m, shape.n)
         assert across // config.cluster * config.tiles * 16 >= shape.n

@@ -101,17 +101,15 @@ def held_groups(config: CudaConfig, k: int) -> int:
     return max(1, -(-groups(k) // config.cluster))
 
 
-def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
-    """Bytes of shared memory a block needs, and whether partial sums must arrive where x and W were."""
+def shared_bytes(config: CudaConfig, k: int, bits: int) -> int:
+    """Shared memory a block needs."""
     held, slots = held_groups(config, k), config.cluster * config.warps_k
     operands = held * config.m_tiles * 1024
     operands += config.warps * config.stages * config.row_tiles * config.stage_groups * tile_bytes(bits)
     owned = -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
     barriers = (held + config.warps * config.stages) * 8
-    room = _room(config)
-    overlay = operands + partial + barriers > room
-    return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
+    return max(operands, partial) + barriers
 
 
 def defines(
@@ -130,7 +128,6 @@ def defines(
         "GS": config.stage_groups,
         "ST": config.stages,
         "GX": held_groups(config, k),
-        "OVERLAY": int(layout(config, k, bits)[1]),
         "PDL": int(dependent),
         "BLOCKS": config.blocks,
         "SILU": int(silu),
@@ -153,7 +150,7 @@ def _nearest(shape: CudaShape) -> CudaConfig | None:
         return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
 
     alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
-    fitting = [key for key in alike if layout(TUNED[key], shape.k, shape.bits)[0] <= _room(TUNED[key])]
+    fitting = [key for key in alike if shared_bytes(TUNED[key], shape.k, shape.bits) <= _room(TUNED[key])]
     return TUNED[min(fitting, key=distance)] if fitting else None
 
 
@@ -174,7 +171,7 @@ def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
     and those that fetch most of their weight before they need x.
     """
     ranked = sorted(_ranked(replace(shape, m=shape.bucket)), key=lambda config: not _at_once(config, shape))
-    small = [config for config in ranked if layout(config, shape.k, shape.bits)[0] <= _SMALL_BYTES]
+    small = [config for config in ranked if shared_bytes(config, shape.k, shape.bits) <= _SMALL_BYTES]
     early = sorted(ranked, key=lambda config: -_fetched_ahead(config, shape))
     part = most // 3
     return list(dict.fromkeys([*ranked[:part], *small[:part], *early[:part]]))
@@ -215,22 +212,22 @@ def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
 
 
 def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
-    """`config` with two stages, and with as many as hold all a warp needs or as fit; nothing when not even two do."""
+    """`config` with two stages, four, and as many as hold all a warp needs or as fit; nothing when not even two do."""
     needed = -(-held_groups(config, shape.k) // config.warps_k)
     grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
     room = _room(config)
     wanted = -(-needed // grouped.stage_groups)
     for stages in range(min(wanted, 12), 0, -1):
         staged = replace(grouped, stages=stages)
-        if layout(staged, shape.k, shape.bits)[0] <= room:
-            both = {min(stages, 2), stages}
-            return [replace(staged, stages=count) for count in both] if stages >= min(wanted, 2) else []
+        if shared_bytes(staged, shape.k, shape.bits) <= room:
+            counts = {min(stages, 2), min(stages, 4), stages}
+            return [replace(staged, stages=count) for count in sorted(counts)] if stages >= min(wanted, 2) else []
     return []
 
 
 def _sensible(config: CudaConfig, shape: CudaShape) -> bool:
     warps = config.warps * config.blocks
-    registers = config.row_tiles * (config.m_tiles * 4 + 24) + 40
+    registers = config.row_tiles * (config.m_tiles * 4 + 20) + 32
     return (
         config.warps <= 16
         and warps <= 24

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness import launch
 from harness.mx.kernels import cuda_config, nvrtc
-from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid, layout
+from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid, shared_bytes
 from harness.mx.kernels.cuda_packing import GROUP
 
 _MAGNITUDE_SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0, "bf16": 0}
@@ -106,5 +106,5 @@ def load(config: CudaConfig, k: int, element: str, device: torch.device, silu: b
 
 @functools.cache
 def _load(config: CudaConfig, k: int, element: str, device: int, silu: bool, dependent: bool) -> nvrtc.Function:
-    shared, _ = layout(config, k, _BITS[element])
+    shared = shared_bytes(config, k, _BITS[element])
     return nvrtc.Function(compiled(config, k, element, silu, dependent), "mx_linear", shared)

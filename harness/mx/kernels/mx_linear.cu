@@ -13,15 +13,15 @@
 //  * A block holds its part of x in shared memory (TMA, 128-byte swizzle). The CN blocks of a cluster that need the same
 //    part fetch a share of it each and send it to all (multicast): x is read once a cluster.
 //  * Partial sums go to the block that owns the output, through distributed shared memory, and are added there in the
-//    order of their ranks: the result is the same every time.
+//    order of their ranks: the result is the same every time. They arrive where x and W were: the less a block takes, the
+//    sooner the next kernel's blocks find room beside it and have their weights fetched (PDL).
 //
 // Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
 //
 // Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_SHIFT bits an 8-bit element's
 // magnitude moves; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST
-// stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent
-// launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
+// stages; GX groups of x a block holds; PDL programmatic dependent launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
 constexpr int WARPS = WR * WK;
 constexpr int SCALES = 128 * BITS;             // bytes of the elements of a tile of 16 rows by 64 inputs
@@ -36,8 +36,9 @@ constexpr int SLOTS = CL * WK;                 // partial sums of a unit
 constexpr int W_AT = GX * XTILE;
 constexpr int W_END = W_AT + WARPS * ST * STAGE;
 constexpr int PARTIAL = SLOTS > 1 ? SLOTS * OWNED * 512 : 0;
-constexpr int PARTIAL_AT = OVERLAY ? 0 : W_END;
-constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_END + PARTIAL;
+constexpr int BARRIERS_AT = W_END > PARTIAL ? W_END : PARTIAL;
+constexpr int FINISHED = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // units a warp adds up, or its row tiles
+constexpr bool BIAS_EARLY = FINISHED <= 4;     // as many as registers hold
 
 // All warps that add up the same sums (and the rest of their cluster) have come this far and see each other's writes.
 __device__ __forceinline__ void everyone() {
@@ -132,9 +133,16 @@ __device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], Half (&h
     }
 }
 
-__device__ __forceinline__ float bias_of(const u16* bias, int n, int N) {
-    return bias != nullptr && n < N ? __uint_as_float(static_cast<u32>(bias[n]) << 16) : 0.0f;
-}
+// Biases in BF16 of a lane's outputs of a row tile: of row `lane / 4` and of that 8 below.
+struct Bias {
+    u32 above, below;
+
+    __device__ __forceinline__ void load(const u16* bias, int tile, int N, int lane) {
+        const int n = tile * 16 + lane / 4;
+        above = bias != nullptr && n < N ? bias[n] : 0;
+        below = bias != nullptr && n + 8 < N ? bias[n + 8] : 0;
+    }
+};
 
 // In float32 and with the full exp and division, as torch's own SiLU of BF16 has it. SiLU of -2^-8, 2^-7 and 5.9375
 // lies so close to where BF16 rounds the other way that another exp may decide; that of no other BF16 value does.
@@ -161,9 +169,9 @@ __device__ __forceinline__ void store_pair(u16* out, u32 pair, int m, int n, int
 }
 
 // One unit of outputs: rows n, n + 8 of W by rows m of x.
-__device__ __forceinline__ void finish(const float (&c)[4], const u16* bias, u16* out, int m0, int n0, int M, int N,
+__device__ __forceinline__ void finish(const float (&c)[4], const Bias& bias, u16* out, int m0, int n0, int M, int N,
                                        float post, int lane) {
-    const float above = bias_of(bias, n0 + lane / 4, N), below = bias_of(bias, n0 + lane / 4 + 8, N);
+    const float above = __uint_as_float(bias.above << 16), below = __uint_as_float(bias.below << 16);
     const u32 first = turned(fmaf(c[0], post, above), fmaf(c[1], post, above));
     const u32 second = turned(fmaf(c[2], post, below), fmaf(c[3], post, below));
     store_pair(out, first, m0 + lane / 4, n0 + lane % 4 * 2, M, N);
@@ -249,6 +257,17 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     if (PDL || CN > 1) fetch_x();
     __syncthreads();  // the barriers of x are ready
 
+    // On their way while the products are computed: from memory they would be waited for at the end.
+    Bias biases[FINISHED];
+#pragma unroll
+    for (int i = 0; i < FINISHED; ++i) {
+        if (!BIAS_EARLY) break;
+        const int unit = (warp + i * WARPS) * CL + rank;
+        biases[i].load(bias, SLOTS > 1 ? tile0 + unit / MT : my_tile + i, N, lane);
+        keep(biases[i].above);
+        keep(biases[i].below);
+    }
+
     float acc[RT][MT][4];
     Half halves[2];
 
@@ -277,29 +296,32 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
 
     if constexpr (SLOTS == 1) {
 #pragma unroll
-        for (int r = 0; r < RT; ++r)
+        for (int r = 0; r < RT; ++r) {
+            if (!BIAS_EARLY) biases[r].load(bias, my_tile + r, N, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m)
-                finish(acc[r][m], bias, out, m0 + m * 8, (my_tile + r) * 16, M, N, post, lane);
+                finish(acc[r][m], biases[r], out, m0 + m * 8, (my_tile + r) * 16, M, N, post, lane);
+        }
     } else {
         if (CL > 1 && CN == 1) cluster_wait();
-        if (OVERLAY) everyone();  // all have read what the partial sums will replace
-        const u32 partial = base + PARTIAL_AT;
-        send(acc, partial, wr * RT, rank * WK + wk, place, lane);
+        everyone();  // all have read what the partial sums will replace
+        send(acc, base, wr * RT, rank * WK + wk, place, lane);
         everyone();
-        for (int i = warp; i < OWNED; i += WARPS) {
-            const int unit = i * CL + rank;
-            if (unit >= UNITS) break;
+#pragma unroll
+        for (int i = 0; i < FINISHED; ++i) {
+            const int owned = warp + i * WARPS, unit = owned * CL + rank, tile = tile0 + unit / MT;
+            if (owned >= OWNED || unit >= UNITS) break;
+            if (!BIAS_EARLY) biases[i].load(bias, tile, N, lane);
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                const uint4 part = load16(partial + (slot * OWNED + i) * 512 + lane * 16);
+                const uint4 part = load16(base + (slot * OWNED + owned) * 512 + lane * 16);
                 sum[0] += __uint_as_float(part.x);
                 sum[1] += __uint_as_float(part.y);
                 sum[2] += __uint_as_float(part.z);
                 sum[3] += __uint_as_float(part.w);
             }
-            finish(sum, bias, out, m0 + unit % MT * 8, (tile0 + unit / MT) * 16, M, N, post, lane);
+            finish(sum, biases[i], out, m0 + unit % MT * 8, tile * 16, M, N, post, lane);
         }
     }
 }

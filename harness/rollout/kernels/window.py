@@ -51,6 +51,53 @@ def ring_rows(start, place, TOKENS: tl.constexpr, LENGTH: tl.constexpr, PARTIAL:
 
 
 @triton.jit
+def ask_for(memory, row, BYTES: tl.constexpr):
+    """Have rows of ``BYTES`` bytes brought into L2; waits for nothing."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    lines = (
+        memory.to(tl.pointer_type(tl.int8), bitcast=True) + row[:, None] * BYTES + tl.arange(0, LINES)[None, :] * 128
+    )
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def ask_for_share(
+    k_data,
+    k_factors,
+    v_data,
+    v_factors,
+    slot,
+    begin,
+    end,
+    K_BYTES: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Have a program's tiles of the window brought into L2 while what its queries come from is still computed.
+
+    ``BYTES`` of a row; ``BLOCKS``: whether it has a scale for every 32 columns. A hint: it may be given before what is
+    in ``slot`` can be relied on.
+    """
+    current = tl.load(slot, cache_modifier=".cg").to(tl.int32)  # not from L1, which would keep it
+    start = (tl.minimum(tl.maximum(current, 0), LENGTH // TOKENS - 1) + 1) * TOKENS
+    for tile in range(begin, end):
+        row = ring_rows(start, tile * ROWS + tl.arange(0, ROWS), TOKENS, LENGTH, False)
+        ask_for(k_data, row, K_BYTES)
+        ask_for(v_data, row, V_BYTES)
+        if K_BLOCKS:
+            ask_for(k_factors, row // 16, DIM // 2)
+        if V_BLOCKS:
+            ask_for(v_factors, row // 16, DIM // 2)
+
+
+@triton.jit
 def load_factors(
     scales,
     start,
@@ -287,6 +334,25 @@ def window_kernel(
     begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
+        K_BYTES: tl.constexpr = K_WIDTH * k_ring.dtype.element_ty.primitive_bitwidth // 8
+        V_BYTES: tl.constexpr = V_WIDTH * v_ring.dtype.element_ty.primitive_bitwidth // 8
+        ask_for_share(
+            k_data,
+            k_factors,
+            v_data,
+            v_factors,
+            slot,
+            begin,
+            end,
+            K_BYTES,
+            K_FORMAT != "plain" and K_PER == "block",
+            V_BYTES,
+            V_FORMAT != "plain" and V_PER == "block",
+            BLOCK_N,
+            DIM,
+            TOKENS,
+            LENGTH,
+        )
         tl.extra.cuda.gdc_wait()
     current = tl.load(slot).to(tl.int32)
     start = (current + 1) * TOKENS
