@@ -111,6 +111,21 @@ def test_equals_sdpa_over_the_unpacked_window(storage, batch, heads, frames, tok
     assert closeness(out, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
 
 
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("frames", "tokens", "dim"), [(2, 80, 32), (2, 64, 64), (16, 64, 64), (60, 64, 64), (60, 64, 128)]
+)
+@pytest.mark.parametrize("storage", [*STORAGES, "v_e2m1"])
+def test_equals_sdpa_in_tiles_of_full_size(storage, frames, tokens, dim):
+    """As models run it: BF16, warpgroup products of every shape."""
+    conf = STORAGES.get(storage, KVConf(MX, v_format=KVFormat.e2m1))
+    cache = filled(conf, 1, 4, frames, tokens, dim, torch.bfloat16, newer=frames + 1)
+    qkv, rotary = projection(1, 4, tokens, dim, torch.bfloat16)
+    out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
+    assert closeness(out, expected_attention(cache, qkv, rotary, 4)) < 5e-3
+
+
 @pytest.mark.parametrize("storage", ["plain", "v_e4m3", "kv_e2m1", "int8"])
 @pytest.mark.parametrize(("frames", "tokens"), [(6, 16), (4, 20), (7, 18), (3, 70)])
 @pytest.mark.parametrize("multiprocessors", [6, 14, 132])  # of 2 heads: 3 and 7 splits, and as many as there are tiles

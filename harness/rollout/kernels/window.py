@@ -363,6 +363,9 @@ def window_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum0 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     sum1 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
+    own_sum = tl.zeros(
+        (BLOCK_M, DIM if V_PAIRED else 16), tl.float32
+    )  # of the frame's own values, which are not paired
     for tile in range(begin, end):
         first = tile * BLOCK_N
         k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
@@ -383,11 +386,27 @@ def window_kernel(
             token = tile * OWN + tl.arange(0, OWN)
             ok = token < TOKENS
             own_keys, own_values = own_rows(part, cos, sin, token, ok, HEADS, OWN, DIM, EPS)
-            k_even, k_odd = halves_of(own_keys, K_PAIRED, OWN, DIM)
-            v_even, v_odd = halves_of(own_values, V_PAIRED, OWN, DIM)
-            total, sum0, sum1 = attend_tile(
-                q0, q1, k_even, k_odd, v_even, v_odd, ok, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
-            )
+            if V_PAIRED:
+                total, own_sum, _ = attend_tile(
+                    q,
+                    q,
+                    own_keys,
+                    own_keys,
+                    own_values,
+                    own_values,
+                    ok,
+                    total,
+                    own_sum,
+                    own_sum,
+                    scale,
+                    True,
+                    False,
+                    False,
+                )
+            else:
+                total, sum0, _ = attend_tile(
+                    q, q, own_keys, own_keys, own_values, own_values, ok, total, sum0, sum0, scale, True, False, False
+                )
             mine = ok & (tl.program_id(2) == 0)  # every block of queries is here; one stores
             place = current * TOKENS + token
             if K_STORE:
@@ -413,7 +432,7 @@ def window_kernel(
                 target = own_k + (row * TOKENS + token)[:, None] * DIM + tl.arange(0, DIM)[None, :]
                 tl.store(target, own_keys, mask=mine[:, None])
     if V_PAIRED:  # noqa: SIM108 (a compile-time branch)
-        result = tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
+        result = own_sum + tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
     else:
         result = sum0
     columns = tl.arange(0, DIM)
