@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness import launch
 from harness.mx.kernels import cuda_ops, nvrtc
-from harness.mx.kernels.cuda_config import SHARED_BYTES, CudaConfig, CudaShape, candidates, choose, shared_bytes
+from harness.mx.kernels.cuda_config import SHARED_BYTES, CudaConfig, CudaShape, candidates, choose, layout
 from harness.mx.kernels.cuda_linear import CudaLinear
 
 TRIED = 64
@@ -90,7 +90,7 @@ def _other_stages(config: CudaConfig) -> list[CudaConfig]:
 
 
 def _fits(config: CudaConfig, shape: CudaShape) -> bool:
-    return shared_bytes(config, shape.k, shape.bits) <= SHARED_BYTES // config.blocks
+    return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
 
 
 def checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:

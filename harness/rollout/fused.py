@@ -37,6 +37,9 @@ OWN_ELEMENTS = 4096
 STAGES, WARPS = 3, 4
 """Tiles in flight per program, and its warps: one warpgroup, which is what 64 queries occupy."""
 
+AHEAD = True
+"""Whether programs launched while their queries are still computed (`harness.launch`) ask for their share meanwhile."""
+
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
 
@@ -226,7 +229,8 @@ def window_attention(
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
-        dependent, num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if dependent else {}),
+        dependent, dependent and AHEAD,
+        num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out, own_k
 

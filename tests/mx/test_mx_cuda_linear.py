@@ -39,7 +39,7 @@ def make(n, k, fmt=W8A16, scale=1.0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
     for config in [choose(shape), *candidates(shape, 48)]:
-        assert shared_bytes(config, shape.k, shape.bits) <= SHARED_BYTES // config.blocks
+        assert shared_bytes(config, shape) <= SHARED_BYTES // config.blocks
         assert 32 * config.warps <= 1024
         across, down = launch_grid(config, shape.m, shape.n)
         assert across // config.cluster * config.tiles * 16 >= shape.n

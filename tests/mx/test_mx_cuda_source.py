@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from harness.mx.formats import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
 from harness.mx.kernels import cuda_packing
-from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, shared_bytes
+from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, layout
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ def kernel(tmp_path_factory):
             subprocess.run([*command, *macros, str(source), "-o", str(path)], check=True)
             built[macros] = ctypes.CDLL(str(path))
         library = built[macros]
-        assert library.shared_bytes() == shared_bytes(config, k, fmt.bits)
+        assert library.shared_bytes() == layout(config, k, fmt.bits)[0]
         out = torch.full((m, n), torch.nan).bfloat16()
         tensors = [address(t) for t in (x, weight.tiles, bias, out)]
         library.run(*tensors, m, n, k, groups, ctypes.c_float(weight.post), seed)

@@ -37,6 +37,7 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
         "OWN": shape.own,
         "KEEP_K": k == "int8",
         "DEPENDENT": True,
+        "AHEAD": True,
     }
     for name, fmt in (("K", k), ("V", v)):
         types[f"{name.lower()}_ring"], types[f"{name.lower()}_scales"] = RING.get(fmt, ("*u8", "*u8"))

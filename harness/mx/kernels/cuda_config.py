@@ -14,7 +14,10 @@ BUCKETS = (8, 16, 32, 64, 256, 1024)
 """Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
 
 SHARED_BYTES = 227 * 1024
-"""Shared memory a block may use on compute capability 9.0."""
+"""Shared memory a block may use on compute capability 9.0, whose multiprocessors have 1 KB more for every block."""
+
+_ALONE_BYTES, _BESIDE_BYTES = 114 * 1024, 112 * 1024
+"""What a block takes at least so that there is one of its kind, and at most so that another finds room beside it."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,28 @@ def held_groups(config: CudaConfig, k: int) -> int:
     return max(1, -(-groups(k) // config.cluster))
 
 
-def shared_bytes(config: CudaConfig, k: int, bits: int) -> int:
-    """Shared memory a block needs."""
+def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
+    """Bytes of shared memory a block uses, and whether partial sums must arrive where x and W were."""
     held, slots = held_groups(config, k), config.cluster * config.warps_k
     operands = held * config.m_tiles * 1024
     operands += config.warps * config.stages * config.row_tiles * config.stage_groups * tile_bytes(bits)
     owned = -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
     barriers = (held + config.warps * config.stages) * 8
-    return max(operands, partial) + barriers
+    overlay = operands + partial + barriers > _room(config)
+    return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
+
+
+def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
+    """Shared memory a block is given.
+
+    Where every block can have a multiprocessor of its own, no less than what keeps a second away: launched while
+    others still run (`harness.launch`), blocks would gather where there is room first, and multiprocessors that come
+    free later would stay empty.
+    """
+    used, (across, down) = layout(config, shape.k, shape.bits)[0], launch_grid(config, shape.m, shape.n)
+    alone = config.blocks == 1 and across * down <= _PLACES[config.cluster * config.share]
+    return max(used, _ALONE_BYTES) if alone else used
 
 
 def defines(
@@ -128,6 +144,7 @@ def defines(
         "GS": config.stage_groups,
         "ST": config.stages,
         "GX": held_groups(config, k),
+        "OVERLAY": int(layout(config, k, bits)[1]),
         "PDL": int(dependent),
         "BLOCKS": config.blocks,
         "SILU": int(silu),
@@ -150,13 +167,13 @@ def _nearest(shape: CudaShape) -> CudaConfig | None:
         return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
 
     alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
-    fitting = [key for key in alike if shared_bytes(TUNED[key], shape.k, shape.bits) <= _room(TUNED[key])]
+    fitting = [key for key in alike if layout(TUNED[key], shape.k, shape.bits)[0] <= _room(TUNED[key])]
     return TUNED[min(fitting, key=distance)] if fitting else None
 
 
 def _room(config: CudaConfig) -> int:
     """Shared memory that a block of `config` may use."""
-    return (SHARED_BYTES - 1024 * (config.blocks - 1)) // config.blocks
+    return SHARED_BYTES if config.blocks == 1 else _BESIDE_BYTES
 
 
 def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
@@ -171,7 +188,7 @@ def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
     and those that fetch most of their weight before they need x.
     """
     ranked = sorted(_ranked(replace(shape, m=shape.bucket)), key=lambda config: not _at_once(config, shape))
-    small = [config for config in ranked if shared_bytes(config, shape.k, shape.bits) <= _SMALL_BYTES]
+    small = [config for config in ranked if layout(config, shape.k, shape.bits)[0] <= _SMALL_BYTES]
     early = sorted(ranked, key=lambda config: -_fetched_ahead(config, shape))
     part = most // 3
     return list(dict.fromkeys([*ranked[:part], *small[:part], *early[:part]]))
@@ -219,7 +236,7 @@ def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
     wanted = -(-needed // grouped.stage_groups)
     for stages in range(min(wanted, 12), 0, -1):
         staged = replace(grouped, stages=stages)
-        if shared_bytes(staged, shape.k, shape.bits) <= room:
+        if layout(staged, shape.k, shape.bits)[0] <= room:
             counts = {min(stages, 2), min(stages, 4), stages}
             return [replace(staged, stages=count) for count in sorted(counts)] if stages >= min(wanted, 2) else []
     return []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness import launch
 from harness.mx.kernels import cuda_config, nvrtc
-from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid, shared_bytes
+from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid
 from harness.mx.kernels.cuda_packing import GROUP
 
 _MAGNITUDE_SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0, "bf16": 0}
@@ -51,10 +51,11 @@ def mx_linear(
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     if m == 0:
         return out
-    shape = CudaConfig(*config) if config else choose(CudaShape(m, out_features, k, bits))
+    product = CudaShape(m, out_features, k, bits)
+    shape = CudaConfig(*config) if config else choose(product)
     with torch.cuda.device(x.device):
         pdl = launch.dependent(x.device)
-        function = load(shape, k, element, x.device, silu, pdl)
+        function = load(shape, product, element, x.device, silu, pdl)
         arguments = (
             nvrtc.TensorMap(x, 8 * shape.m_tiles, GROUP),
             tiles,
@@ -97,14 +98,17 @@ def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bo
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
-def load(config: CudaConfig, k: int, element: str, device: torch.device, silu: bool, dependent: bool) -> nvrtc.Function:
-    """The kernel `config` on the current device, `device`."""
+def load(
+    config: CudaConfig, shape: CudaShape, element: str, device: torch.device, silu: bool, dependent: bool
+) -> nvrtc.Function:
+    """The kernel `config` for the product `shape` on the current device, `device`."""
     with _loading:
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _load(config, k, element, index, silu, dependent)
+        return _load(config, shape.k, cuda_config.shared_bytes(config, shape), element, index, silu, dependent)
 
 
 @functools.cache
-def _load(config: CudaConfig, k: int, element: str, device: int, silu: bool, dependent: bool) -> nvrtc.Function:
-    shared = shared_bytes(config, k, _BITS[element])
+def _load(
+    config: CudaConfig, k: int, shared: int, element: str, device: int, silu: bool, dependent: bool
+) -> nvrtc.Function:
     return nvrtc.Function(compiled(config, k, element, silu, dependent), "mx_linear", shared)

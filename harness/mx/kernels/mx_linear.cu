@@ -13,15 +13,14 @@
 //  * A block holds its part of x in shared memory (TMA, 128-byte swizzle). The CN blocks of a cluster that need the same
 //    part fetch a share of it each and send it to all (multicast): x is read once a cluster.
 //  * Partial sums go to the block that owns the output, through distributed shared memory, and are added there in the
-//    order of their ranks: the result is the same every time. They arrive where x and W were: the less a block takes, the
-//    sooner the next kernel's blocks find room beside it and have their weights fetched (PDL).
+//    order of their ranks: the result is the same every time.
 //
 // Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
 //
 // Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_SHIFT bits an 8-bit element's
 // magnitude moves; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST
-// stages; GX groups of x a block holds; PDL programmatic dependent launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
+// stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
 constexpr int WARPS = WR * WK;
 constexpr int SCALES = 128 * BITS;             // bytes of the elements of a tile of 16 rows by 64 inputs
@@ -36,7 +35,8 @@ constexpr int SLOTS = CL * WK;                 // partial sums of a unit
 constexpr int W_AT = GX * XTILE;
 constexpr int W_END = W_AT + WARPS * ST * STAGE;
 constexpr int PARTIAL = SLOTS > 1 ? SLOTS * OWNED * 512 : 0;
-constexpr int BARRIERS_AT = W_END > PARTIAL ? W_END : PARTIAL;
+constexpr int PARTIAL_AT = OVERLAY ? 0 : W_END;
+constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_END + PARTIAL;
 constexpr int FINISHED = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // units a warp adds up, or its row tiles
 constexpr bool BIAS_EARLY = FINISHED <= 4;     // as many as registers hold
 
@@ -304,8 +304,9 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         }
     } else {
         if (CL > 1 && CN == 1) cluster_wait();
-        everyone();  // all have read what the partial sums will replace
-        send(acc, base, wr * RT, rank * WK + wk, place, lane);
+        if (OVERLAY) everyone();  // all have read what the partial sums will replace
+        const u32 partial = base + PARTIAL_AT;
+        send(acc, partial, wr * RT, rank * WK + wk, place, lane);
         everyone();
 #pragma unroll
         for (int i = 0; i < FINISHED; ++i) {
@@ -315,7 +316,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                const uint4 part = load16(base + (slot * OWNED + owned) * 512 + lane * 16);
+                const uint4 part = load16(partial + (slot * OWNED + owned) * 512 + lane * 16);
                 sum[0] += __uint_as_float(part.x);
                 sum[1] += __uint_as_float(part.y);
                 sum[2] += __uint_as_float(part.z);

@@ -301,6 +301,7 @@ def window_kernel(
     REST: tl.constexpr,
     OWN: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
 
@@ -311,7 +312,7 @@ def window_kernel(
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
     ``arrived`` int32, 0 for each head and block of queries, and 0 again afterwards. ``programs`` is B*H; ``scale``
-    includes log2(e). ``DEPENDENT``: launched as ``harness.launch`` describes.
+    includes log2(e). ``DEPENDENT``: launched as ``harness.launch`` describes; ``AHEAD``: see :func:`ask_for_share`.
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
@@ -334,25 +335,26 @@ def window_kernel(
     begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-        K_BYTES: tl.constexpr = K_WIDTH * k_ring.dtype.element_ty.primitive_bitwidth // 8
-        V_BYTES: tl.constexpr = V_WIDTH * v_ring.dtype.element_ty.primitive_bitwidth // 8
-        ask_for_share(
-            k_data,
-            k_factors,
-            v_data,
-            v_factors,
-            slot,
-            begin,
-            end,
-            K_BYTES,
-            K_FORMAT != "plain" and K_PER == "block",
-            V_BYTES,
-            V_FORMAT != "plain" and V_PER == "block",
-            BLOCK_N,
-            DIM,
-            TOKENS,
-            LENGTH,
-        )
+        if AHEAD:
+            K_BYTES: tl.constexpr = K_WIDTH * k_ring.dtype.element_ty.primitive_bitwidth // 8
+            V_BYTES: tl.constexpr = V_WIDTH * v_ring.dtype.element_ty.primitive_bitwidth // 8
+            ask_for_share(
+                k_data,
+                k_factors,
+                v_data,
+                v_factors,
+                slot,
+                begin,
+                end,
+                K_BYTES,
+                K_FORMAT != "plain" and K_PER == "block",
+                V_BYTES,
+                V_FORMAT != "plain" and V_PER == "block",
+                BLOCK_N,
+                DIM,
+                TOKENS,
+                LENGTH,
+            )
         tl.extra.cuda.gdc_wait()
     current = tl.load(slot).to(tl.int32)
     start = (current + 1) * TOKENS
