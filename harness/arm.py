@@ -22,6 +22,7 @@ from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
 from harness.mx.transform import TransformSummary, apply_mx
 from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, make_cache
+from harness.rollout.linears import pack_where_faster
 
 Decode = Callable[[Tensor], Tensor]
 """Model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
@@ -75,6 +76,7 @@ class Arm:
         conf, self.device, self.decode = plan.conf, plan.device, decode
         self.core, self.kv, self.skip_frames = core, kv, conf.measure.skip_frames
         self.summary: TransformSummary = apply_mx(core, quant)
+        self.packed = pack_where_faster(core, conf.compile, conf.attention.kind, conf.data.batch_size)
         widen(core)
         meter = AllocationMeter(self.device)
         self.cache = make_cache(core, conf.sampler, kv, conf.data.batch_size)

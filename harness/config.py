@@ -41,6 +41,7 @@ from harness.report.drift import DriftConf
 from harness.report.gates import GatesConf
 from harness.rollout import AttentionKind, CompileConf, DecoderGroups, SamplerConf
 from harness.rollout import compile as compile_room
+from harness.rollout import linears as linears_room
 from harness.rollout import sampler as sampler_room
 from harness.rollout.attention import check_attention
 
@@ -340,6 +341,8 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         sampler_room.validate(conf.sampler)
     with _collect(problems):
         compile_room.validate(conf.compile, device)
+    with _collect(problems):
+        linears_room.validate(conf.compile, device)
     with _collect(problems):
         check_attention(conf.attention.kind, device, arch.head_dim)
     with _collect(problems):

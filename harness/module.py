@@ -27,6 +27,7 @@ from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
 from harness.numerics import FRAMES, layer_numerics
 from harness.rollout import FrameDecoder
+from harness.rollout.linears import unpack
 
 OVERLAP_FRAMES = 64
 """Frames over which the throughput of overlapped decoding is measured, at most."""
@@ -163,7 +164,7 @@ class RolloutModule(LightningModule):
     def _rebuild(self, fallback: Fallback) -> None:
         """Set the candidate up again, from the BF16 arm's weights."""
         with torch.inference_mode(False):  # what is built here outlives this step
-            core = copy.deepcopy(self.arms["bf16"].core)
+            core = unpack(copy.deepcopy(self.arms["bf16"].core))
             self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode)
 
     def _recording(self, batch: ClipBatch) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.arm import Arm
 from harness.data.datamodule import ClipBatch
+from harness.mx.kernels.cuda_linear import CudaLinear
 from harness.mx.linear import MXModule
 from harness.mx.numerics import linear_error
 from harness.mx.select import category, place
@@ -86,6 +87,8 @@ def layer_numerics(
     layers: dict[str, dict[str, Any]] = {}
     for name in names:
         linear, mx = bf16.core.get_submodule(name), candidate.core.get_submodule(name)
+        if isinstance(linear, CudaLinear):
+            linear = linear.plain()
         assert isinstance(linear, nn.Linear)
         assert isinstance(mx, MXModule)
         x = inputs[name]

@@ -116,6 +116,7 @@ def arm_record(arm: Arm, label: str, plan: RunPlan) -> ArmRecord:
             "enabled": conf.compile.enabled,
             "mode": conf.compile.mode,
             "scope": conf.compile.scope_on(arm.device),
+            "packed_linears": arm.packed,
             "cuda_graph": arm.warmup.cuda_graph,
             "cold_start_s": arm.warmup.seconds,
             "graphs": arm.warmup.graphs,

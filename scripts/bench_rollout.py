@@ -46,6 +46,7 @@ from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
 from harness.mx.transform import apply_mx
 from harness.rollout import FrameDecoder, OverlappedDecoding, Rollout, make_cache
+from harness.rollout.linears import pack_where_faster
 
 FORMATS = (("bf16", "bf16"), ("mxfp8_all", "mx_v_only"), ("mxfp8_all", "mx_kv"), ("mxfp4_all", "mx_v_only"))
 """(quant, kv) config groups."""
@@ -196,8 +197,9 @@ class Stand:
     def __init__(self, row: Row, plan: RunPlan, core: GameRFTCore, decode: Callable[[Tensor], Tensor]) -> None:
         start = time.perf_counter()
         self.plan, self.decode = plan, decode
-        self.core = core if row.quant == "bf16" else copy.deepcopy(core)
+        self.core = copy.deepcopy(core)
         summary = apply_mx(self.core, plan.conf.quant)
+        packed = pack_where_faster(self.core, plan.conf.compile, plan.conf.attention.kind, row.batch)
         meter = AllocationMeter(plan.device)
         cache = make_cache(self.core, plan.conf.sampler, plan.conf.kv, row.batch)
         self.rollout = Rollout(self.core, cache, plan.conf.sampler, plan.conf.attention.kind, plan.conf.compile)
@@ -210,7 +212,7 @@ class Stand:
         self.result.weight_bytes = module_bytes(self.core)
         self.result.cache_bytes = cache.nbytes().allocated
         self.result.run_bytes = meter.taken()
-        self.result.extra = {"warmup": warmup._asdict(), "kernel": summary.kernel}
+        self.result.extra = {"warmup": warmup._asdict(), "kernel": summary.kernel, "packed": packed}
         self.result.setup_s = time.perf_counter() - start
 
     def play(self, frames: int) -> None:

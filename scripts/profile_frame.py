@@ -30,6 +30,7 @@ from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.mx.transform import apply_mx
 from harness.rollout import Rollout, make_cache
+from harness.rollout.linears import pack_where_faster
 from scripts.bench_rollout import build, compose_plan, random_inputs
 
 PARTS = (
@@ -54,6 +55,7 @@ def profile_frames(plan: RunPlan, frames: int) -> list[dict[str, Any]]:
     core = build(lambda: GameRFTCore(plan.arch), plan)
     conf = plan.conf
     apply_mx(core, conf.quant)
+    pack_where_faster(core, conf.compile, conf.attention.kind, conf.data.batch_size)
     cache = make_cache(core, conf.sampler, conf.kv, conf.data.batch_size)
     rollout = Rollout(core, cache, conf.sampler, conf.attention.kind, conf.compile)
     rollout.warmup()

@@ -152,9 +152,11 @@ def _path_text(arm: ArmRecord) -> str:
 def _compile_text(arm: ArmRecord) -> str:
     found = arm.compile
     graph = ", replayed as one CUDA graph" if found["cuda_graph"] else ""
+    count = found.get("packed_linears")  # not in older records
+    packed = f"; {count} BF16 Linears by our kernel over packed weights" if count else ""
     return (
         f"Compiled {arm.label}: {found['graphs']} graphs ({found['mode']}{graph}), {found['graph_breaks']} breaks, "
-        f"{found['recompiles_after_warmup']} recompiles after warm-up."
+        f"{found['recompiles_after_warmup']} recompiles after warm-up{packed}."
     )
 
 

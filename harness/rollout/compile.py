@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 SCOPES = ("frame", "block")
 BACKENDS = ("inductor", "aot_eager", "eager")
+LINEARS = ("auto", "library", "packed")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Params = ParamSpec("Params")
@@ -37,6 +38,8 @@ class CompileConf:
         scope: what is compiled as one piece. frame: a whole denoising step. block: a layer, whose code all layers of
             its kind share, which takes a fraction of the time; but each layer is called from Python, which costs time
             unless the frame is captured. null = block where it is, else frame.
+        linears: what multiplies BF16 Linears of the blocks. library: torch. packed: our kernel, over packed weights
+            (Hopper). auto = packed where that is faster, see :mod:`harness.rollout.linears`.
         overlap_decode: also measure throughput with each frame decoded while the next is denoised (CUDA alone).
     """
 
@@ -46,6 +49,7 @@ class CompileConf:
     backend: str = "inductor"
     options: dict[str, Any] = field(default_factory=dict)
     scope: str | None = None
+    linears: str = "auto"
     overlap_decode: bool = False
 
     def captures(self, device: torch.device) -> bool:
@@ -68,6 +72,8 @@ def validate(conf: CompileConf, device: torch.device) -> None:
     problems = []
     if conf.mode not in MODES:
         problems.append(f"mode={conf.mode!r}: allowed are {', '.join(MODES)}")
+    if conf.linears not in LINEARS:
+        problems.append(f"linears={conf.linears!r}: allowed are {', '.join(LINEARS)}")
     if conf.scope not in (None, *SCOPES):
         problems.append(f"scope={conf.scope!r}: allowed are {', '.join(SCOPES)}")
     if conf.enabled and conf.scope == "block" and conf.mode == "reduce-overhead":

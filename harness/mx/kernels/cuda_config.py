@@ -86,8 +86,20 @@ TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
     (16, 64, 6144, 1536): CudaConfig(8, 1, 12, 1, 3, 2, 2),
     (16, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
     (16, 8, 147456, 1536): CudaConfig(1, 2, 4, 2, 1, 2, 2),
+    (16, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 2, 2),
+    (8, 64, 7680, 2560): CudaConfig(8, 1, 16, 1, 4, 1, 2),
+    (4, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 3, 2),
+    (16, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 4, 3, 2),
+    (8, 64, 2560, 2560): CudaConfig(8, 1, 12, 1, 8, 1, 2),
+    (4, 64, 2560, 2560): CudaConfig(8, 1, 12, 1, 8, 4, 2),
+    (16, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 4, 2, 2),
+    (8, 64, 10240, 2560): CudaConfig(8, 2, 12, 1, 4, 1, 2),
+    (4, 64, 10240, 2560): CudaConfig(8, 3, 4, 1, 4, 2, 2, blocks=2),
+    (16, 64, 2560, 10240): CudaConfig(8, 1, 8, 1, 8, 2, 2),
+    (8, 64, 2560, 10240): CudaConfig(8, 3, 4, 2, 8, 1, 2),
+    (4, 64, 2560, 10240): CudaConfig(8, 3, 4, 1, 8, 3, 2),
 }
-"""(bits, M bucket, N, K) to the fastest shape measured on an H100."""
+"""(bits, M bucket, N, K) to the fastest shape measured on an H100: of `dit_v4`'s layers in a layer, of others alone."""
 
 _PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
 """Multiprocessors of an H100 or H200 that clusters of each size can fill."""

@@ -18,8 +18,8 @@ from harness.mx.kernels.triton_linear import TritonMXLinear
 from harness.mx.linear import LinearFormat, MXModule
 
 
-def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
-    """Why the CUDA kernel cannot run on `device`, or None. Every format is supported where any is."""
+def unavailable(device: torch.device, fmt: LinearFormat | None = None) -> str | None:
+    """Why the CUDA kernel cannot run on `device`, or None. Every format, BF16 too, is supported where any is."""
     if device.type != "cuda":
         return f"the CUDA kernel needs an NVIDIA Hopper GPU, the model is on {device.type}"
     if torch.version.hip is not None:
@@ -116,6 +116,16 @@ class CudaLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in BF16, unpacked."""
         return cuda_packing.unpack_plain(self.tiles, self.out_features, self.in_features)
+
+    def plain(self) -> nn.Linear:
+        """The Linear that this was made from."""
+        weight = self.dense_weight()
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return linear
 
     def shape(self, rows: int) -> CudaShape:
         """The product of this weight and `rows` activation rows."""

@@ -1,0 +1,82 @@
+"""BF16 Linears of the blocks by our own kernel, over packed weights, where that makes a frame faster.
+
+By itself a product of a frame's rows takes cuBLAS no longer. But cuBLAS begins when the kernel in front of it has
+ended, and ours has its weights there by then (:mod:`harness.launch`). What MX Linears gain is told against the faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from harness.models.gamerft import GameRFTCore
+from harness.mx.kernels import cuda_linear
+from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
+from harness.rollout.attention import AttentionKind
+from harness.rollout.compile import CompileConf
+
+MAX_ROWS, MAX_WIDTH = 64, 2048
+"""Rows (clips times tokens) and width of a model up to which it is faster: measured so at 64 and 1536, and not at 256
+rows or at a width of 2560, where reading weights takes longer than anything waits."""
+
+_NAMES = (("attn", "qkv"), ("attn", "out"), ("mlp", "fc1"), ("mlp", "fc2"))
+
+
+def validate(conf: CompileConf, device: torch.device) -> None:
+    """Raise ``ValueError`` if ``conf`` asks for packed Linears and ``device`` cannot run them."""
+    reason = cuda_linear.unavailable(device) if conf.linears == "packed" else None
+    if reason is not None:
+        raise ValueError(f"compile.linears=packed: {reason}; use compile.linears=auto")
+
+
+def pack_where_faster(core: GameRFTCore, conf: CompileConf, attention: AttentionKind, batch: int) -> int:
+    """Pack what BF16 Linears the blocks have, in place, as ``conf.linears`` says; returns how many.
+
+    ``auto``: where frames are captured, attention is ours, the GPU is one of the kernel's and rows are few. For after
+    all that asks for plain Linears: MX transforms, loading.
+    """
+    device, rows = core.proj_in.weight.device, batch * core.cfg.tokens_per_frame
+    if conf.linears == "auto":
+        captured = conf.captures(device) and attention is AttentionKind.fused
+        few = rows <= MAX_ROWS and core.cfg.d_model <= MAX_WIDTH
+        wanted = captured and few and cuda_linear.unavailable(device) is None
+    else:
+        wanted = conf.linears == "packed"
+    return pack(core) if wanted else 0
+
+
+def pack(core: GameRFTCore) -> int:
+    """Pack BF16 Linears of attention and MLP, in place; returns how many. A SiLU behind one goes into its kernel."""
+    packed = 0
+    for parent, name in _places(core):
+        linear = getattr(parent, name)
+        if type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16:
+            setattr(parent, name, CudaLinear.from_linear(linear))
+            packed += 1
+            if name == "fc1" and getattr(parent, name).absorb(parent.act):
+                parent.act = nn.Identity()
+    return packed
+
+
+def unpack(core: GameRFTCore) -> GameRFTCore:
+    """Undo :func:`pack`, bit for bit, in place."""
+    for parent, name in _places(core):
+        packed = getattr(parent, name)
+        if is_packed(packed):
+            setattr(parent, name, packed.plain())
+            if packed.silu:
+                parent.act = nn.SiLU()
+    return core
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether :func:`pack` made it."""
+    return isinstance(module, CudaLinear) and not isinstance(module, CudaMXLinear)
+
+
+def _places(core: GameRFTCore) -> Iterator[tuple[nn.Module, str]]:
+    for block in core.blocks:
+        for part, name in _NAMES:
+            yield getattr(block, part), name
