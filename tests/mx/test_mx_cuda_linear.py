@@ -12,9 +12,11 @@ from harness.mx.kernels.cuda_config import (
     CudaConfig,
     CudaShape,
     candidates,
+    candidates_in_a_layer,
     choose,
     held_groups,
     launch_grid,
+    layout,
     shared_bytes,
 )
 from harness.mx.kernels.triton_linear import TritonMXLinear
@@ -38,13 +40,23 @@ def make(n, k, fmt=W8A16, scale=1.0):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
-    for config in [choose(shape), *candidates(shape, 48)]:
+    for config in [choose(shape), *candidates(shape, 48), *candidates_in_a_layer(shape, 48)]:
         assert shared_bytes(config, shape) <= SHARED_BYTES // config.blocks
         assert 32 * config.warps <= 1024
         across, down = launch_grid(config, shape.m, shape.n)
         assert across // config.cluster * config.tiles * 16 >= shape.n
         assert down * config.m_tiles * 8 >= shape.m
         assert held_groups(config, shape.k) * config.cluster * 64 >= shape.k
+
+
+def test_a_block_of_its_own_takes_what_keeps_others_away():
+    shape = CudaShape(64, 1536, 1536, 4)
+    alone, shared = (CudaConfig(8, 1, 4, 1, 4, 2, 2, blocks=blocks) for blocks in (1, 2))
+    assert layout(alone, shape.k, shape.bits)[0] < SHARED_BYTES // 2
+    assert 2 * (shared_bytes(alone, shape) + 1024) > SHARED_BYTES + 1024
+    assert shared_bytes(alone, shape) + shared_bytes(shared, shape) + 1024 <= SHARED_BYTES
+    many = CudaShape(8, 147456, 1536, 4)  # more blocks than multiprocessors: as many at once as fit
+    assert shared_bytes(alone, many) == layout(alone, many.k, many.bits)[0]
 
 
 def test_a_config_survives_an_operators_signature():

@@ -194,10 +194,10 @@ def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
 
 
 def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
-    """What `scripts/tune_layer.py` tries for `shape`: in equal parts the best to `estimate`,
+    """What `scripts/tune_layer.py` tries for `shape`: `most` at most, of three kinds in equal parts.
 
-    the best of those that leave room on a multiprocessor, where the next kernel's weights can be fetched meanwhile,
-    and those that fetch most of their weight before they need x.
+    The best to `estimate`; the best of those that leave room on a multiprocessor, where the next kernel's weights can
+    be fetched meanwhile; and those that fetch most of their weight before they need x.
     """
     ranked = sorted(_ranked(replace(shape, m=shape.bucket)), key=lambda config: not _at_once(config, shape))
     small = [config for config in ranked if layout(config, shape.k, shape.bits)[0] <= _SMALL_BYTES]
