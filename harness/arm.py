@@ -212,7 +212,7 @@ class Arm:
         names = {"attention": "attn", "mlp": "mlp"}
         modules = [(part, getattr(block, name)) for block in self.core.blocks for part, name in names.items()]
         methods = [
-            ("modulation", self.core, "conditioning"),
+            ("modulation", self.core, "add_controls"),
             ("modulation", self.core, "modulation"),
             ("kv_get", self.cache, "window"),
             ("kv_update", self.cache, "store"),

@@ -282,7 +282,10 @@ class GameRFTCore(nn.Module):
 
         An unconditional model ignores the controls; any other raises ``ValueError`` without them.
         """
-        cond = self.t_embed(t)
+        return self.add_controls(self.t_embed(t), mouse, btn)
+
+    def add_controls(self, cond: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
+        """:meth:`conditioning` from the time's embedding ``cond [B, N, D]`` on."""
         if self.cfg.uncond:
             return cond
         if mouse is None or btn is None:

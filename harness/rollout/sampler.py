@@ -142,7 +142,9 @@ class Rollout:
             self._noise = torch.zeros(batch, cfg.channels, cfg.sample_size, cfg.sample_size, device=device)
             self._mouse = torch.zeros(batch, cfg.n_mouse_axes, device=device)
             self._btn = torch.zeros(batch, cfg.n_buttons, device=device)
-            self._times = torch.tensor(times[:-1], device=device).repeat(batch, 1)
+            # Of the steps' times, which are every frame's: embedded once.
+            embed = without_grad(self.core.t_embed)
+            self._times = embed(torch.tensor(times[:-1], device=device).repeat(batch, 1))
             drops = [a - b for a, b in pairwise(times)]
             self._drops = [torch.tensor(drop, device=device) for drop in drops]
 
@@ -153,7 +155,7 @@ class Rollout:
         def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[Modulation], Rotary]:
             cache.advance()
             mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
-            modulation = modulate(core.conditioning(times, mouse, btn))
+            modulation = modulate(core.add_controls(times, mouse, btn))
             return [modulation.frames(i, i + 1) for i in range(steps)], core.rotary(cache.frame)
 
         return prepare
