@@ -58,9 +58,9 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
                     job.cancel()
                     continue
                 mx.config = config
-                reason = _reason(job, check)
-                if reason is not None:
-                    wrong.append(f"{config}: {reason}")
+                refusal = reason(job, check)
+                if refusal is not None:
+                    wrong.append(f"{config}: {refusal}")
                     continue
                 for module in modules:
                     module.config = config
@@ -117,7 +117,7 @@ def checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:
     return check
 
 
-def _reason(job: Future[bytes], check: Callable[[], str | None]) -> str | None:
+def reason(job: Future[bytes], check: Callable[[], str | None]) -> str | None:
     """Why a launch shape must not be timed, or None."""
     try:
         job.result()

@@ -19,26 +19,29 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import launch
-from harness.kv import KVCache, KVConf, KVStorage
-from harness.models.gamerft import Block, BlockModulation, GameRFTConfig
-from harness.mx.kernels import cuda_config, cuda_linear, cuda_ops, nvrtc
+from harness.kv import KVConf, KVStorage
+from harness.models.gamerft import BlockModulation, GameRFTCore
+from harness.mx.kernels import cuda_config, cuda_linear, cuda_ops
 from harness.mx.kernels.cuda_config import CudaConfig
 from harness.mx.kernels.cuda_linear import CudaLinear
+from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import AttentionKind, frame_attention
+from harness.rollout.linears import pack
 from harness.rollout.steps import through_layer_fused
 from scripts.microbench import FORMATS, read_model
-from scripts.tune_cuda import checker
+from scripts.tune_cuda import checker, reason
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
@@ -49,18 +52,17 @@ ROUNDS, REFINED = 3, 12
 class Layers:
     """Layers of a model in a CUDA graph, and how long one takes."""
 
-    def __init__(self, arch: GameRFTConfig, window: int, bits: int, count: int, batch: int, storage: KVStorage) -> None:
-        device, dim = torch.device("cuda", torch.cuda.current_device()), arch.d_model
-        sizes = (count, batch, arch.n_heads, arch.head_dim, arch.tokens_per_frame)
-        own = [arch.local_window if layer % arch.local_idx else arch.global_window for layer in range(count)]
-        windows = [min(window, limit or window) for limit in own]
-        cache = KVCache(*sizes, windows, KVConf(storage), torch.bfloat16, device)
-        for layer, frames in enumerate(windows):
+    def __init__(self, core: GameRFTCore, window: int, bits: int, batch: int, storage: KVStorage) -> None:
+        arch, device, count = core.cfg, core.proj_in.weight.device, core.cfg.n_layers
+        cache = make_cache(core, SamplerConf(window=window), KVConf(storage), batch)
+        for layer, frames in enumerate(cache.windows):
             shape = (batch, arch.n_heads, frames * arch.tokens_per_frame, arch.head_dim)
             cache.load(layer, *(torch.randn(shape, device=device).bfloat16() for _ in range(2)))
         cache.advance()
         self.attend = frame_attention(cache, AttentionKind.fused, store=False)
-        self.blocks = [_block(layer, arch, bits, device) for layer in range(count)]
+        name, dim = FORMAT_OF_BITS[bits], arch.d_model
+        pack(core, CudaLinear.from_linear if name is None else partial(cuda_linear.build, fmt=FORMATS[name]))
+        self.blocks = core.blocks
         self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
         self.mods = [
             BlockModulation(*(0.1 * torch.randn(batch, 1, dim, device=device).bfloat16() for _ in range(6)))
@@ -102,23 +104,6 @@ class Layers:
 
 
 NAMES = ("mlp.fc1", "mlp.fc2", "attn.qkv", "attn.out")
-
-
-def _block(layer: int, arch: GameRFTConfig, bits: int, device: torch.device) -> Block:
-    """A layer with random weights, its Linears in the kernel's form."""
-    with torch.device(device):
-        block = Block(layer, arch.d_model, arch.n_heads).requires_grad_(False).bfloat16()
-    name = FORMAT_OF_BITS[bits]
-    for path in NAMES:
-        parent, _, child = path.rpartition(".")
-        linear = block.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        packed = CudaLinear.from_linear(linear) if name is None else cuda_linear.build(linear, FORMATS[name])
-        setattr(block.get_submodule(parent), child, packed)
-    assert isinstance(block.mlp.fc1, CudaLinear)
-    if block.mlp.fc1.absorb(block.mlp.act):
-        block.mlp.act = nn.Identity()
-    return block
 
 
 class Tuner:
@@ -163,24 +148,13 @@ class Tuner:
                 if time.monotonic() > self.deadline and self.timed[name]:
                     pool.shutdown(cancel_futures=True)
                     break
-                if (reason := self._reason(config, linear, jobs[config].result, check)) is None:
+                linear.config = config
+                if (refusal := reason(jobs[config], check)) is None:
                     self._set(name, config)
                     self.timed[name][config] = self.layers.time()
                     self.tried.append((name, config, self.timed[name][config]))
                 else:
-                    self.refused.append(f"{name} {config}: {reason}")
-
-    def _reason(
-        self, config: CudaConfig, linear: CudaLinear, wait: Callable[[], bytes], check: Callable[[], str | None]
-    ) -> str | None:
-        before, linear.config = linear.config, config
-        try:
-            wait()
-            return check()
-        except (nvrtc.CompileError, nvrtc.DriverError) as error:
-            return str(error).splitlines()[0]
-        finally:
-            linear.config = before
+                    self.refused.append(f"{name} {config}: {refusal}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -206,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for bits in args.bits:
         start = time.monotonic()
-        layers = Layers(arch, window, bits, args.layers, args.batch, KVStorage(args.kv))
+        with torch.device("cuda"):
+            core = GameRFTCore(replace(arch, n_layers=args.layers)).requires_grad_(False).bfloat16()
+        layers = Layers(core, window, bits, args.batch, KVStorage(args.kv))
         print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer at first", flush=True)
         tuner = Tuner(layers, args.most, start + args.seconds)
         best = tuner.tune()
@@ -218,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             key = [shape.bits, shape.bucket, shape.n, shape.k]
             found.append({"shape": key, "best": asdict(config), "us": tried})
         print("".join(f"  REFUSED {line}\n" for line in tuner.refused), end="", flush=True)
-        del layers, tuner
+        del core, layers, tuner
         torch.cuda.empty_cache()
     if args.json:
         args.json.write_text(json.dumps(found))

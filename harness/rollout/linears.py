@@ -6,7 +6,8 @@ ended, and ours has its weights there by then (:mod:`harness.launch`). What MX L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,15 +48,19 @@ def pack_where_faster(core: GameRFTCore, conf: CompileConf, attention: Attention
     return pack(core) if wanted else 0
 
 
-def pack(core: GameRFTCore) -> int:
-    """Pack BF16 Linears of attention and MLP, in place; returns how many. A SiLU behind one goes into its kernel."""
+def pack(core: GameRFTCore, make: Callable[[nn.Linear], nn.Module] = CudaLinear.from_linear) -> int:
+    """Pack BF16 Linears of attention and MLP, in place; returns how many. A SiLU behind one goes into its kernel.
+
+    ``make``: what gives the kernel's form of a Linear, a :class:`CudaLinear` or, in a format, another module.
+    """
     packed = 0
     for parent, name in _places(core):
         linear = getattr(parent, name)
         if type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16:
-            setattr(parent, name, CudaLinear.from_linear(linear))
+            made = make(linear)
+            setattr(parent, name, made)
             packed += 1
-            if name == "fc1" and getattr(parent, name).absorb(parent.act):
+            if name == "fc1" and isinstance(made, CudaLinear) and made.absorb(parent.act):
                 parent.act = nn.Identity()
     return packed
 
@@ -76,7 +81,7 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(module, CudaLinear) and not isinstance(module, CudaMXLinear)
 
 
-def _places(core: GameRFTCore) -> Iterator[tuple[nn.Module, str]]:
+def _places(core: GameRFTCore) -> Iterator[tuple[Any, str]]:
     for block in core.blocks:
         for part, name in _NAMES:
             yield getattr(block, part), name

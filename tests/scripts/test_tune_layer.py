@@ -1,8 +1,10 @@
-"""What needs no GPU: it says that it needs one."""
+"""What needs no GPU: that it says so, and what it would time."""
 
 import pytest
 import torch
 
+from harness.kv import KVStorage
+from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from scripts import tune_layer
 
 
@@ -17,6 +19,18 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_formats_of_every_width_are_known():
     assert tune_layer.FORMAT_OF_BITS.keys() == {4, 8, 16}
     assert {name for name in tune_layer.FORMAT_OF_BITS.values() if name} <= tune_layer.FORMATS.keys()
+
+
+@pytest.mark.parametrize("bits", tune_layer.FORMAT_OF_BITS)
+def test_layers_have_every_linear_in_the_kernels_form_and_full_rings(bits):
+    cfg = GameRFTConfig(n_layers=3, n_heads=2, d_model=64, channels=8, sample_size=4, tokens_per_frame=16, n_frames=64)
+    core = GameRFTCore(cfg).requires_grad_(False).bfloat16()
+    layers = tune_layer.Layers(core, 5, bits, 1, KVStorage.bf16)
+    for name in tune_layer.NAMES:
+        found = layers.linears(name)
+        assert [linear.shape(16).bits for linear in found] == [bits] * 3
+    assert all(block.mlp.fc1.silu for block in layers.blocks)
+    assert layers.x.shape == (1, 16, 64)
 
 
 @pytest.mark.gpu

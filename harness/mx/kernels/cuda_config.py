@@ -135,9 +135,8 @@ def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
     others still run (`harness.launch`), blocks would gather where there is room first, and multiprocessors that come
     free later would stay empty.
     """
-    used, (across, down) = layout(config, shape.k, shape.bits)[0], launch_grid(config, shape.m, shape.n)
-    alone = config.blocks == 1 and across * down <= _PLACES[config.cluster * config.share]
-    return max(used, _ALONE_BYTES) if alone else used
+    used = layout(config, shape.k, shape.bits)[0]
+    return max(used, _ALONE_BYTES) if config.blocks == 1 and _at_once(config, shape) else used
 
 
 def defines(
@@ -207,6 +206,7 @@ def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
 
 
 _SMALL_BYTES = 128 * 1024
+"""Shared memory of a block that leaves room."""
 
 
 def _at_once(config: CudaConfig, shape: CudaShape) -> bool:
