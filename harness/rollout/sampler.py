@@ -144,18 +144,18 @@ class Rollout:
             self._btn = torch.zeros(batch, cfg.n_buttons, device=device)
             # Of the steps' times, which are every frame's: embedded once.
             embed = without_grad(self.core.t_embed)
-            self._times = embed(torch.tensor(times[:-1], device=device).repeat(batch, 1))
+            self._embedded_times = embed(torch.tensor(times[:-1], device=device).repeat(batch, 1))
             drops = [a - b for a, b in pairwise(times)]
             self._drops = [torch.tensor(drop, device=device) for drop in drops]
 
     def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[Modulation], Rotary]]:
-        core, cache, times, steps = self.core, self.cache, self._times, len(self._drops)
+        core, cache, embedded, steps = self.core, self.cache, self._embedded_times, len(self._drops)
         modulate = StackedModulation(core) if self.compile.enabled else core.modulation
 
         def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[Modulation], Rotary]:
             cache.advance()
             mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
-            modulation = modulate(core.add_controls(times, mouse, btn))
+            modulation = modulate(core.add_controls(embedded, mouse, btn))
             return [modulation.frames(i, i + 1) for i in range(steps)], core.rotary(cache.frame)
 
         return prepare

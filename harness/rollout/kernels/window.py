@@ -365,9 +365,8 @@ def window_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum0 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     sum1 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
-    own_sum = tl.zeros(
-        (BLOCK_M, DIM if V_PAIRED else 16), tl.float32
-    )  # of the frame's own values, which are not paired
+    # Of the frame's own values, which are not paired.
+    own_sum = tl.zeros((BLOCK_M, DIM if V_PAIRED else 16), tl.float32)
     for tile in range(begin, end):
         first = tile * BLOCK_N
         k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
