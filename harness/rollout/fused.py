@@ -40,6 +40,12 @@ STAGES, WARPS = 3, 4
 AHEAD = True
 """Whether programs launched while their queries are still computed (`harness.launch`) ask for their share meanwhile."""
 
+MAX_COMBINERS = 8
+"""Programs of a head that combine its splits' sums, a share of the queries each."""
+
+POLLS = 1 << 14
+"""Times a program asks whether the others have arrived, half a microsecond each, before it leaves its share to them."""
+
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
 
@@ -108,7 +114,8 @@ class Shape(NamedTuple):
     """Launch shape: ``splits`` programs for a head and each of its ``query_blocks`` blocks of ``block_m`` queries.
 
     Each reads ``share`` tiles of ``block_n`` rows. The last also reads what is no whole tile, ``rest`` rows with
-    padding (0 if nothing is left), and takes the frame's own in tiles of ``own``.
+    padding (0 if nothing is left), and takes the frame's own in tiles of ``own``. ``combiners`` of a block's programs
+    combine what its splits have found, a share of the queries each.
     """
 
     splits: int
@@ -118,6 +125,7 @@ class Shape(NamedTuple):
     block_n: int
     rest: int
     own: int
+    combiners: int
 
 
 def _padded(n: int) -> int:
@@ -141,16 +149,18 @@ def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torc
     last = tiles - (splits - 1) * share
     if tiles and last + extra > share and splits < wanted:
         splits += 1  # the frame's own by themselves
-    return Shape(splits, share, query_blocks, block_m, block_n, _padded(rest) if rest else 0, own)
+    combiners = min(1 << (splits.bit_length() - 1), MAX_COMBINERS, block_m // 8)
+    return Shape(splits, share, query_blocks, block_m, block_n, _padded(rest) if rest else 0, own, combiners)
 
 
 def arrival_counters(batch: int, heads: int, tokens: int, device: torch.device) -> Tensor:
-    """What ``window_attention`` counts finished programs in: int32 zeros, which every call leaves zeros again.
+    """What ``window_attention`` counts finished programs and calls in: int32, at first zeros.
 
     Calls that may run at the same time, on different streams, need counters of their own.
     """
     with torch.inference_mode(False):  # they outlive the mode they are made in
-        return torch.zeros(batch * heads * math.ceil(tokens / _query_rows(tokens)), dtype=torch.int32, device=device)
+        blocks = batch * heads * math.ceil(tokens / _query_rows(tokens))
+        return torch.zeros(2, blocks, dtype=torch.int32, device=device)
 
 
 def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:
@@ -229,7 +239,7 @@ def window_attention(
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
-        dependent, dependent and AHEAD,
+        shape.combiners, POLLS if qkv.is_cuda else 1, dependent, dependent and AHEAD,
         num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out, own_k

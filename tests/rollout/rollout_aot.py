@@ -35,6 +35,8 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
         "BLOCK_N": shape.block_n,
         "REST": shape.rest,
         "OWN": shape.own,
+        "SHARES": shape.combiners,
+        "POLLS": fused.POLLS,
         "KEEP_K": k == "int8",
         "DEPENDENT": True,
         "AHEAD": True,

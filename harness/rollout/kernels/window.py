@@ -1,8 +1,8 @@
 """Attention of one frame from its projection on, in one launch: to its window in the ring beside its own K and V.
 
 Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
-for one head and leaves unnormalised sums; the last program of a head to finish combines them, in the order of the
-splits, so that results do not depend on which one that was. The window is read in order of age, oldest first: the ring
+for one head and leaves unnormalised sums; when all of a head have arrived they combine a share of its queries each, in
+the order of the splits, so that results do not depend on which one arrived when. The window is read in order of age, oldest first: the ring
 from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the window and is read by
 nobody. So the last split of a head, which attends to the frame's own K and V, straight from the projection, can store
 them there in the same launch.
@@ -238,24 +238,52 @@ def combine(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Softmax over the whole window from each split's sums; ``rows``: a head's, ``stride`` from split to split.
 
     Reads around the L1 cache, which may hold what lay there before.
     """
     CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     for split in tl.static_range(SPLITS):
         total += tl.load(totals + split * stride + rows, mask=asked, other=1.0, cache_modifier=".cg")
     for first in range(0, DIM, CHUNK):
         columns = first + tl.arange(0, CHUNK)
-        result = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        result = tl.zeros((ROWS, CHUNK), tl.float32)
         for split in tl.static_range(SPLITS):
             part = sums + (split * stride + rows)[:, None] * DIM + columns[None, :]
             result += tl.load(part, mask=asked[:, None], other=0.0, cache_modifier=".cg")
         values = (result / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
+
+
+@triton.jit
+def shares_to_combine(arrived, epoch, before, split, SPLITS: tl.constexpr, SHARES: tl.constexpr, POLLS: tl.constexpr):
+    """Bits of the shares of a head's queries that this program combines, once all ``SPLITS`` have arrived.
+
+    Split i combines share i, of ``SHARES``. It waits for the others by polling ``epoch``, which the last to arrive
+    moves on from ``before``. Should they not come, because the GPU has no room for them beside those that wait, it
+    leaves its share to the last one: bit 16 + i of ``arrived``, whose lower bits count.
+    """
+    mine = tl.where(split < SHARES, 1 << split, 0)
+    seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
+    if (seen & 0xFFFF) == SPLITS - 1:
+        mine |= seen >> 16
+        tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(epoch, before + 1, sem="release", scope="gpu")
+    elif mine != 0:
+        polls, now = 0, before
+        while (now == before) & (polls < POLLS):
+            now = tl.atomic_add(epoch, 0, sem="acquire", scope="gpu")
+            polls += 1
+        if now == before:
+            count = tl.atomic_or(arrived, mine << 16, sem="acq_rel", scope="gpu") & 0xFFFF
+            if (count == SPLITS) | (count == 0):  # all have arrived since; the last may have put it back to 0
+                tl.atomic_and(arrived, 0xFFFF, sem="relaxed", scope="gpu")
+            else:
+                mine = 0
+    return mine
 
 
 @triton.jit
@@ -300,6 +328,8 @@ def window_kernel(
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,
     OWN: tl.constexpr,
+    SHARES: tl.constexpr,
+    POLLS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -311,8 +341,8 @@ def window_kernel(
     with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``.
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
-    ``arrived`` int32, 0 for each head and block of queries, and 0 again afterwards. ``programs`` is B*H; ``scale``
-    includes log2(e). ``DEPENDENT``: launched as ``harness.launch`` describes; ``AHEAD``: see :func:`ask_for_share`.
+    ``arrived`` int32 ``[2, blocks of queries, B*H]``, at first 0: see :func:`shares_to_combine`, to which ``SHARES`` and
+    ``POLLS`` belong. ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.launch`` describes; ``AHEAD``: see :func:`ask_for_share`.
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
@@ -356,6 +386,9 @@ def window_kernel(
                 LENGTH,
             )
         tl.extra.cuda.gdc_wait()
+    counter = arrived + tl.program_id(2) * programs + row
+    epoch = counter + tl.num_programs(2) * programs
+    before = tl.load(epoch, cache_modifier=".cg") if SPLITS > 1 else 0
     current = tl.load(slot).to(tl.int32)
     start = (current + 1) * TOKENS
     raw = load_rows(part, queries, asked, STRIDE, DIM)
@@ -447,8 +480,10 @@ def window_kernel(
         tl.store(sums + place[:, None] * DIM + columns[None, :], result, mask=asked[:, None])
         tl.store(totals + place, total, mask=asked)
         tl.debug_barrier()  # all threads' sums are written before one thread says so
-        counter = arrived + tl.program_id(2) * programs + row
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            rows = row * TOKENS + queries
-            combine(sums, totals, out, rows, stride, queries, asked, HEADS, DIM, SPLITS, BLOCK_M)
-            tl.store(counter, 0)
+        mine = shares_to_combine(counter, epoch, before, split, SPLITS, SHARES, POLLS)
+        ROWS: tl.constexpr = BLOCK_M // SHARES
+        for share in range(SHARES):
+            if (mine >> share) & 1:
+                part_of = tl.program_id(2) * BLOCK_M + share * ROWS + tl.arange(0, ROWS)
+                rows = row * TOKENS + part_of
+                combine(sums, totals, out, rows, stride, part_of, part_of < TOKENS, HEADS, DIM, SPLITS, ROWS)
