@@ -68,7 +68,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
 
     measure([choose(shape), *candidates(shape, TRIED)])
     fastest = sorted(timed, key=timed.__getitem__)[:REFINED]
-    measure([other for config in fastest for other in _other_stages(config) if _fits(other, shape)])
+    measure([other for config in fastest for other in other_stages(config) if fits(other, shape)])
     best = min(timed, key=timed.__getitem__)
     mx.config = best
     for config in sorted(timed, key=timed.__getitem__)[:8]:
@@ -80,7 +80,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     return f"{key}: {best},  # {timed[best]:.2f} µs; {len(timed)} tried.{note}"
 
 
-def _other_stages(config: CudaConfig) -> list[CudaConfig]:
+def other_stages(config: CudaConfig) -> list[CudaConfig]:
     """`config` with longer stages, fewer of them, and more blocks on a multiprocessor, where they fit."""
     groups = config.stage_groups * config.stages
     others = [
@@ -89,7 +89,7 @@ def _other_stages(config: CudaConfig) -> list[CudaConfig]:
     return [*others, *(replace(config, stages=stages) for stages in (2, 3, 4, 6) if stages < config.stages)]
 
 
-def _fits(config: CudaConfig, shape: CudaShape) -> bool:
+def fits(config: CudaConfig, shape: CudaShape) -> bool:
     return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
 
 

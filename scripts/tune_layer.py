@@ -41,12 +41,13 @@ from harness.rollout.attention import AttentionKind, frame_attention
 from harness.rollout.linears import pack
 from harness.rollout.steps import through_layer_fused
 from scripts.microbench import FORMATS, read_model
-from scripts.tune_cuda import checker, reason
+from scripts.tune_cuda import checker, fits, other_stages, reason
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
-ROUNDS, REFINED = 3, 12
-"""Of each Linear's launch shapes, the fastest are tried again when those of the others are known."""
+ROUNDS, REFINED, VARIED = 3, 12, 4
+"""Of each Linear's launch shapes, the fastest are tried again when those of the others are known, and once, of the
+fastest of all, what differs from them in stages alone."""
 
 
 class Layers:
@@ -122,7 +123,7 @@ class Tuner:
                 linear = self.layers.linears(name)[0]
                 shape = linear.shape(self.layers.x[..., 0].numel())
                 known = self.timed[name]
-                configs = sorted(known, key=known.__getitem__)[:REFINED] if turn else self._worth_trying(shape)
+                configs = self._again(known, shape, turn) if turn else self._worth_trying(shape)
                 self.timed[name] = {} if turn else known
                 self._try(name, [config for config in configs if turn or config not in known])
                 self._set(name, min(self.timed[name], key=self.timed[name].__getitem__))
@@ -131,6 +132,11 @@ class Tuner:
 
     def _worth_trying(self, shape: cuda_config.CudaShape) -> list[CudaConfig]:
         return [cuda_config.choose(shape), *cuda_config.candidates_in_a_layer(shape, self.most)]
+
+    def _again(self, known: dict[CudaConfig, float], shape: cuda_config.CudaShape, turn: int) -> list[CudaConfig]:
+        fastest = sorted(known, key=known.__getitem__)[:REFINED]
+        varied = [other for config in fastest[:VARIED] for other in other_stages(config) if fits(other, shape)]
+        return list(dict.fromkeys([*fastest, *(varied if turn == 1 else [])]))
 
     def _set(self, name: str, config: CudaConfig) -> None:
         for linear in self.layers.linears(name):

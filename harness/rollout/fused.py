@@ -22,11 +22,12 @@ from harness.models.gamerft import RMS_EPS
 from harness.mx.conf import ScaleMode
 from harness.mx.formats import FORMATS, carry_threshold
 
-WAVES = 1
+WAVES = 2
 """Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine."""
 
-MIN_ROWS = 192
-"""Rows of the window that are worth a split of their own: fewer cost less to read than their sums to combine."""
+MIN_ROWS = 96
+"""Rows of the window, of heads of 64, that are worth a split of their own: fewer cost less to read than their sums to
+combine. Larger heads need as many more."""
 
 OWN_ROWS = 128
 """Rows of the window that take about as long as a frame's own K and V, which are normalised, rotated and stored."""
@@ -34,8 +35,8 @@ OWN_ROWS = 128
 OWN_ELEMENTS = 4096
 """Elements of a tile of the frame's own K or V: what is quantised in registers."""
 
-STAGES, WARPS = 3, 4
-"""Tiles in flight per program, and its warps: one warpgroup, which is what 64 queries occupy."""
+STAGES, WARPS = 2, 4
+"""Tiles in flight per program, one more of heads above 64, and its warps: one warpgroup, what 64 queries occupy."""
 
 AHEAD = True
 """Whether programs launched while their queries are still computed (`harness.launch`) ask for their share meanwhile."""
@@ -143,7 +144,7 @@ def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torc
     block_n = min(BLOCK_ROWS, _padded(past)) if past else BLOCK_ROWS
     tiles, rest = divmod(past, block_n)
     extra = math.ceil(OWN_ROWS / block_n) + (rest > 0)  # what the last split has to do beside its share, in tiles
-    wanted = min(WAVES * _multiprocessors(device) // (programs * query_blocks), 1 + past // MIN_ROWS)
+    wanted = min(WAVES * _multiprocessors(device) // (programs * query_blocks), 1 + past // max(1, MIN_ROWS * dim // 64))
     share = math.ceil((tiles + extra) / max(1, wanted))
     splits = max(1, math.ceil(tiles / share))
     last = tiles - (splits - 1) * share
@@ -151,6 +152,11 @@ def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torc
         splits += 1  # the frame's own by themselves
     combiners = min(1 << (splits.bit_length() - 1), MAX_COMBINERS, block_m // 8)
     return Shape(splits, share, query_blocks, block_m, block_n, _padded(rest) if rest else 0, own, combiners)
+
+
+def stages(dim: int) -> int:
+    """Tiles in flight per program of heads of ``dim``."""
+    return STAGES + (dim > 64)
 
 
 def arrival_counters(batch: int, heads: int, tokens: int, device: torch.device) -> Tensor:
@@ -240,7 +246,7 @@ def window_attention(
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
         shape.combiners, POLLS if qkv.is_cuda else 1, dependent, dependent and AHEAD,
-        num_warps=WARPS, num_stages=STAGES, **({"launch_pdl": True} if dependent else {}),
+        num_warps=WARPS, num_stages=stages(dim), **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out, own_k
 

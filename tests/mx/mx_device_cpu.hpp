@@ -288,6 +288,8 @@ inline void products_wait() {}
 inline void keep(const u32&) {}
 inline void keep(float&) {}
 inline u64 rows_at(u32 address) { return address; }
+inline u64 rows_after(u64 rows, u32 bytes) { return rows + bytes; }
+inline int same_in_warp(int value) { return value; }
 template <int FIRST, int COUNT>
 inline void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
     const int lane = now->thread.x % 32;

@@ -283,9 +283,9 @@ def test_a_window_is_split_to_fill_the_gpu(monkeypatch):
         tiles, rest = divmod((frames - 1) * 64, shape.block_n)
         assert tiles <= shape.splits * shape.share
         assert shape.rest >= rest
-        assert shape.splits * heads <= max(132, heads)
-    assert fused.launch_shape(60, 64, 64, 24, DEVICE)[:2] == (5, 13)
-    assert fused.launch_shape(16, 64, 64, 24, DEVICE)[:2] == (5, 4)  # four of them of the ring, one of the frame's own
+        assert shape.splits * heads <= max(2 * 132, heads)
+    assert fused.launch_shape(60, 64, 64, 24, DEVICE)[:2] == (11, 6)
+    assert fused.launch_shape(16, 64, 64, 24, DEVICE)[:2] == (9, 2)  # eight of them of the ring, one of the frame's own
 
 
 def test_compiles_for_hopper_without_a_gpu():

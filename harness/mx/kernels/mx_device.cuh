@@ -131,6 +131,16 @@ __device__ __forceinline__ u64 rows_at(u32 address) {
     return static_cast<u64>((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// `rows` of what lies `bytes` further on.
+__device__ __forceinline__ u64 rows_after(u64 rows, u32 bytes) {
+    return rows + bytes / 16;
+}
+
+// `value`, which is the same in every lane, where the compiler knows that it is.
+__device__ __forceinline__ int same_in_warp(int value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+}
+
 #define SUMS(m) "+f"(acc[m][0]), "+f"(acc[m][1]), "+f"(acc[m][2]), "+f"(acc[m][3])
 #define SUMS8(m) SUMS(m), SUMS(m + 1), SUMS(m + 2), SUMS(m + 3), SUMS(m + 4), SUMS(m + 5), SUMS(m + 6), SUMS(m + 7)
 #define FACTORS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows), "r"(add)

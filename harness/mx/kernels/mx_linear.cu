@@ -104,28 +104,36 @@ struct Half {
 __device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], Half (&halves)[2], u32 w, u32 x, int lane,
                                                bool add) {
     constexpr int STEPS = 16 / BITS;  // of 16 inputs, in 16 bytes a lane
+    constexpr int WORDS = BITS < 16 ? 4 / STEPS : 1;  // 16 bytes each, that are read before anything is waited for
+    const u64 rows = rows_at(x);
     u32 scales[RT];
-    uint4 raw[RT];
+    uint4 raw[WORDS][RT];
 #pragma unroll
-    for (int r = 0; r < RT; ++r) scales[r] = BITS < 16 ? load4(w + r * GS * TILE + SCALES + lane / 4 * 4) : 0;
+    for (int r = 0; r < RT; ++r) {
+        if (BITS == 16) break;
+        scales[r] = load4(w + r * GS * TILE + SCALES + lane / 4 * 4);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) raw[i][r] = load16(w + r * GS * TILE + i * 512 + lane * 16);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int i = 0; i < 2 * RT; ++i) {
             const int r = i / 2, step = half * 2 + i % 2;
-            if (step % STEPS == 0) raw[r] = load16(w + r * GS * TILE + step / STEPS * 512 + lane * 16);
-            decode(halves[half].a[i % 2][r], raw[r], scales[r], step);
+            if (BITS == 16) raw[0][r] = load16(w + r * GS * TILE + step * 512 + lane * 16);
+            decode(halves[half].a[i % 2][r], raw[step / STEPS % WORDS][r], BITS < 16 ? scales[r] : 0, step);
         }
         products_begin();
 #pragma unroll
         for (int i = 0; i < 2 * RT; ++i) {
-            const u32 inputs = x + (half * 2 + i / RT) * 32, more = half + i / RT > 0 || add;
-            multiply_rows<0>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs), more);
+            const u64 inputs = rows_after(rows, (half * 2 + i / RT) * 32);
+            const u32 more = half + i / RT > 0 || add;
+            multiply_rows<0>(acc[i % RT], halves[half].a[i / RT][i % RT], inputs, more);
             if constexpr (MT >= 16)
-                multiply_rows<8>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs + 8192), more);
+                multiply_rows<8>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_after(inputs, 8192), more);
             if constexpr (MT >= 32) {
-                multiply_rows<16>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs + 16384), more);
-                multiply_rows<24>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_at(inputs + 24576), more);
+                multiply_rows<16>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_after(inputs, 16384), more);
+                multiply_rows<24>(acc[i % RT], halves[half].a[i / RT][i % RT], rows_after(inputs, 24576), more);
             }
         }
         products_commit();
@@ -201,7 +209,7 @@ KERNEL(WARPS * 32, CL * CN, BLOCKS)
 mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
           u16* __restrict__ out, int M, int N, int groups, float post) {
     const u32 base = shared_memory();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = same_in_warp(threadIdx.x / 32);
     const int wr = warp % WR, wk = warp / WR;
     const int rank = blockIdx.x % CL, place = blockIdx.x / CL % CN;  // along K and N within the cluster
     const int tile0 = blockIdx.x / CL * TILES, m0 = blockIdx.y * MT * 8;
