@@ -54,8 +54,9 @@ struct Copy {
     int due;
     u32 to, bytes, bar;
     const u8* from;             // or
-    const TensorMap* map;
+    const TensorMap* map;       // or, without either, `value`
     int k, m;
+    float value[4];
 };
 
 struct Block {
@@ -198,7 +199,7 @@ inline void copy_x_to(u32 to, const TensorMap* map, int k, int m, u32 bar, int b
 }
 inline void perform(Block& block, const Copy& copy) {
     u8* to = at(block, copy.to, copy.bytes, 16);
-    if (copy.from) std::memcpy(to, copy.from, copy.bytes);
+    if (!copy.map) std::memcpy(to, copy.from ? copy.from : reinterpret_cast<const u8*>(copy.value), copy.bytes);
     for (int r = 0; copy.map && r < copy.map->rows; ++r)
         for (int c = 0; c < 64; ++c) {
             const int k = copy.k + c, m = copy.m + r;
@@ -222,10 +223,12 @@ inline uint4 load16(u32 address) {
 }
 inline u32 address_in(u32 address, int rank) { return address | (rank + 1) << 24; }
 inline void store16(u32 address, const float (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
-inline void store16_in(u32 address, const float (&v)[4]) {
+inline void store16_in(u32 address, const float (&v)[4], u32 bar) {
+    CHECK(address >> 24 == bar >> 24, "the barrier is the written block's");
     Block& block = (*now->cluster)[(address >> 24) - 1];
     CHECK(block.started == block.all.needed, "a write to a block that has not started");
-    std::memcpy(at(block, address & 0xffffff, 16, 16), v, 16);
+    const int due = static_cast<int>(dice() % 8);
+    block.copies.push_back({due, address & 0xffffff, 16, bar & 0xffffff, nullptr, nullptr, 0, 0, {v[0], v[1], v[2], v[3]}});
 }
 inline u32 multiply(u32 a, u32 b) {
     return bf16_of(of_bf16(a) * of_bf16(b)) | bf16_of(of_bf16(a >> 16) * of_bf16(b >> 16)) << 16;

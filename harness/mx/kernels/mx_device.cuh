@@ -168,8 +168,9 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[COUNT][4], const u32 
     }
 }
 
+// The blocks of a cluster meet; what they wrote need not be seen (making sure of that takes as long as memory does).
 __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
@@ -188,10 +189,10 @@ __device__ __forceinline__ void store16(u32 address, const float (&v)[4]) {
                  : "memory");
 }
 
-// The same at an address that `address_in` gave.
-__device__ __forceinline__ void store16_in(u32 address, const float (&v)[4]) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]),
-                 "f"(v[3]) : "memory");
+// The same at an address that `address_in` gave, as a copy that the barrier at `bar`, of the same block, waits for.
+__device__ __forceinline__ void store16_in(u32 address, const float (&v)[4], u32 bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar) : "memory");
 }
 
 // Two BF16 of two floats, the first one low.

@@ -12,8 +12,8 @@
 //    stages ahead: no block-wide synchronisation, and most of what a multiprocessor will need is under way at once.
 //  * A block holds its part of x in shared memory (TMA, 128-byte swizzle). The CN blocks of a cluster that need the same
 //    part fetch a share of it each and send it to all (multicast): x is read once a cluster.
-//  * Partial sums go to the block that owns the output, through distributed shared memory, and are added there in the
-//    order of their ranks: the result is the same every time.
+//  * Partial sums go to the block that owns the output, through distributed shared memory, as copies that a barrier
+//    there waits for, and are added there in the order of their ranks: the result is the same every time.
 //
 // Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
@@ -41,7 +41,7 @@ constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_EN
 constexpr int FINISHED = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // units a warp adds up, or its row tiles
 constexpr bool BIAS_EARLY = FINISHED <= 4;     // as many as registers hold
 
-// All warps that add up the same sums (and the rest of their cluster) have come this far and see each other's writes.
+// All warps that add up the same sums (and the rest of their cluster) have come this far.
 __device__ __forceinline__ void everyone() {
     if constexpr (CL > 1) {
         cluster_arrive();
@@ -187,9 +187,9 @@ __device__ __forceinline__ void finish(const float (&c)[4], const Bias& bias, u1
     store_pair(out, second, m0 + lane / 4, n0 + lane % 4 * 2 + 8, M, N);
 }
 
-// A warp's partial sums, each unit to the block that owns it.
-__device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial, int first_tile, int slot, int place,
-                                     int lane) {
+// A warp's partial sums, each unit to the block that owns it, where the barrier at `bar` waits for them.
+__device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial, u32 bar, int first_tile, int slot,
+                                     int place, int lane) {
 #pragma unroll
     for (int r = 0; r < RT; ++r) {
 #pragma unroll
@@ -197,7 +197,8 @@ __device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial,
             const int unit = (first_tile + r) * MT + m;
             const u32 to = partial + (slot * OWNED + unit / CL) * 512 + lane * 16;
             if constexpr (CL > 1) {
-                store16_in(address_in(to, place * CL + unit % CL), acc[r][m]);
+                const int owner = place * CL + unit % CL;
+                store16_in(address_in(to, owner), acc[r][m], address_in(bar, owner));
             } else {
                 store16(to, acc[r][m]);
             }
@@ -219,6 +220,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     const int lo = block_groups * wk / WK, hi = block_groups * (wk + 1) / WK;
 
     const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * ST) * 8;
+    const u32 sums_bar = x_bars + (GX + WARPS * ST) * 8;
     const u32 w_shared = base + W_AT + warp * ST * STAGE;
     const int my_tile = tile0 + wr * RT;
     const int tiles = min(RT, max(0, (N + 15) / 16 - my_tile));  // fewer where N ends; the others' sums go nowhere
@@ -255,13 +257,17 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         if (warp == 0) prefetch_map(&x_map);
         for (int i = 0; i < ST; ++i) barrier_init(w_bars + i * 8);
         for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
+        if (CL > 1 && warp == 0) {
+            barrier_init(sums_bar);
+            barrier_expect(sums_bar, (UNITS + CL - 1 - rank) / CL * SLOTS * 512);
+        }
         barriers_ready();
     }
     __syncwarp();
-    if (CL * CN > 1) cluster_arrive();  // a block may only write to blocks whose barriers are ready
-    if (!PDL && CN == 1) fetch_x();     // from L2, and needed with the first of W: before W
+    if (!PDL && CN == 1) fetch_x();  // from L2, and needed with the first of W: before W
 #pragma unroll 1
     for (int i = 0; i < ST; ++i) fetch(i);
+    if (CL * CN > 1) cluster_arrive();  // a block may only write to blocks whose barriers are ready
     if (CN > 1) cluster_wait();
     if (PDL || CN > 1) fetch_x();
     __syncthreads();  // the barriers of x are ready
@@ -315,8 +321,12 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         if (CL > 1 && CN == 1) cluster_wait();
         if (OVERLAY) everyone();  // all have read what the partial sums will replace
         const u32 partial = base + PARTIAL_AT;
-        send(acc, partial, wr * RT, rank * WK + wk, place, lane);
-        everyone();
+        send(acc, partial, sums_bar, wr * RT, rank * WK + wk, place, lane);
+        if constexpr (CL > 1) {
+            barrier_wait(sums_bar, 0);
+        } else {
+            __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < FINISHED; ++i) {
             const int owned = warp + i * WARPS, unit = owned * CL + rank, tile = tile0 + unit / MT;
