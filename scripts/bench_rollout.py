@@ -59,17 +59,19 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: config groups by name, and the number of clips."""
+    """One arm: config groups by name, the number of clips, and what multiplies BF16 Linears (compile.linears)."""
 
     model: str
     batch: int
     quant: str
     kv: str
     attention: str
+    linears: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.model}/B{self.batch}/{self.quant}+{self.kv}/{self.attention}"
+        linears = "" if self.linears == "auto" else f"/{self.linears}"
+        return f"{self.model}/B{self.batch}/{self.quant}+{self.kv}/{self.attention}{linears}"
 
 
 @dataclass
@@ -115,10 +117,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def all_rows(args: argparse.Namespace) -> list[Row]:
-    """Rows grouped by model and batch; BF16 first, since the others are compared with it."""
+    """Rows grouped by model and batch; BF16 first, since the others are compared with it.
+
+    On a GPU BF16 with our attention is measured with each kind of Linears, whichever ``auto`` would take: what MX gains
+    is told against the fastest.
+    """
     batches = [int(batch) for batch in args.batches.split(",")]
     product = itertools.product(args.models.split(","), batches, FORMATS, args.attention.split(","))
-    rows = [Row(model, batch, *formats, attention) for model, batch, formats, attention in product]
+    rows = []
+    for model, batch, formats, attention in product:
+        both = formats == ("bf16", "bf16") and attention == "fused" and args.device == "cuda"
+        rows += [Row(model, batch, *formats, attention, way) for way in (("library", "packed") if both else ("auto",))]
     return [row for row in rows if re.search(args.only, row.name)]
 
 
@@ -136,6 +145,7 @@ def plan_of(row: Row, args: argparse.Namespace) -> RunPlan:
     """The checked config of a row."""
     groups = {"model": row.model, "quant": row.quant, "kv": row.kv, "attention": row.attention, "compile": args.compile}
     groups |= {"trainer": "gpu" if args.device == "cuda" else "cpu", "data.batch_size": str(row.batch)}
+    groups |= {"compile.linears": row.linears}
     return compose_plan([*(f"{name}={value}" for name, value in groups.items()), *args.overrides], args.out)
 
 

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LINEARS = {"dit_v4": ("mlp.fc1", "1536→6144"), "dit_v4_5b": ("mlp.fc1", "2560→10240")}
 """One Linear of each model by its name in microbench, and its size."""
 
-ROWS = r"/B1/(bf16\+bf16/(sdpa|fused)|mxfp8_all\+mx_(v_only|kv)/fused|mxfp4_all\+mx_v_only/fused)"
-"""Rows of bench_rollout."""
+ROWS = r"/B1/(bf16\+bf16|mxfp[48]_all\+mx_v_only)/fused"
+MAIN_ROWS = r"/B1/(bf16\+bf16/sdpa|mxfp8_all\+mx_kv/fused)"
+"""Rows of bench_rollout: of every model, and more of the main one."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +50,8 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
     file = args.out / "attention.json"
     attention = ["--frames", str(args.window), "--kinds", "flex,sdpa,fused", "--storages", "bf16,mx_v_only,mx_kv"]
     found[file.name] = ["bench_attention.py", *device, *attention, "--out", str(file)]
-    rollout = ["--models", ",".join(args.models), "--batches", "1", "--frames", str(args.frames), "--only", ROWS]
+    rows = f"{ROWS}|{args.models[0]}{MAIN_ROWS}"
+    rollout = ["--models", ",".join(args.models), "--batches", "1", "--frames", str(args.frames), "--only", rows]
     compile = [] if args.device == "cuda" else ["--compile", "off"]
     found["bench.json"] = ["bench_rollout.py", *device, *rollout, *compile, "--out", str(args.out), *args.overrides]
     return found

@@ -23,7 +23,8 @@ from harness.mx.conf import ScaleMode
 from harness.mx.formats import FORMATS, carry_threshold
 
 WAVES = 2
-"""Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine."""
+"""Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine, and all
+of them at work at the same time, since they wait for each other. So one where fewer find room (before Hopper)."""
 
 MIN_ROWS = 96
 """Rows of the window, of heads of 64, that are worth a split of their own: fewer cost less to read than their sums to
@@ -44,8 +45,9 @@ AHEAD = True
 MAX_COMBINERS = 8
 """Programs of a head that combine its splits' sums, a share of the queries each."""
 
-POLLS = 1 << 14
-"""Times a program asks whether the others have arrived, half a microsecond each, before it leaves its share to them."""
+POLLS = 64
+"""Times a program asks whether the others have arrived, half a microsecond each, before it leaves its share to them: ten
+times what they differ by where all are at work."""
 
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
@@ -111,6 +113,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _waves(device: torch.device) -> int:
+    return WAVES if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else 1
+
+
 class Shape(NamedTuple):
     """Launch shape: ``splits`` programs for a head and each of its ``query_blocks`` blocks of ``block_m`` queries.
 
@@ -144,7 +150,8 @@ def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torc
     block_n = min(BLOCK_ROWS, _padded(past)) if past else BLOCK_ROWS
     tiles, rest = divmod(past, block_n)
     extra = math.ceil(OWN_ROWS / block_n) + (rest > 0)  # what the last split has to do beside its share, in tiles
-    wanted = min(WAVES * _multiprocessors(device) // (programs * query_blocks), 1 + past // max(1, MIN_ROWS * dim // 64))
+    places = _waves(device) * _multiprocessors(device)
+    wanted = min(places // (programs * query_blocks), 1 + past // max(1, MIN_ROWS * dim // 64))
     share = math.ceil((tiles + extra) / max(1, wanted))
     splits = max(1, math.ceil(tiles / share))
     last = tiles - (splits - 1) * share

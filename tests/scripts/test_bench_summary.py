@@ -57,7 +57,20 @@ def test_the_measuring_scripts_take_its_commands(results):
     for script, *words in bench_summary.jobs(results).values():
         parsers[script](words)
     rows = bench_rollout.all_rows(bench_rollout.parse(bench_summary.jobs(results)["bench.json"][1:]))
-    assert len(rows) == 5
+    assert [row.name for row in rows] == [
+        "m/B1/bf16+bf16/sdpa",
+        "m/B1/bf16+bf16/fused/library",
+        "m/B1/bf16+bf16/fused/packed",
+        "m/B1/mxfp8_all+mx_v_only/fused",
+        "m/B1/mxfp8_all+mx_kv/fused",
+        "m/B1/mxfp4_all+mx_v_only/fused",
+    ]
+
+
+def test_further_models_have_fewer_rows(tmp_path):
+    args = bench_summary.parse(["--models", "m", "n", "--out", str(tmp_path)])
+    rows = bench_rollout.all_rows(bench_rollout.parse(bench_summary.jobs(args)["bench.json"][1:]))
+    assert [sum(row.model == model for row in rows) for model in ("m", "n")] == [6, 4]
 
 
 def test_a_job_that_breaks_is_an_exit_code_and_leaves_no_old_figures(results, monkeypatch, capsys):
