@@ -23,8 +23,8 @@ from harness.mx.conf import ScaleMode
 from harness.mx.formats import FORMATS, carry_threshold
 
 WAVES = 2
-"""Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine, and all
-of them at work at the same time, since they wait for each other. So one where fewer find room (before Hopper)."""
+"""Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine, and
+all of them at work at the same time, since they wait for each other. So one where fewer find room (before Hopper)."""
 
 MIN_ROWS = 96
 """Rows of the window, of heads of 64, that are worth a split of their own: fewer cost less to read than their sums to
@@ -46,8 +46,8 @@ MAX_COMBINERS = 8
 """Programs of a head that combine its splits' sums, a share of the queries each."""
 
 POLLS = 64
-"""Times a program asks whether the others have arrived, half a microsecond each, before it leaves its share to them: ten
-times what they differ by where all are at work."""
+"""Times a program asks whether the others have arrived, half a microsecond each, before it leaves its share to them:
+ten times what they differ by where all are at work."""
 
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""

@@ -46,7 +46,9 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
         fields = (f"{name}_{field}" for field in ("FORMAT", "PER", "STORE", "LARGEST", "EMAX", "THRESHOLD"))
         encoding = fused.encoding(fmt != "int8", fmt, "rceil")
         constants |= dict(zip(fields, (fmt, "token" if fmt == "int8" else "block", *encoding), strict=True))
-    return compiled(window_kernel, types, constants, num_warps=fused.WARPS, num_stages=fused.stages(dim), launch_pdl=True)
+    return compiled(
+        window_kernel, types, constants, num_warps=fused.WARPS, num_stages=fused.stages(dim), launch_pdl=True
+    )
 
 
 def show(pair, kernel):

@@ -2,10 +2,10 @@
 
 Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
 for one head and leaves unnormalised sums; when all of a head have arrived they combine a share of its queries each, in
-the order of the splits, so that results do not depend on which one arrived when. The window is read in order of age, oldest first: the ring
-from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the window and is read by
-nobody. So the last split of a head, which attends to the frame's own K and V, straight from the projection, can store
-them there in the same launch.
+the order of the splits, so that results do not depend on which one arrived when. The window is read in order of age,
+oldest first: the ring from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the
+window and is read by nobody. So the last split of a head, which attends to the frame's own K and V, straight from the
+projection, can store them there in the same launch.
 
 Scores need no running maximum: queries and keys are RMS-normalised, so that by Cauchy and Schwarz none is larger than
 sqrt(Dh), give or take a stored key's rounding, and the sums of their exponentials are far from float32's limits.
@@ -341,8 +341,9 @@ def window_kernel(
     with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``.
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
-    ``arrived`` int32 ``[2, blocks of queries, B*H]``, at first 0: see :func:`shares_to_combine`, to which ``SHARES`` and
-    ``POLLS`` belong. ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.launch`` describes; ``AHEAD``: see :func:`ask_for_share`.
+    ``arrived`` int32 ``[2, blocks of queries, B*H]``, at first 0: see :func:`shares_to_combine`, to which ``SHARES``
+    and ``POLLS`` belong. ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.launch``
+    describes; ``AHEAD``: see :func:`ask_for_share`.
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
