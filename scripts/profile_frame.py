@@ -37,7 +37,7 @@ PARTS = (
     ("attention", r"window_kernel|window_attention|flash|fmha|attention|flex|sdpa"),
     ("cache", r"index_copy|index_put|scatter"),
     ("norm and elementwise", r"triton_(red|poi|per)_|residual_norm"),
-    ("MX GEMM", r"^mx_|^gemm_fp8|^gemm_bf16|harness_mx"),
+    ("packed GEMM", r"^mx_|^gemm_fp8|^gemm_bf16|harness_mx"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|splitk|addmm|\bmm\b|matmul|linear|triton_tem|triton_mm"),
     ("copy", r"memcpy|memset|copy_|aten::clone"),
     ("norm and elementwise", r"triton_|elementwise|reduce|norm|cpp_fused|aten::"),
