@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from harness.arm import Arm
 from harness.config import ROOT, RunPlan, plan_run, register
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
@@ -72,6 +73,35 @@ def plan(overrides: list[str], frames: int, clips: int) -> RunPlan:
     return plan_run(cfg)
 
 
+def clip_batch(run: RunPlan, paths: list[Path], frames: int) -> tuple[ClipBatch, Tensor]:
+    """Clips for a rollout of ``frames`` new frames, and what was recorded, ``[B, W + F, 3, h, w]`` in [0, 1].
+
+    Raises:
+        ValueError: if the model has no encoder.
+    """
+    if run.encoder_file is None:
+        raise ValueError("an encoder is needed to turn context frames into latents: set decoder.encoder_checkpoint")
+    window = run.conf.sampler.window
+    clips = [read_clip(path, 0, window + frames) for path in paths]
+    pictures = torch.stack([clip.frames for clip in clips]).float() / 255
+    mouse, btn = (torch.stack([getattr(clip, name) for clip in clips]).float() for name in ("mouse", "buttons"))
+    encoder = load_encoder(run.encoder_file, run.dcae).to(run.device)
+    context = torch.stack([encoder(clip.to(run.device) * 2 - 1) for clip in pictures[:, :window]]) / run.vae_scale
+    batch = ClipBatch(
+        clip_ids=[clip.id for clip in clips], tags=["motion"] * len(clips), fps=[clip.fps for clip in clips],
+        latents_context=context, mouse=mouse.to(run.device), btn=btn.to(run.device), frames=None, latents_future=None,
+    )  # fmt: skip
+    return batch, pictures
+
+
+def bf16_arm(run: RunPlan) -> tuple[RolloutModule, Arm]:
+    """A run's BF16 arm, set up."""
+    module = RolloutModule(run)
+    with torch.inference_mode(False):  # compiled code keeps what is made here
+        module.setup("predict")
+    return module, module.arms["bf16"]
+
+
 @torch.inference_mode()
 def world_model_figures(overrides: list[str] | None = None, frames: int = 16) -> WorldModelFigures:
     """Roll every motion clip out with its own and with another clip's actions.
@@ -82,35 +112,23 @@ def world_model_figures(overrides: list[str] | None = None, frames: int = 16) ->
     overrides = overrides or []
     first = plan(overrides, frames, 1)
     paths = [path for path in find_clips(first.conf.data.paths) if probe_clip(path).tag == "motion"]
-    if first.encoder_file is None:
-        raise ValueError("an encoder is needed to turn context frames into latents: set decoder.encoder_checkpoint")
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} motion clips in {list(first.conf.data.paths)}: give at least 2")
     run = plan(overrides, frames, len(paths))
     window = run.conf.sampler.window
-    clips = [read_clip(path, 0, window + frames) for path in paths]
-    pictures = torch.stack([clip.frames for clip in clips]).float() / 255
-    mouse, btn = (torch.stack([getattr(clip, name) for clip in clips]).float() for name in ("mouse", "buttons"))
-    encoder = load_encoder(first.encoder_file, run.dcae).to(run.device)
-    context = torch.stack([encoder(clip.to(run.device) * 2 - 1) for clip in pictures[:, :window]]) / run.vae_scale
-    ids = [clip.id for clip in clips]
-    batch = ClipBatch(
-        clip_ids=ids, tags=["motion"] * len(ids), fps=[clip.fps for clip in clips], latents_context=context,
-        mouse=mouse.to(run.device), btn=btn.to(run.device), frames=None, latents_future=None,
-    )  # fmt: skip
+    batch, pictures = clip_batch(run, paths, frames)
     other_mouse, other_btn = batch.mouse.clone(), batch.btn.clone()
     other_mouse[:, window:] = batch.mouse[:, window:].roll(1, 0)
     other_btn[:, window:] = batch.btn[:, window:].roll(1, 0)
-    module = RolloutModule(run)
-    module.setup("predict")
-    arm, noise = module.arms["bf16"], module.noise(ids, frames)
+    module, arm = bf16_arm(run)
+    noise = module.noise(batch.clip_ids, frames)
 
     def scores(batch: ClipBatch) -> list[float]:
         return psnr(to_frames(arm.roll(batch, noise, lambda: None).rgb), pictures[:, window:])
 
     repeated = pictures[:, window - 1 : window].expand(-1, frames, -1, -1, -1)
     return WorldModelFigures(
-        clip_ids=ids,
+        clip_ids=batch.clip_ids,
         model=scores(batch),
         repeat=psnr(repeated, pictures[:, window:]),
         shuffled=scores(replace(batch, mouse=other_mouse, btn=other_btn)),

@@ -1,0 +1,79 @@
+"""The fast path gives what the plain one gives: on the reference's own case, and on pictures of the demo model."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness.data.clips import find_clips
+from harness.kv import KVConf
+from harness.measure.quality import score_frames
+from harness.models.checkpoint import load_gamerft
+from harness.models.config_io import read_gamerft_config
+from harness.models.dcae import to_frames
+from harness.rollout import AttentionKind, CompileConf, Rollout, make_cache
+from harness.rollout.linears import pack_where_faster
+from scripts.check_parity import BOUND, Case, controls, sampler_of
+from scripts.check_world_model import bf16_arm, clip_batch, plan
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+PLAIN = AttentionKind.sdpa, CompileConf()
+FAST = AttentionKind.fused, CompileConf(enabled=True, scope="block")
+
+
+def reference_error(attention, compile, dtype, count=None):
+    """Largest error of the first ``count`` frames of the shared case, and the norm of all relative to the frames'."""
+    case = Case(Path(__file__).parents[1] / "parity" / "gamerft_motion")
+    cfg, sampler, expected = read_gamerft_config(case.config), sampler_of(case), case.tensors["roll.frames"][:, :count]
+    core = load_gamerft(case.weights, cfg).to(DEVICE, dtype).requires_grad_(False)
+    batch, count = expected.shape[:2]
+    pack_where_faster(core, compile, attention, batch)
+    rollout = Rollout(core, make_cache(core, sampler, KVConf(), batch), sampler, attention, compile)
+    rollout.warmup()
+    context = controls(case, cfg, "roll.mouse", "roll.btn", batch, sampler.window)
+    rollout.prefill(case.tensors["roll.history"], *context, case.tensors["roll.history_noise"])
+    now = [case.tensors[f"roll.{name}"].unbind(1) for name in ("noise", "new_mouse", "new_btn")]
+    frames = torch.stack([rollout.next_frame(*(x[i].to(DEVICE) for x in now)) for i in range(count)], 1).cpu()
+    error = frames - expected
+    return error.abs().max().item(), (error.norm() / expected.norm()).item()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+@pytest.mark.skipif(
+    not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy below 2.4"
+)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_float32_matches_the_reference():
+    conf = CompileConf(enabled=True, scope="block", backend="inductor" if ON_GPU else "eager")
+    frames, bound = (None, 1e-3) if ON_GPU else (3, BOUND)  # of a GPU's products; the interpreter takes its time
+    assert reference_error(AttentionKind.fused, conf, torch.float32, frames)[0] <= bound
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_compiler")
+def test_bf16_is_as_close_to_the_reference_as_the_plain_path():
+    plain, fast = (reference_error(*way, torch.bfloat16)[1] for way in (PLAIN, FAST))
+    assert fast < 1.3 * plain
+
+
+@torch.inference_mode()
+def demo_frames(*overrides):
+    run = plan(list(overrides), 16, 2)
+    batch, _ = clip_batch(run, find_clips(run.conf.data.paths)[:2], 16)
+    module, arm = bf16_arm(run)
+    return to_frames(arm.roll(batch, module.noise(batch.clip_ids, 16), lambda: None).rgb).cpu()
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.usefixtures("no_flags", "fresh_compiler")
+def test_pictures_of_the_demo_model_are_the_same():
+    plain = demo_frames("trainer=gpu", "attention=sdpa", "compile=off")
+    fast = demo_frames("trainer=gpu", "attention=fused", "compile=on")
+    for clip, other in zip(plain, fast, strict=True):
+        assert score_frames(clip, other).mean()["psnr"] >= 50
