@@ -109,7 +109,7 @@ def ring_view(ring: FrameRing) -> RingView:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 8  # Triton's interpreter: a few splits, so that combining them is exercised
+        return 4  # Triton's interpreter: a few splits, so that combining them is exercised
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
