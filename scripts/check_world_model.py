@@ -13,6 +13,7 @@ input.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from harness.arm import Arm
 from harness.config import ROOT, RunPlan, plan_run, register
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
-from harness.measure.quality import score_frames
+from harness.measure.quality import frame_psnr
 from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
 from harness.module import RolloutModule
@@ -137,7 +138,7 @@ def world_model_figures(overrides: list[str] | None = None, frames: int = 16) ->
 
 def psnr(frames: Tensor, recorded: Tensor) -> list[float]:
     """Mean PSNR over the frames of each clip."""
-    return [score_frames(a, b).mean()["psnr"] for a, b in zip(frames.cpu(), recorded, strict=True)]
+    return [statistics.fmean(frame_psnr(a, b)) for a, b in zip(frames.cpu(), recorded, strict=True)]
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ PSNR_CAP = 100.0
 """dB given to identical frames, whose PSNR is infinite and could be neither averaged nor written as JSON."""
 METRICS = ("psnr", "ssim")
 CHUNK = 16
-"""Frames scored at once: SSIM needs several float32 copies of what it scores."""
+"""Frames scored at once: both need several float32 copies of what they score."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,31 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def frame_psnr(frames: Tensor, reference: Tensor) -> list[float]:
+    """PSNR in dB, at most ``PSNR_CAP``, of each of ``frames [N, 3, h, w]`` against ``reference``, as `score_frames`."""
+    if frames.shape != reference.shape:
+        raise ValueError(f"frames {list(frames.shape)} and reference {list(reference.shape)} differ in shape")
+    psnr: list[float] = []
+    for ours, theirs in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
+        pair = ours.float(), theirs.float()
+        decibels = peak_signal_noise_ratio(*pair, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        psnr += decibels.clamp(max=PSNR_CAP).reshape(-1).tolist()
+    return psnr
+
+
 def score_frames(frames: Tensor, reference: Tensor) -> FrameScores:
     """PSNR and SSIM of ``frames [N, 3, h, w]`` against ``reference`` (same shape, both float in [0, 1]).
 
     Raises:
         ValueError: if the shapes differ.
     """
-    if frames.shape != reference.shape:
-        raise ValueError(f"frames {list(frames.shape)} and reference {list(reference.shape)} differ in shape")
-    psnr: list[float] = []
+    psnr = frame_psnr(frames, reference)
     ssim: list[float] = []
     for ours, theirs in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
         # SSIM's blur is a depthwise convolution, four times as fast on a CPU in this memory format.
         ours, theirs = (x.float().contiguous(memory_format=torch.channels_last) for x in (ours, theirs))
-        decibels = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
         similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
         assert isinstance(similarity, Tensor)
-        psnr += decibels.clamp(max=PSNR_CAP).reshape(-1).tolist()
         ssim += similarity.reshape(-1).tolist()
     return FrameScores(psnr, ssim)
 
