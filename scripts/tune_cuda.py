@@ -68,7 +68,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
 
     measure([choose(shape), *candidates(shape, TRIED)])
     fastest = sorted(timed, key=timed.__getitem__)[:REFINED]
-    measure([other for config in fastest for other in other_stages(config) if fits(other, shape)])
+    measure([other for config in fastest for other in other_stages(config, shape)])
     best = min(timed, key=timed.__getitem__)
     mx.config = best
     for config in sorted(timed, key=timed.__getitem__)[:8]:
@@ -80,16 +80,17 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     return f"{key}: {best},  # {timed[best]:.2f} µs; {len(timed)} tried.{note}"
 
 
-def other_stages(config: CudaConfig) -> list[CudaConfig]:
-    """`config` with longer stages, fewer of them, and more blocks on a multiprocessor, where they fit."""
+def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
+    """`config` with longer stages, or fewer of them, where they fit."""
     groups = config.stage_groups * config.stages
     others = [
         replace(config, stage_groups=stage, stages=-(-groups // stage)) for stage in (1, 2, 3, 4, 6) if stage <= groups
     ]
-    return [*others, *(replace(config, stages=stages) for stages in (2, 3, 4, 6) if stages < config.stages)]
+    others += [replace(config, stages=stages) for stages in (2, 3, 4, 6) if stages < config.stages]
+    return [other for other in others if _fits(other, shape)]
 
 
-def fits(config: CudaConfig, shape: CudaShape) -> bool:
+def _fits(config: CudaConfig, shape: CudaShape) -> bool:
     return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
 
 

@@ -41,7 +41,7 @@ from harness.rollout.attention import AttentionKind, frame_attention
 from harness.rollout.linears import pack
 from harness.rollout.steps import through_layer_fused
 from scripts.microbench import FORMATS, read_model
-from scripts.tune_cuda import checker, fits, other_stages, reason
+from scripts.tune_cuda import checker, other_stages, reason
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
@@ -135,8 +135,8 @@ class Tuner:
 
     def _again(self, known: dict[CudaConfig, float], shape: cuda_config.CudaShape, turn: int) -> list[CudaConfig]:
         fastest = sorted(known, key=known.__getitem__)[:REFINED]
-        varied = [other for config in fastest[:VARIED] for other in other_stages(config) if fits(other, shape)]
-        return list(dict.fromkeys([*fastest, *(varied if turn == 1 else [])]))
+        varied = [other for config in fastest[:VARIED] for other in other_stages(config, shape)] if turn == 1 else []
+        return list(dict.fromkeys([*fastest, *varied]))
 
     def _set(self, name: str, config: CudaConfig) -> None:
         for linear in self.layers.linears(name):

@@ -55,7 +55,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def frame_psnr(frames: Tensor, reference: Tensor) -> list[float]:
-    """PSNR in dB, at most ``PSNR_CAP``, of each of ``frames [N, 3, h, w]`` against ``reference``, as `score_frames`."""
+    """PSNR in dB, at most ``PSNR_CAP``, of each of ``frames [N, 3, h, w]`` against ``reference``, as in `score_frames`.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
     if frames.shape != reference.shape:
         raise ValueError(f"frames {list(frames.shape)} and reference {list(reference.shape)} differ in shape")
     psnr: list[float] = []

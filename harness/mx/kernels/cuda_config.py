@@ -123,7 +123,7 @@ def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
     operands += config.warps * config.stages * config.row_tiles * config.stage_groups * tile_bytes(bits)
     owned = -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
-    barriers = (held + config.warps * config.stages + 1) * 8
+    barriers = (held + config.warps * config.stages + 1) * 8  # of x, of W, of partial sums
     overlay = operands + partial + barriers > _room(config)
     return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
 
