@@ -22,7 +22,7 @@ from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, lay
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "mx" / "kernels"
-SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0, "bf16": 0}
+MAGNITUDE_AT = {"e4m3": 4, "e5m2": 5, "e2m1": 0, "bf16": 0}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),
@@ -45,7 +45,7 @@ def kernel(tmp_path_factory):
 
     def call(config, x, weight, bias, n, fmt, seed=0, silu=False):
         (m, k), groups = x.shape, weight.tiles.shape[1]
-        parameters = defines(config, k, fmt.bits, SHIFT[fmt.name], silu)
+        parameters = defines(config, k, fmt.bits, MAGNITUDE_AT[fmt.name], silu)
         macros = tuple(f"-D{name}={value}" for name, value in parameters.items())
         if macros not in built:
             path = folder / f"kernel{len(built)}.so"

@@ -140,12 +140,12 @@ def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
 
 
 def defines(
-    config: CudaConfig, k: int, bits: int, magnitude_shift: int, silu: bool = False, dependent: bool = False
+    config: CudaConfig, k: int, bits: int, magnitude_at: int, silu: bool = False, dependent: bool = False
 ) -> dict[str, int]:
     """The compile-time parameters of `mx_linear.cu`; `dependent`: launched as `harness.launch` describes."""
     return {
         "BITS": bits,
-        "MAG_SHIFT": magnitude_shift,
+        "MAG_AT": magnitude_at,
         "MT": config.m_tiles,
         "RT": config.row_tiles,
         "WR": config.warps_n,

@@ -17,8 +17,8 @@ from harness.mx.kernels import cuda_config, nvrtc
 from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid
 from harness.mx.kernels.cuda_packing import GROUP
 
-_MAGNITUDE_SHIFT = {"e4m3": 4, "e5m2": 3, "e2m1": 0, "bf16": 0}
-"""Bits by which an 8-bit element's magnitude moves right from the top of a 16-bit half to where BF16 has it."""
+_MAGNITUDE_AT = {"e4m3": 4, "e5m2": 5, "e2m1": 0, "bf16": 0}
+"""Lowest bit of an 8-bit element's magnitude where BF16 has it."""
 
 _BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "bf16": 16}
 
@@ -94,7 +94,7 @@ def source() -> str:
 @functools.cache
 def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool) -> bytes:
     """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
-    defines = cuda_config.defines(config, k, _BITS[element], _MAGNITUDE_SHIFT[element], silu, dependent)
+    defines = cuda_config.defines(config, k, _BITS[element], _MAGNITUDE_AT[element], silu, dependent)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 

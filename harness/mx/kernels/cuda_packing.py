@@ -5,8 +5,8 @@ bytes; the tiles of 16 rows lie one after the other along K, so any stretch of K
 the 16 bytes that a lane of a warp reads at once are its fragments of `mma.m16n8k16` (PTX ISA): lane 4g + t holds rows g
 and g + 8, inputs 2t, 2t + 1, 2t + 8, 2t + 9 of every 16.
 
-* 8 bits: 512 bytes for each 32 inputs. A lane's words are (16 inputs, row g), (same, row g + 8), (next 16, row g), ...;
-  bytes 1 and 3 of a word are inputs 2t and 2t + 1, bytes 0 and 2 are 2t + 8 and 2t + 9.
+* 8 bits: 512 bytes for each 32 inputs. A lane's words are (16 inputs, row g), (same, row g + 8), (next 16, row g), ...
+  The low half of a word holds inputs 2t and 2t + 8, the high half the odd ones, their bits as `_BYTE_PLACES` says.
 * 4 bits: a lane's four words are the four times 16 inputs. The low half of a word holds even inputs, the high half odd
   ones, each of row g, row g + 8, and 8 inputs on row g and row g + 8, as `_NIBBLE_PLACES` says.
 * Scales: four bytes for each g, row g and row g + 8 of the first 32 inputs, then of the second. They are not E8M0 but
@@ -42,8 +42,17 @@ _SMALLEST = {E4M3.name: -9, E5M2.name: -16, E2M1.name: -1}
 _LARGEST_SHIFT = 30
 """Weights are held at most this many powers of two smaller than they are, so that sums of products stay normal."""
 
-_NIBBLE_PLACES = ((15, 6), (12, 3), (14, 9), (13, 0))
-"""Where a 16-bit half holds sign and lowest magnitude bit of (row g), (row g + 8), (row g, + 8), (row g + 8, + 8)."""
+Places = tuple[tuple[tuple[int, int, int], ...], ...]
+"""Where a 16-bit half holds elements: of each its runs of bits, as (first bit of the code, bits, first bit in the half)."""
+
+_NIBBLE_PLACES: Places = tuple(((0, 3, low), (3, 1, sign)) for sign, low in ((15, 6), (12, 3), (14, 9), (13, 0)))
+"""Elements (row g), (row g + 8), (row g, 8 inputs on), (row g + 8, 8 inputs on)."""
+
+_BYTE_PLACES: dict[str, Places] = {
+    E4M3.name: (((0, 7, 4), (7, 1, 15)), ((0, 4, 0), (4, 3, 12), (7, 1, 11))),
+    E5M2.name: (((0, 7, 5), (7, 1, 15)), ((0, 5, 0), (5, 2, 12), (7, 1, 14))),
+}
+"""An element and that 8 inputs on: the first one as BF16 has it, the second in the bits that this leaves."""
 
 
 class CudaWeight(NamedTuple):
@@ -88,7 +97,7 @@ def pack(blocks: MXBlocks, fmt: ElementFormat) -> CudaWeight:
     exponents = F.pad(exponents, (0, inputs // BLOCK, 0, rows), value=1)
     codes = F.pad(_one_per_byte(blocks.elements, fmt), (0, inputs, 0, rows))
     lanes = codes.view(-1, 2, 8, (k + inputs) // GROUP, 4, 2, 4, 2)  # N/16, h, g, K/64, 16 inputs, +8, t, odd
-    elements = _elements8(lanes) if fmt.bits == 8 else _elements4(lanes)
+    elements = _elements8(lanes, _BYTE_PLACES[fmt.name]) if fmt.bits == 8 else _elements4(lanes)
     scales = exponents.view(-1, 2, 8, (k + inputs) // GROUP, 2).permute(0, 3, 2, 4, 1).flatten(2)
     return CudaWeight(torch.cat((elements, scales), dim=2).contiguous(), 2.0**shift)
 
@@ -112,7 +121,7 @@ def unpack(weight: CudaWeight, fmt: ElementFormat, out_features: int, in_feature
     """The blocks that `pack` was given, but for the scales of zero blocks, which mean nothing."""
     tiles = weight.tiles
     elements, exponents = tiles[..., :-SCALE_BYTES], tiles[..., -SCALE_BYTES:]
-    lanes = _lanes8(elements) if fmt.bits == 8 else _lanes4(elements)
+    lanes = _lanes8(elements, _BYTE_PLACES[fmt.name]) if fmt.bits == 8 else _lanes4(elements)
     codes = lanes.reshape(tiles.shape[0] * ROWS, -1)[:out_features, :in_features]
     shift = int(torch.tensor(weight.post).log2())
     scales = (exponents.to(torch.int16) - _BIAS[fmt.name] + shift).clamp(0, 254).to(torch.uint8)
@@ -123,34 +132,51 @@ def unpack(weight: CudaWeight, fmt: ElementFormat, out_features: int, in_feature
     return MXBlocks(codes[:, 0::2] | codes[:, 1::2] << 4, scales)
 
 
-def _elements8(lanes: Tensor) -> Tensor:
-    # to N/16, K/64, 32 inputs, g, t, 16 inputs, h, odd, +8 reversed
-    ordered = lanes.flip(5).unflatten(4, (2, 2)).permute(0, 3, 4, 2, 7, 5, 1, 8, 6)
-    return ordered.flatten(2)
+def _elements8(lanes: Tensor, places: Places) -> Tensor:
+    pairs = _scattered([lanes[:, :, :, :, :, i] for i in range(2)], places)
+    # from N/16, h, g, K/64, 32 inputs, 16 inputs, t, odd, byte
+    return pairs.unflatten(4, (2, 2)).permute(0, 3, 4, 2, 6, 5, 1, 7, 8).flatten(2)
 
 
-def _lanes8(elements: Tensor) -> Tensor:
-    ordered = elements.unflatten(2, (2, 8, 4, 2, 2, 2, 2))
-    return ordered.permute(0, 6, 3, 1, 2, 5, 8, 4, 7).flip(6)
+def _lanes8(elements: Tensor, places: Places) -> Tensor:
+    pairs = elements.unflatten(2, (2, 8, 4, 2, 2, 2, 2))
+    codes = torch.stack(_gathered(pairs, places))
+    # from +8, N/16, K/64, 32 inputs, g, t, 16 inputs, h, odd
+    return codes.permute(1, 7, 4, 2, 3, 6, 0, 5, 8)
 
 
 def _elements4(lanes: Tensor) -> Tensor:
-    # halves of 16 bit: N/16, K/64, g, t, 16 inputs, odd
-    half = torch.zeros_like(lanes[:, 0, :, :, :, 0], dtype=torch.int32)
-    for i, (sign, low) in enumerate(_NIBBLE_PLACES):
-        code = lanes[:, i % 2, :, :, :, i // 2].to(torch.int32)
-        half |= (code & 7) << low | (code >> 3) << sign
-    ordered = half.permute(0, 2, 1, 4, 3, 5)  # from N/16, g, K/64, 16 inputs, t, odd
-    return torch.stack((ordered & 0xFF, ordered >> 8), dim=-1).to(torch.uint8).flatten(2)
+    pairs = _scattered([lanes[:, i % 2, :, :, :, i // 2] for i in range(4)], _NIBBLE_PLACES)
+    # from N/16, g, K/64, 16 inputs, t, odd, byte
+    return pairs.permute(0, 2, 1, 4, 3, 5, 6).flatten(2)
 
 
 def _lanes4(elements: Tensor) -> Tensor:
-    pairs = elements.unflatten(2, (8, 4, 4, 2, 2)).to(torch.int32)
-    half = pairs[..., 0] | pairs[..., 1] << 8
-    codes = [half >> low & 7 | (half >> sign & 1) << 3 for sign, low in _NIBBLE_PLACES]
-    both = torch.stack((torch.stack(codes[:2]), torch.stack(codes[2:]))).to(torch.uint8)
+    codes = _gathered(elements.unflatten(2, (8, 4, 4, 2, 2)), _NIBBLE_PLACES)
+    both = torch.stack((torch.stack(codes[:2]), torch.stack(codes[2:])))
     # from +8, h, N/16, K/64, g, t, 16 inputs, odd
     return both.permute(2, 1, 4, 3, 6, 0, 5, 7)
+
+
+def _scattered(codes: list[Tensor], places: Places) -> Tensor:
+    """The two bytes, low one first, of 16-bit halves that hold `codes`, in a dimension that comes last."""
+    half = torch.zeros_like(codes[0], dtype=torch.int32)
+    for code, runs in zip(codes, places, strict=True):
+        for first, bits, at in runs:
+            half |= (code.to(torch.int32) >> first & (1 << bits) - 1) << at
+    return torch.stack((half & 0xFF, half >> 8), dim=-1).to(torch.uint8)
+
+
+def _gathered(pairs: Tensor, places: Places) -> list[Tensor]:
+    """The codes that `_scattered` was given."""
+    half = pairs[..., 0].to(torch.int32) | pairs[..., 1].to(torch.int32) << 8
+    codes = []
+    for runs in places:
+        code = torch.zeros_like(half)
+        for first, bits, at in runs:
+            code |= (half >> at & (1 << bits) - 1) << first
+        codes.append(code.to(torch.uint8))
+    return codes
 
 
 def _one_per_byte(elements: Tensor, fmt: ElementFormat) -> Tensor:

@@ -18,8 +18,8 @@
 // Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
 // included), and one multiplication by a power of two puts that right and applies the block's scale.
 //
-// Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_SHIFT bits an 8-bit element's
-// magnitude moves; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST
+// Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_AT lowest bit of an 8-bit
+// element's magnitude where BF16 has it; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST
 // stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent
 // launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
 
@@ -57,13 +57,24 @@ __device__ __forceinline__ u32 power(u32 word, int i) {
 }
 
 // Fragments of 16 rows by 16 inputs: a[0], a[2] of row `lane / 4`, a[1], a[3] of the row 8 below.
-// A word of 8-bit elements holds a[0] in its odd bytes, a[2] in its even ones; the next word a[1] and a[3].
+// A word of 8-bit elements holds a[0] where BF16 has sign and magnitude, and a[2] in the other bits: see _BYTE_PLACES of
+// cuda_packing.py. The next word holds a[1] and a[3].
+__device__ __forceinline__ u32 decode_first(u32 word) {
+    return word & (0x8000u | 0x7fu << MAG_AT) * 0x10001u;
+}
+
+__device__ __forceinline__ u32 decode_second(u32 word) {
+    constexpr int SIGN_UP = MAG_AT == 4 ? 4 : 1;  // at 4 it moves with the low bits
+    constexpr u32 LOW = (1u << 2 * MAG_AT) - (1u << MAG_AT), HIGH = (0x7fu << MAG_AT) - LOW;
+    return ((word << SIGN_UP) & 0x80008000u) | ((word << MAG_AT) & LOW * 0x10001u) |
+           ((word >> (12 - 2 * MAG_AT)) & HIGH * 0x10001u);
+}
+
 __device__ __forceinline__ void decode8(u32 (&a)[4], u32 upper, u32 lower, u32 scale, u32 scale8) {
-    constexpr u32 MAGNITUDE = (0x7f00u >> MAG_SHIFT) * 0x10001u;
-    a[0] = multiply((upper & 0x80008000u) | ((upper >> MAG_SHIFT) & MAGNITUDE), scale);
-    a[1] = multiply((lower & 0x80008000u) | ((lower >> MAG_SHIFT) & MAGNITUDE), scale8);
-    a[2] = multiply(((upper << 8) & 0x80008000u) | ((upper << (8 - MAG_SHIFT)) & MAGNITUDE), scale);
-    a[3] = multiply(((lower << 8) & 0x80008000u) | ((lower << (8 - MAG_SHIFT)) & MAGNITUDE), scale8);
+    a[0] = multiply(decode_first(upper), scale);
+    a[1] = multiply(decode_first(lower), scale8);
+    a[2] = multiply(decode_second(upper), scale);
+    a[3] = multiply(decode_second(lower), scale8);
 }
 
 // A word holds all eight 4-bit elements of a lane. In each half, sign and magnitude of a[0] lie in bits 15 and 8-6, of
