@@ -258,6 +258,29 @@ inline u32 transpose(u32 pair) {
     });
     return result;
 }
+inline u32 from_lane(u32 value, int lane) {
+    const u32 given[2] = {value, static_cast<u32>(lane)};
+    u32 result;
+    together(given, 2, &result, 1, [](Warp& warp) {
+        for (int i = 0; i < 32; ++i) warp.result[i][0] = warp.given[warp.given[i][1]][0];
+    });
+    return result;
+}
+inline uint4 read16(const u8* from) {
+    CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");
+    uint4 v;
+    std::memcpy(&v, from, 16);
+    return v;
+}
+inline u32 read4(const u8* from) {
+    u32 v;
+    std::memcpy(&v, from, 4);
+    return v;
+}
+inline void write16(u16* to, const u32 (&v)[4]) {
+    CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");
+    std::memcpy(to, v, 16);
+}
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     u32 given[10] = {a[0], a[1], a[2], a[3], b0, b1};
     std::memcpy(given + 6, c, 16);

@@ -34,13 +34,23 @@ def address(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def write_source(path, kernel, runner):
+    parts = (HERE / "mx_device_cpu.hpp", KERNELS / "mx_decode.cuh", KERNELS / kernel, HERE / runner)
+    path.write_text("".join(f'#include "{part}"\n' for part in parts))
+
+
+def compiled(source, macros, path):
+    command = [COMPILER, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC"]
+    subprocess.run([*command, *macros, str(source), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """Calls the kernel compiled for a CPU: (config, x, packed weight, bias, outputs, element format) to outputs."""
     folder = tmp_path_factory.mktemp("mx_linear")
     source = folder / "kernel.cpp"
-    parts = (HERE / "mx_device_cpu.hpp", KERNELS / "mx_linear.cu", HERE / "mx_run_cpu.hpp")
-    source.write_text("".join(f'#include "{part}"\n' for part in parts))
+    write_source(source, "mx_linear.cu", "mx_run_cpu.hpp")
     built = {}
 
     def call(config, x, weight, bias, n, fmt, seed=0, silu=False):
@@ -48,10 +58,7 @@ def kernel(tmp_path_factory):
         parameters = defines(config, k, fmt.bits, MAGNITUDE_AT[fmt.name], silu)
         macros = tuple(f"-D{name}={value}" for name, value in parameters.items())
         if macros not in built:
-            path = folder / f"kernel{len(built)}.so"
-            command = [COMPILER, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC"]
-            subprocess.run([*command, *macros, str(source), "-o", str(path)], check=True)
-            built[macros] = ctypes.CDLL(str(path))
+            built[macros] = compiled(source, macros, folder / f"kernel{len(built)}.so")
         library = built[macros]
         assert library.shared_bytes() == layout(config, k, fmt.bits)[0]
         out = torch.full((m, n), torch.nan).bfloat16()
@@ -181,6 +188,20 @@ def test_every_code_point_is_decoded_under_every_scale(kernel, fmt, high):
     config = CudaConfig(4, 1, 4, 1, 1, 1, 1)
     got = kernel(config, torch.eye(32).bfloat16(), weight, None, n, fmt)
     assert torch.equal(got, decode(blocks, fmt).t())
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_an_unpacked_weight_is_the_decoded_one(fmt, tmp_path):
+    write_source(tmp_path / "unpack.cpp", "mx_unpack.cu", "mx_unpack_cpu.hpp")
+    macros = (f"-DBITS={fmt.bits}", f"-DMAG_AT={MAGNITUDE_AT[fmt.name]}", "-DWARPS=8", "-DPDL=0")
+    library = compiled(tmp_path / "unpack.cpp", macros, tmp_path / "unpack.so")
+    _, random, _ = operands(1, 39, 352, fmt)  # N and K end within a tile
+    for blocks in (random, every_value(fmt, 97, 150)):
+        weight, (n, scales) = cuda_packing.pack(blocks, fmt), blocks.scales.shape
+        out = torch.full((n, 32 * scales), torch.nan).bfloat16()
+        rows, groups = weight.tiles.shape[:2]
+        library.run(address(weight.tiles), address(out), n, 32 * scales, groups, -(-rows * groups // 8))
+        assert torch.equal(out * weight.post, decode(blocks, fmt))
 
 
 def test_a_layout_has_every_block_of_outputs_once():

@@ -1,7 +1,8 @@
 """`mx_linear.cu` as a torch operator: it traces into `torch.compile` and is captured in CUDA graphs.
 
 Every shape of launch is a kernel of its own, compiled (half a second) at its first use and kept. Call it once with
-each number of rows before capturing a graph.
+each number of rows before capturing a graph. Of many rows the product is torch's, of what `mx_unpack.cu` makes of the
+weight.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness import launch
@@ -21,6 +23,8 @@ _MAGNITUDE_AT = {"e4m3": 4, "e5m2": 5, "e2m1": 0, "bf16": 0}
 """Lowest bit of an 8-bit element's magnitude where BF16 has it."""
 
 _BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "bf16": 16}
+
+_UNPACK_WARPS = 8
 
 _loading = threading.Lock()
 
@@ -39,8 +43,9 @@ def mx_linear(
     """`x @ decode(weight).T + bias`, or SiLU of that: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
 
     `tiles` and `post` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or None,
-    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`). `silu` applies SiLU in float32 to the sums
-    rounded to BF16, as `F.silu` on the rounded outputs does.
+    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`, and `CudaShape.many` for when the weight is
+    unpacked instead). `silu` applies SiLU in float32 to the sums rounded to BF16, as `F.silu` on the rounded outputs
+    does.
 
     Raises `nvrtc.DriverError` when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
     """
@@ -48,10 +53,15 @@ def mx_linear(
     if x.data_ptr() % 16:
         x = x.clone()
     (m, k), bits = x.shape, _BITS[element]
+    product = CudaShape(m, out_features, k, bits)
+    if product.many and not config:
+        weight = unpack(tiles, (out_features, k), element)
+        zero = x.new_zeros(1) if bias is None else bias
+        out = F.linear(x, weight, bias) if post == 1 else torch.addmm(zero, x, weight.t(), alpha=post)
+        return F.silu(out) if silu else out
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     if m == 0:
         return out
-    product = CudaShape(m, out_features, k, bits)
     shape = CudaConfig(*config) if config else choose(product)
     with torch.cuda.device(x.device):
         pdl = launch.dependent(x.device)
@@ -84,11 +94,26 @@ def _(
     return torch.empty(x.shape[0], out_features, dtype=torch.bfloat16, device=x.device)
 
 
+def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
+    """The BF16 weight [N, K], divided by `post`, that `tiles` hold, for `sizes` (N, K).
+
+    Raises `nvrtc.DriverError` when the driver refuses the launch.
+    """
+    (n, k), (rows, groups) = sizes, tiles.shape[:2]
+    out = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.device)
+    with torch.cuda.device(tiles.device), _loading:
+        pdl = launch.dependent(tiles.device)
+        function = _load_unpack(element, torch.cuda.current_device(), pdl)
+        arguments = (tiles, out, *(ctypes.c_int(size) for size in (n, k, groups)))
+        function.launch((-(-rows * groups // _UNPACK_WARPS), 1), 32 * _UNPACK_WARPS, arguments, pdl)
+    return out
+
+
 @functools.cache
-def source() -> str:
-    """The kernel's source: the instructions, then what is made of them."""
+def source(kernel: str = "mx_linear.cu") -> str:
+    """A kernel's source: the instructions, how weights are decoded, then what is made of them."""
     here = Path(__file__).parent
-    return (here / "mx_device.cuh").read_text() + (here / "mx_linear.cu").read_text()
+    return "".join((here / name).read_text() for name in ("mx_device.cuh", "mx_decode.cuh", kernel))
 
 
 @functools.cache
@@ -112,3 +137,15 @@ def _load(
     config: CudaConfig, k: int, shared: int, element: str, device: int, silu: bool, dependent: bool
 ) -> nvrtc.Function:
     return nvrtc.Function(compiled(config, k, element, silu, dependent), "mx_linear", shared)
+
+
+def compiled_unpack(element: str, dependent: bool) -> bytes:
+    """The cubin of `mx_unpack.cu` for elements "e4m3", "e5m2" or "e2m1"."""
+    element_defines = {"BITS": _BITS[element], "MAG_AT": _MAGNITUDE_AT[element]}
+    defines = element_defines | {"WARPS": _UNPACK_WARPS, "PDL": int(dependent)}
+    return nvrtc.compile_source(source("mx_unpack.cu"), "mx_unpack.cu", defines, "sm_90a")
+
+
+@functools.cache
+def _load_unpack(element: str, device: int, dependent: bool) -> nvrtc.Function:
+    return nvrtc.Function(compiled_unpack(element, dependent), "mx_unpack", 0)

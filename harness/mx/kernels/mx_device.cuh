@@ -1,7 +1,7 @@
-// The instructions that mx_linear.cu is written in terms of: types, asynchronous copies, barriers, tensor cores.
+// The instructions that the kernels are written in terms of: types, asynchronous copies, barriers, tensor cores.
 //
-// Put before mx_linear.cu when it is compiled. tests/mx/mx_device_cpu.hpp has the same on a CPU, so that tests run the
-// kernel's own source without a GPU. Addresses of shared memory are 32 bit.
+// Put before a kernel when it is compiled. tests/mx/mx_device_cpu.hpp has the same on a CPU, so that tests run the
+// kernels' own source without a GPU. Addresses of shared memory are 32 bit.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -93,6 +93,30 @@ __device__ __forceinline__ u32 load4(u32 address) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
+}
+
+// Of memory that nobody writes.
+__device__ __forceinline__ uint4 read16(const u8* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ u32 read4(const u8* from) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ void write16(u16* to, const u32 (&v)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
+// `value` of another lane.
+__device__ __forceinline__ u32 from_lane(u32 value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
 }
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {

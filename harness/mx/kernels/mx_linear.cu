@@ -1,31 +1,27 @@
 // Product of BF16 activations with a packed weight, MX or BF16: out[m][n] = sum_k x[m][k] * W[n][k] + bias[n], or SiLU
 // of it.
 //
-// For few rows M (a frame's 64), where reading the weight once decides the time. Written for sm_90.
+// For few rows M (a frame's 64), where reading the weight once decides the time; of many see mx_unpack.cu. Written for
+// sm_90.
 //
 //  * Rows of W are the A operand of wgmma.m64n64k16, rows of x the B operand. Weights are decoded into A fragments in
-//    registers, 16 rows a warp; they are packed (cuda_packing.py) so that a lane finds its fragments of a tile in 16
+//    registers (mx_decode.cuh), 16 rows a warp; they are packed so that a lane finds its fragments of a tile in 16
 //    bytes. The tensor cores read x from shared memory, once for the 64 rows of a warpgroup, while the warps decode on.
 //  * CL blocks share TILES row tiles of W and split K; CN such groups of blocks, side by side along N, are a cluster. A
-//    block's warps split its row tiles WR ways (a
-//    multiple of 4: warpgroups) and its part of K WK ways. Every warp fetches its own part of W by bulk copies, up to ST
-//    stages ahead: no block-wide synchronisation, and most of what a multiprocessor will need is under way at once.
+//    block's warps split its row tiles WR ways (a multiple of 4: warpgroups) and its part of K WK ways. Every warp fetches
+//    its own part of W by bulk copies, up to ST stages ahead: no block-wide synchronisation, and most of what a
+//    multiprocessor will need is under way at once.
 //  * A block holds its part of x in shared memory (TMA, 128-byte swizzle). The CN blocks of a cluster that need the same
 //    part fetch a share of it each and send it to all (multicast): x is read once a cluster.
 //  * Partial sums go to the block that owns the output, through distributed shared memory, as copies that a barrier
 //    there waits for, and are added there in the order of their ranks: the result is the same every time.
 //
-// Decoding is exact: an element's bits, moved to where BF16 has them, are its value times a power of two (subnormals
-// included), and one multiplication by a power of two puts that right and applies the block's scale.
-//
-// Compile-time parameters (cuda_config.py): BITS 16 (BF16, nothing to decode), 8 or 4; MAG_AT lowest bit of an 8-bit
-// element's magnitude where BF16 has it; MT tiles of 8 rows of x (1, 2, 4, 8, 16 or 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST
-// stages; GX groups of x a block holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent
-// launch; BLOCKS a multiprocessor; SILU the outputs, rounded to BF16, go through SiLU and are rounded again.
+// Compile-time parameters (cuda_config.py), beside those of mx_decode.cuh: MT tiles of 8 rows of x (1, 2, 4, 8, 16 or
+// 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a block
+// holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a multiprocessor; SILU
+// the outputs, rounded to BF16, go through SiLU and are rounded again.
 
 constexpr int WARPS = WR * WK;
-constexpr int SCALES = 128 * BITS;             // bytes of the elements of a tile of 16 rows by 64 inputs
-constexpr int TILE = SCALES + (BITS < 16 ? 32 : 0);  // and of its scales, which come after them
 constexpr int XTILE = MT * 8 * 128;            // bytes of 64 inputs of every row of x
 constexpr int STAGE = RT * GS * TILE;
 constexpr int TILES = WR * RT;
@@ -51,55 +47,6 @@ __device__ __forceinline__ void everyone() {
     }
 }
 
-// Byte `i` of `word` as the exponents of two BF16 powers of two.
-__device__ __forceinline__ u32 power(u32 word, int i) {
-    return __byte_perm(word, 0, 0x4040 + 0x0101 * i) << 7;
-}
-
-// Fragments of 16 rows by 16 inputs: a[0], a[2] of row `lane / 4`, a[1], a[3] of the row 8 below.
-// A word of 8-bit elements holds a[0] where BF16 has sign and magnitude, and a[2] in the other bits: see _BYTE_PLACES of
-// cuda_packing.py. The next word holds a[1] and a[3].
-__device__ __forceinline__ u32 decode_first(u32 word) {
-    return word & (0x8000u | 0x7fu << MAG_AT) * 0x10001u;
-}
-
-__device__ __forceinline__ u32 decode_second(u32 word) {
-    constexpr int SIGN_UP = MAG_AT == 4 ? 4 : 1;  // at 4 it moves with the low bits
-    constexpr u32 LOW = (1u << 2 * MAG_AT) - (1u << MAG_AT), HIGH = (0x7fu << MAG_AT) - LOW;
-    return ((word << SIGN_UP) & 0x80008000u) | ((word << MAG_AT) & LOW * 0x10001u) |
-           ((word >> (12 - 2 * MAG_AT)) & HIGH * 0x10001u);
-}
-
-__device__ __forceinline__ void decode8(u32 (&a)[4], u32 upper, u32 lower, u32 scale, u32 scale8) {
-    a[0] = multiply(decode_first(upper), scale);
-    a[1] = multiply(decode_first(lower), scale8);
-    a[2] = multiply(decode_second(upper), scale);
-    a[3] = multiply(decode_second(lower), scale8);
-}
-
-// A word holds all eight 4-bit elements of a lane. In each half, sign and magnitude of a[0] lie in bits 15 and 8-6, of
-// a[1] in 12 and 5-3 (3 below), of a[2] in 14 and 11-9, of a[3] in 13 and 2-0.
-__device__ __forceinline__ void decode4(u32 (&a)[4], u32 word, u32 scale, u32 scale8) {
-    a[0] = multiply(word & 0x81c081c0u, scale);
-    a[1] = multiply((word << 3) & 0x81c081c0u, scale8);
-    a[2] = multiply(((word << 1) & 0x80008000u) | ((word >> 3) & 0x01c001c0u), scale);
-    a[3] = multiply(((word << 2) & 0x80008000u) | ((word << 6) & 0x01c001c0u), scale8);
-}
-
-// The fragments of 16 inputs, `step` of a group, of a row tile; `raw` is what of it lies in the same 16 bytes.
-__device__ __forceinline__ void decode(u32 (&a)[4], const uint4& raw, u32 scales, int step) {
-    if constexpr (BITS == 16) {
-        a[0] = raw.x, a[1] = raw.y, a[2] = raw.z, a[3] = raw.w;
-        return;
-    }
-    const u32 scale = power(scales, step / 2 * 2), scale8 = power(scales, step / 2 * 2 + 1);
-    if constexpr (BITS == 8) {
-        decode8(a, step % 2 ? raw.z : raw.x, step % 2 ? raw.w : raw.y, scale, scale8);
-    } else if constexpr (BITS == 4) {
-        decode4(a, step == 0 ? raw.x : step == 1 ? raw.y : step == 2 ? raw.z : raw.w, scale, scale8);
-    }
-}
-
 // Fragments of 32 inputs of a warp's row tiles. There are two: while tensor cores read one, the other is decoded.
 struct Half {
     u32 a[2][RT][4];
@@ -114,8 +61,6 @@ struct Half {
 // rows lie GS tiles apart. The products of the last 32 inputs are under way when this returns.
 __device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], Half (&halves)[2], u32 w, u32 x, int lane,
                                                bool add) {
-    constexpr int STEPS = 16 / BITS;  // of 16 inputs, in 16 bytes a lane
-    constexpr int WORDS = BITS < 16 ? 4 / STEPS : 1;  // 16 bytes each, that are read before anything is waited for
     const u64 rows = rows_at(x);
     u32 scales[RT];
     uint4 raw[WORDS][RT];
