@@ -1,4 +1,4 @@
-"""BF16 Linears of the blocks by our own kernel, over packed weights, where that makes a frame faster.
+"""BF16 Linears of the blocks, modulation too, by our own kernel, over packed weights, where that makes a frame faster.
 
 By itself a product of a frame's rows takes cuBLAS no longer. But cuBLAS begins when the kernel in front of it has
 ended, and ours has its weights there by then (:mod:`harness.launch`). What MX Linears gain is told against the faster.
@@ -18,11 +18,16 @@ from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
 from harness.rollout.attention import AttentionKind
 from harness.rollout.compile import CompileConf
 
-MAX_ROWS, MAX_WIDTH = 64, 2560
-"""Rows (clips times tokens) and width of a model up to which it is no slower: measured at 64 rows, much faster at a
-width of 1536 and equal at 2560. At 256 rows it is slower; wider models have not been measured."""
+WIDEST = {64: 2560, 128: 1536}
+"""Rows (clips times tokens), and the widest model of which it is no slower at so many.
 
-_NAMES = (("attn", "qkv"), ("attn", "out"), ("mlp", "fc1"), ("mlp", "fc2"))
+At 64 rows it is much faster at a width of 1536 and equal at 2560, at 128 faster at 1536, at 256 slower. Other widths
+have not been measured."""
+
+_NAMES = (
+    *(("attn", "qkv"), ("attn", "out"), ("mlp", "fc1"), ("mlp", "fc2")),
+    *(("adaln1", "fc"), ("gate1", "fc_c"), ("adaln2", "fc"), ("gate2", "fc_c")),
+)
 
 
 def validate(conf: CompileConf, device: torch.device) -> None:
@@ -41,7 +46,7 @@ def pack_where_faster(core: GameRFTCore, conf: CompileConf, attention: Attention
     device, rows = core.proj_in.weight.device, batch * core.cfg.tokens_per_frame
     if conf.linears == "auto":
         captured = conf.captures(device) and attention is AttentionKind.fused
-        few = rows <= MAX_ROWS and core.cfg.d_model <= MAX_WIDTH
+        few = any(rows <= most and core.cfg.d_model <= width for most, width in WIDEST.items())
         wanted = captured and few and cuda_linear.unavailable(device) is None
     else:
         wanted = conf.linears == "packed"
@@ -49,7 +54,7 @@ def pack_where_faster(core: GameRFTCore, conf: CompileConf, attention: Attention
 
 
 def pack(core: GameRFTCore, make: Callable[[nn.Linear], nn.Module] = CudaLinear.from_linear) -> int:
-    """Pack BF16 Linears of attention and MLP, in place; returns how many. A SiLU behind one goes into its kernel.
+    """Pack BF16 Linears of the blocks, in place; returns how many. A SiLU behind one goes into its kernel.
 
     ``make``: what gives the kernel's form of a Linear, a :class:`CudaLinear` or, in a format, another module.
     """

@@ -266,13 +266,13 @@ inline u32 from_lane(u32 value, int lane) {
     });
     return result;
 }
-inline uint4 read16(const u8* from) {
+inline uint4 read16(const u8* from, u64) {
     CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");
     uint4 v;
     std::memcpy(&v, from, 16);
     return v;
 }
-inline u32 read4(const u8* from) {
+inline u32 read4(const u8* from, u64) {
     u32 v;
     std::memcpy(&v, from, 4);
     return v;

@@ -11,9 +11,9 @@ from harness import launch
 from harness.models.embeddings import MLP
 from harness.mx.conf import Activation, ScaleMode
 from harness.mx.formats import E2M1, E4M3, E5M2, MXBlocks, decode, encode
-from harness.mx.kernels import cuda_linear
-from harness.mx.kernels.cuda_config import CudaConfig
-from harness.mx.kernels.cuda_linear import CudaMXLinear
+from harness.mx.kernels import cuda_linear, cuda_ops
+from harness.mx.kernels.cuda_config import MANY_ROWS, CudaConfig
+from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
 from harness.mx.kernels.triton_linear import TritonMXLinear
 from harness.mx.linear import LinearFormat
 
@@ -217,6 +217,41 @@ def test_stacked_linears_give_their_outputs_side_by_side():
     assert torch.equal(torch.cat([m(x) for m in members], dim=1), want)
     assert members[1].tiles.untyped_storage().data_ptr() == stacked.tiles.untyped_storage().data_ptr()
     assert members[0].stacked(members[1:]).tiles.data_ptr() == stacked.tiles.data_ptr()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("large", [False, True], ids=["", "scales held smaller"])
+def test_of_many_rows_the_weight_is_unpacked(name, large, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cuda_ops, "unpack", lambda *args, real=cuda_ops.unpack: asked.append(args) or real(*args))
+    for bias in (True, False):
+        linear = nn.Linear(352, 712, bias=bias).bfloat16().requires_grad_(False)
+        linear.weight[7] *= 2.0 ** (large * (40 if name == "E5M2" else 26))
+        mx = cuda_linear.build(linear.to(DEVICE), FORMATS[name])
+        assert (mx.post > 1) is large
+        few, many = activations(MANY_ROWS, 352), activations(MANY_ROWS + 1, 352)
+        assert_equals_oracle(mx, few, mx(few))
+        assert not asked
+        assert_equals_oracle(mx, many, mx(many))
+        assert len(asked) == 1
+        want = F.silu(mx(many))
+        assert mx.absorb(nn.SiLU())
+        assert torch.equal(mx(many), want)
+        asked.clear()
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=lambda f: f.name)
+def test_an_unpacked_weight_is_the_decoded_one(fmt):
+    weight = torch.randn(200, 1088, device=DEVICE) * torch.exp2(torch.randint(-8, 8, (200, 1), device=DEVICE).float())
+    blocks = encode(weight.bfloat16(), fmt)
+    mx = CudaMXLinear.from_blocks(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+    assert torch.equal(cuda_ops.unpack(mx.tiles, (200, 1088), fmt.name) * mx.post, decode(blocks, fmt))
+
+
+def test_stacked_bf16_linears_give_their_outputs_side_by_side():
+    members = [CudaLinear.from_linear(nn.Linear(256, 64 * i).bfloat16().to(DEVICE)) for i in (1, 2, 3)]
+    x = activations(2, 256)
+    assert torch.equal(members[0].stacked(members[1:])(x), torch.cat([m(x) for m in members], dim=1))
 
 
 def test_inputs_that_are_not_laid_out_plainly():

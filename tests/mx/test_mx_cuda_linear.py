@@ -19,6 +19,7 @@ from harness.mx.kernels.cuda_config import (
     layout,
     shared_bytes,
 )
+from harness.mx.kernels.cuda_linear import CudaLinear
 from harness.mx.kernels.triton_linear import TritonMXLinear
 from harness.mx.linear import LinearFormat
 
@@ -82,6 +83,18 @@ def test_stacking_shares_memory():
     assert members[0].stacked(members[1:]).tiles.data_ptr() == stacked.tiles.data_ptr()
 
 
+def test_bf16_weights_are_stacked_likewise():
+    torch.manual_seed(0)
+    plain = [nn.Linear(64, 16 * i).bfloat16().requires_grad_(False) for i in (1, 2, 3)]
+    members = [CudaLinear.from_linear(linear) for linear in plain]
+    stacked = members[0].stacked(members[1:])
+    assert torch.equal(stacked.dense_weight(), torch.cat([linear.weight for linear in plain]))
+    assert torch.equal(stacked.bias, torch.cat([linear.bias for linear in plain]))
+    assert torch.equal(members[2].plain().weight, plain[2].weight)
+    assert members[2].tiles.untyped_storage().data_ptr() == stacked.tiles.untyped_storage().data_ptr()
+    assert members[0].stacked([make(32, 64)]) is None
+
+
 def test_what_does_not_fit_together_is_not_stacked():
     first = make(32, 64)
     assert first.stacked([make(40, 64)]) is None
@@ -89,6 +102,7 @@ def test_what_does_not_fit_together_is_not_stacked():
     assert first.stacked([make(32, 64, W4A16)]) is None
     assert first.stacked([make(32, 64, scale=1e7)]) is None  # another power of two to multiply by
     assert first.stacked([nn.Linear(64, 32)]) is None
+    assert first.stacked([CudaLinear.from_linear(nn.Linear(64, 32).bfloat16())]) is None
 
 
 def test_a_weight_out_of_range_goes_to_triton_and_says_so():

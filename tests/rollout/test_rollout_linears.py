@@ -1,6 +1,7 @@
 """BF16 Linears in our kernel's form: packing and its undoing; what it computes is for tests/mx/test_mx_cuda.py."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ def core():
 
 def test_unpacking_gives_every_bit_back(core):
     plain = copy.deepcopy(core)
-    assert pack(core) == 8
+    assert pack(core) == 16
     block = core.blocks[0]
     assert isinstance(block.attn.qkv, CudaLinear)
     assert block.mlp.fc1.silu
     assert isinstance(block.mlp.act, nn.Identity)
-    assert isinstance(block.adaln1.fc, nn.Linear)
+    assert isinstance(block.adaln1.fc, CudaLinear)
     unpack(core)
     assert str(core) == str(plain)
     for (name, weight), (other, expected) in zip(core.named_parameters(), plain.named_parameters(), strict=True):
@@ -40,7 +41,7 @@ def test_unpacking_gives_every_bit_back(core):
 def test_mx_linears_are_left_alone(core):
     apply_mx(core, MXConf(enabled=True, scope=Scope.mlp))
     expected = core.blocks[1].mlp.fc2.weight_blocks()
-    assert pack(core) == 4
+    assert pack(core) == 12
     assert not is_packed(core.blocks[1].mlp.fc2)
     unpack(core)
     assert type(core.blocks[1].attn.out) is nn.Linear
@@ -53,9 +54,17 @@ def test_auto_packs_where_it_is_faster(core, monkeypatch):
     captured = CompileConf(enabled=True, cuda_graph=True)
     assert pack_where_faster(core, CompileConf(), FUSED, 1) == 0
     assert pack_where_faster(core, captured, AttentionKind.sdpa, 1) == 0
-    assert pack_where_faster(core, captured, FUSED, 1 + 64 // core.cfg.tokens_per_frame) == 0
+    assert pack_where_faster(core, captured, FUSED, 1 + 128 // core.cfg.tokens_per_frame) == 0
     assert pack_where_faster(core, CompileConf(enabled=True, cuda_graph=True, linears="library"), FUSED, 1) == 0
-    assert pack_where_faster(core, captured, FUSED, 1) == 8
+    assert pack_where_faster(core, captured, FUSED, 128 // core.cfg.tokens_per_frame) == 16
+
+
+@pytest.mark.parametrize(("width", "rows", "packs"), [(2560, 64, True), (2560, 128, False), (1536, 128, True)])
+def test_a_wide_model_is_packed_for_few_rows_alone(core, monkeypatch, width, rows, packs):
+    monkeypatch.setattr(cuda_linear, "unavailable", lambda device, fmt=None: None)
+    core.cfg = replace(core.cfg, d_model=width)
+    captured = CompileConf(enabled=True, cuda_graph=True)
+    assert bool(pack_where_faster(core, captured, FUSED, rows // core.cfg.tokens_per_frame)) is packs
 
 
 def test_packed_is_refused_where_it_cannot_run():

@@ -1,6 +1,7 @@
 """`kernel=cuda`: an MX Linear whose packed weight our own CUDA C++ kernel reads directly.
 
-For few rows (a frame's 64) on Hopper. Equal to the emulated kernels up to the order of float32 summation.
+For few rows (a frame's 64) on Hopper; for many it is unpacked (`cuda_config.MANY_ROWS`). Equal to the emulated kernels
+up to the order of float32 summation.
 """
 
 import importlib.util
@@ -127,6 +128,28 @@ class CudaLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear
 
+    def stacked(self, others: Sequence[nn.Module]) -> "CudaLinear | None":
+        """One Linear whose output is that of this one, then those of `others`, which read the same input.
+
+        Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
+        when they do not fit together: another format or K, padded outputs, another `post`, or SiLU behind some only.
+        """
+        members = [self, *(other for other in others if type(other) is type(self))]
+        kinds = {(*m._kind(), m.post, m.in_features, m.bias is None, m.silu) for m in members}
+        outputs = [m.out_features for m in members]
+        if len(members) <= len(others) or len(kinds) > 1 or any(n % cuda_packing.ROWS for n in outputs):
+            return None
+        with torch.inference_mode(False):
+            bias = None if self.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
+            weight = CudaWeight(_joined(members), self.post)
+            stacked = type(self)(weight, (sum(outputs), self.in_features), bias, *self._kind())
+            stacked.silu = self.silu
+            return stacked
+
+    def _kind(self) -> tuple[LinearFormat, ...]:
+        """What `__init__` takes besides weight, sizes and bias."""
+        return ()
+
     def shape(self, rows: int) -> CudaShape:
         """The product of this weight and `rows` activation rows."""
         return CudaShape(rows, self.out_features, self.in_features, 16)
@@ -154,23 +177,8 @@ class CudaMXLinear(CudaLinear, MXModule):
         sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
         return cls(cuda_packing.pack(blocks, fmt.element), sizes, bias, fmt)
 
-    def stacked(self, others: Sequence[nn.Module]) -> "CudaMXLinear | None":
-        """One Linear whose output is that of this one, then those of `others`, which read the same input.
-
-        Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
-        when they do not fit together: another format or K, padded outputs, another `post`, or SiLU behind some only.
-        """
-        members = [self, *(other for other in others if isinstance(other, CudaMXLinear))]
-        kinds = {(m.fmt, m.post, m.in_features, m.bias is None, m.silu) for m in members}
-        outputs = [m.out_features for m in members]
-        if len(members) <= len(others) or len(kinds) > 1 or any(n % cuda_packing.ROWS for n in outputs):
-            return None
-        with torch.inference_mode(False):
-            bias = None if self.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
-            weight = CudaWeight(_joined(members), self.post)
-            stacked = CudaMXLinear(weight, (sum(outputs), self.in_features), bias, self.fmt)
-            stacked.silu = self.silu
-            return stacked
+    def _kind(self) -> tuple[LinearFormat, ...]:
+        return (self.fmt,)
 
     def operand(self, rows: Tensor) -> Tensor:
         """BF16 rows [M, K], rounded to MX if activations are to be; in compiled code fused with what made the rows."""
@@ -195,7 +203,7 @@ class CudaMXLinear(CudaLinear, MXModule):
         return MXModule.extra_repr(self) + ", then SiLU" * self.silu
 
 
-def _joined(members: Sequence[CudaMXLinear]) -> Tensor:
+def _joined(members: Sequence[CudaLinear]) -> Tensor:
     """The tiles of all members one after the other; theirs become views of them, unless they are already."""
     parts = [m.tiles for m in members]
     ends = list(itertools.accumulate((part.nbytes for part in parts), initial=parts[0].data_ptr()))

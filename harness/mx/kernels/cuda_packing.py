@@ -43,7 +43,7 @@ _LARGEST_SHIFT = 30
 """Weights are held at most this many powers of two smaller than they are, so that sums of products stay normal."""
 
 Places = tuple[tuple[tuple[int, int, int], ...], ...]
-"""Where a 16-bit half holds elements: of each its runs of bits, as (first bit of the code, bits, first bit in the half)."""
+"""Where a 16-bit half holds elements: runs of bits of each, (first bit of the code, bits, first bit in the half)."""
 
 _NIBBLE_PLACES: Places = tuple(((0, 3, low), (3, 1, sign)) for sign, low in ((15, 6), (12, 3), (14, 9), (13, 0)))
 """Elements (row g), (row g + 8), (row g, 8 inputs on), (row g + 8, 8 inputs on)."""

@@ -96,16 +96,16 @@ __device__ __forceinline__ u32 load4(u32 address) {
 }
 
 // Of memory that nobody writes.
-__device__ __forceinline__ uint4 read16(const u8* from) {
+__device__ __forceinline__ uint4 read16(const u8* from, u64 policy) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy));
     return v;
 }
 
-__device__ __forceinline__ u32 read4(const u8* from) {
+__device__ __forceinline__ u32 read4(const u8* from, u64 policy) {
     u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(v) : "l"(from), "l"(policy));
     return v;
 }
 

@@ -30,11 +30,12 @@ mx_unpack(const u8* __restrict__ weight, u16* __restrict__ out, int N, int K, in
     const u8* from = weight + static_cast<long long>(tile) * TILE;
     uint4 raw[WORDS];
     u32 scales = 0;
+    const u64 policy = cache_policy(true);  // the matrix is to stay in L2 for the product
     if (PDL) next_may_begin();
     if (inside) {
-        scales = read4(from + SCALES + lane / 4 * 4);
+        scales = read4(from + SCALES + lane / 4 * 4, policy);
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) raw[i] = read16(from + i * 512 + lane * 16);
+        for (int i = 0; i < WORDS; ++i) raw[i] = read16(from + i * 512 + lane * 16, policy);
     }
     if (PDL) previous_is_over();  // it may be reading what is written here
     if (!inside) return;
