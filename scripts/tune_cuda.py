@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness import launch
 from harness.mx.kernels import cuda_ops, nvrtc
-from harness.mx.kernels.cuda_config import SHARED_BYTES, CudaConfig, CudaShape, candidates, choose, layout
+from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, candidates, choose, layout, room
 from harness.mx.kernels.cuda_linear import CudaLinear
 
 TRIED = 64
@@ -91,7 +91,7 @@ def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
 
 
 def _fits(config: CudaConfig, shape: CudaShape) -> bool:
-    return layout(config, shape.k, shape.bits)[0] <= SHARED_BYTES // config.blocks
+    return layout(config, shape.k, shape.bits)[0] <= room(config)
 
 
 def checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:

@@ -9,6 +9,7 @@ from harness.mx.formats import E2M1, E4M3, decode
 from harness.mx.kernels import cuda_linear
 from harness.mx.kernels.cuda_config import (
     SHARED_BYTES,
+    TUNED,
     CudaConfig,
     CudaShape,
     candidates,
@@ -48,6 +49,12 @@ def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
         assert across // config.cluster * config.tiles * 16 >= shape.n
         assert down * config.m_tiles * 8 >= shape.m
         assert held_groups(config, shape.k) * config.cluster * 64 >= shape.k
+
+
+@pytest.mark.parametrize("key", TUNED, ids=str)
+def test_what_was_tuned_is_what_runs(key):
+    bits, rows, n, k = key
+    assert choose(CudaShape(rows, n, k, bits)) == TUNED[key]
 
 
 def test_a_block_of_its_own_takes_what_keeps_others_away():

@@ -84,10 +84,10 @@ TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
     (8, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 1, 2, blocks=2),
     (8, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
     (8, 8, 147456, 1536): CudaConfig(1, 3, 4, 2, 1, 1, 2, blocks=2),
-    (4, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 4, 2),
-    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 3, 1, 4),
-    (4, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 3, 2, blocks=2),
-    (4, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 3, 2),
+    (4, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 4, 2),
+    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1),
+    (4, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 4, 1, blocks=2),
+    (4, 64, 1536, 6144): CudaConfig(8, 1, 4, 1, 8, 3, 2, blocks=2),
     (4, 8, 147456, 1536): CudaConfig(1, 3, 12, 1, 1, 2, 2),
     (16, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 1, 4),
     (16, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
@@ -96,20 +96,20 @@ TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
     (16, 8, 147456, 1536): CudaConfig(1, 2, 4, 2, 1, 2, 2),
     (16, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 2, 2, share=2),
     (8, 64, 7680, 2560): CudaConfig(8, 1, 16, 1, 4, 1, 4, share=2),
-    (4, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 4, 2),
+    (4, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 3, 2),
     (16, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 5, 2, 2),
     (8, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 5, 3, 2),
-    (4, 64, 2560, 2560): CudaConfig(8, 1, 4, 1, 5, 6, 2, blocks=2),
+    (4, 64, 2560, 2560): CudaConfig(8, 1, 4, 1, 5, 2, 4, blocks=2),
     (16, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 4, 2, 2),
     (8, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 2, 2, 2),
     (4, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 2, 4, 2),
     (16, 64, 2560, 10240): CudaConfig(8, 1, 8, 1, 8, 2, 2),
     (8, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 7, 1, 3),
-    (4, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 8, 2, 2),
+    (4, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 7, 3, 2),
     (8, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 1, 1, 2),
     (8, 256, 1536, 6144): CudaConfig(16, 2, 8, 1, 8, 1, 2),
     (8, 256, 4608, 1536): CudaConfig(16, 1, 16, 1, 3, 1, 4),
-    (8, 256, 1536, 1536): CudaConfig(8, 1, 4, 1, 2, 2, 2, blocks=2, share=4),
+    (8, 256, 1536, 1536): CudaConfig(16, 1, 4, 1, 4, 1, 3, blocks=2, share=2),
     (4, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 1, 2, 2),
     (4, 256, 1536, 6144): CudaConfig(16, 2, 8, 1, 8, 2, 2),
     (4, 256, 4608, 1536): CudaConfig(8, 1, 12, 1, 1, 2, 2),
@@ -130,6 +130,17 @@ TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
     (16, 128, 1536, 6144): CudaConfig(8, 1, 12, 1, 6, 1, 4),
     (16, 128, 4608, 1536): CudaConfig(16, 1, 12, 1, 4, 1, 4),
     (16, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1),
+    (8, 256, 10240, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 2),
+    (8, 256, 2560, 10240): CudaConfig(8, 2, 12, 1, 8, 1, 2),
+    (8, 256, 7680, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 2, share=2),
+    (8, 256, 2560, 2560): CudaConfig(16, 1, 12, 1, 4, 1, 2),
+    (4, 256, 10240, 2560): CudaConfig(16, 1, 16, 1, 4, 2, 2, share=2),
+    (4, 256, 2560, 10240): CudaConfig(8, 3, 8, 1, 8, 2, 2),
+    (4, 256, 7680, 2560): CudaConfig(8, 1, 16, 1, 2, 3, 2),
+    (4, 256, 2560, 2560): CudaConfig(8, 1, 12, 1, 2, 4, 2, share=2),
+    (16, 8, 552960, 2560): CudaConfig(1, 1, 16, 1, 4, 3, 2),
+    (8, 8, 552960, 2560): CudaConfig(1, 2, 16, 1, 2, 4, 1),
+    (4, 8, 552960, 2560): CudaConfig(1, 2, 12, 1, 2, 4, 1, blocks=2),
 }
 """(bits, M bucket, N, K) to the fastest shape measured on an H100: of blocks in a layer, of modulation alone."""
 
@@ -156,7 +167,7 @@ def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
     owned = -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
     barriers = (held + config.warps * config.stages + 1) * 8  # of x, of W, of partial sums
-    overlay = operands + partial + barriers > _room(config)
+    overlay = operands + partial + barriers > room(config)
     return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
 
 
@@ -210,11 +221,11 @@ def _nearest(shape: CudaShape) -> CudaConfig | None:
         return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
 
     alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
-    fitting = [key for key in alike if layout(TUNED[key], shape.k, shape.bits)[0] <= _room(TUNED[key])]
+    fitting = [key for key in alike if layout(TUNED[key], shape.k, shape.bits)[0] <= room(TUNED[key])]
     return TUNED[min(fitting, key=distance)] if fitting else None
 
 
-def _room(config: CudaConfig) -> int:
+def room(config: CudaConfig) -> int:
     """Shared memory that a block of `config` may use."""
     return SHARED_BYTES if config.blocks == 1 else _BESIDE_BYTES
 
@@ -276,7 +287,7 @@ def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
     """`config` with two stages, four, and as many as hold all a warp needs or as fit; nothing when not even two do."""
     needed = -(-held_groups(config, shape.k) // config.warps_k)
     grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
-    room = _room(config)
+    room = room(config)
     wanted = -(-needed // grouped.stage_groups)
     for stages in range(min(wanted, 12), 0, -1):
         staged = replace(grouped, stages=stages)

@@ -26,10 +26,6 @@ _BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "bf16": 16}
 
 _UNPACK_WARPS = 8
 
-_UNPACK_STEP = 2**24
-"""Elements that memory for an unpacked weight is a multiple of: weights of many sizes take the same in turn, which then
-stays in L2."""
-
 _loading = threading.Lock()
 
 
@@ -104,8 +100,7 @@ def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
     Raises `nvrtc.DriverError` when the driver refuses the launch.
     """
     (n, k), (rows, groups) = sizes, tiles.shape[:2]
-    memory = torch.empty(-(-n * k // _UNPACK_STEP) * _UNPACK_STEP, dtype=torch.bfloat16, device=tiles.device)
-    out = memory[: n * k].view(n, k)
+    out = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.device)
     with torch.cuda.device(tiles.device), _loading:
         pdl = launch.dependent(tiles.device)
         function = _load_unpack(element, torch.cuda.current_device(), pdl)
