@@ -287,11 +287,10 @@ def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
     """`config` with two stages, four, and as many as hold all a warp needs or as fit; nothing when not even two do."""
     needed = -(-held_groups(config, shape.k) // config.warps_k)
     grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
-    room = room(config)
     wanted = -(-needed // grouped.stage_groups)
     for stages in range(min(wanted, 12), 0, -1):
         staged = replace(grouped, stages=stages)
-        if layout(staged, shape.k, shape.bits)[0] <= room:
+        if layout(staged, shape.k, shape.bits)[0] <= room(config):
             counts = {min(stages, 2), min(stages, 4), stages}
             return [replace(staged, stages=count) for count in sorted(counts)] if stages >= min(wanted, 2) else []
     return []
