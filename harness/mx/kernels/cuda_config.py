@@ -141,6 +141,14 @@ TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
     (16, 8, 552960, 2560): CudaConfig(1, 1, 16, 1, 4, 3, 2),
     (8, 8, 552960, 2560): CudaConfig(1, 2, 16, 1, 2, 4, 1),
     (4, 8, 552960, 2560): CudaConfig(1, 2, 12, 1, 2, 4, 1, blocks=2),
+    (8, 128, 10240, 2560): CudaConfig(16, 1, 12, 1, 4, 1, 2),
+    (8, 128, 2560, 10240): CudaConfig(8, 3, 8, 1, 8, 1, 2),
+    (8, 128, 7680, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 3, share=2),
+    (8, 128, 2560, 2560): CudaConfig(8, 1, 12, 1, 4, 1, 2),
+    (4, 128, 10240, 2560): CudaConfig(8, 2, 12, 1, 2, 2, 2, share=4),
+    (4, 128, 2560, 10240): CudaConfig(8, 2, 12, 1, 8, 2, 2),
+    (4, 128, 7680, 2560): CudaConfig(8, 1, 16, 1, 2, 3, 2),
+    (4, 128, 2560, 2560): CudaConfig(8, 1, 12, 1, 4, 3, 2),
 }
 """(bits, M bucket, N, K) to the fastest shape measured on an H100: of blocks in a layer, of modulation alone."""
 
