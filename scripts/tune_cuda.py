@@ -44,6 +44,8 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     order of summation is never timed, and named.
     """
     rows, shape, dependent = mx.operand(x), mx.shape(x.shape[0]), launch.dependent(x.device)
+    if shape.many:
+        return f"nothing to tune: of {shape.m} rows the weight is unpacked for a library's product"
     modules = [mx, *(copy.deepcopy(mx) for _ in range(bench.copies(mx.weight_bytes()) - 1))]
     check = checker(mx, rows)
     timed: dict[CudaConfig, float] = {}

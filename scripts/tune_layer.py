@@ -183,6 +183,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     arch, window = read_model(args.model)
+    rows = args.batch * arch.tokens_per_frame
+    if rows > cuda_config.MANY_ROWS:
+        unpacked = f"of more than {cuda_config.MANY_ROWS} weights are unpacked for a library's product"
+        print(f"--batch {args.batch}: {rows} rows; {unpacked}, nothing to tune; give fewer clips", file=sys.stderr)
+        return 2
     found = []
     for bits in args.bits:
         start = time.monotonic()

@@ -240,6 +240,14 @@ def test_of_many_rows_the_weight_is_unpacked(name, large, monkeypatch):
         asked.clear()
 
 
+def test_of_many_rows_a_packed_bf16_weight_is_a_librarys_too():
+    linear = nn.Linear(352, 712).bfloat16().to(DEVICE).requires_grad_(False)
+    packed, x = CudaLinear.from_linear(linear), activations(MANY_ROWS + 1, 352)
+    assert torch.equal(packed(x), linear(x))
+    assert packed.absorb(nn.SiLU())
+    assert torch.equal(packed(x), F.silu(linear(x)))
+
+
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, E2M1], ids=lambda f: f.name)
 def test_an_unpacked_weight_is_the_decoded_one(fmt):
     weight = torch.randn(200, 1088, device=DEVICE) * torch.exp2(torch.randint(-8, 8, (200, 1), device=DEVICE).float())

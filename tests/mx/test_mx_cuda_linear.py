@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from harness.mx.conf import Activation, ScaleMode
 from harness.mx.formats import E2M1, E4M3, decode
-from harness.mx.kernels import cuda_linear
+from harness.mx.kernels import cuda_linear, cuda_ops
 from harness.mx.kernels.cuda_config import (
+    MANY_ROWS,
     SHARED_BYTES,
     TUNED,
     CudaConfig,
@@ -100,6 +102,24 @@ def test_bf16_weights_are_stacked_likewise():
     assert torch.equal(members[2].plain().weight, plain[2].weight)
     assert members[2].tiles.untyped_storage().data_ptr() == stacked.tiles.untyped_storage().data_ptr()
     assert members[0].stacked([make(32, 64)]) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("post", [1.0, 8.0])
+def test_a_library_product_of_an_unpacked_weight(bias, post):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(96, 40, bias=bias).bfloat16().requires_grad_(False), torch.randn(300, 96).bfloat16()
+    packed = CudaLinear.from_linear(linear)
+    weight = cuda_ops.unpack(packed.tiles, (40, 96), "bf16")
+    assert torch.equal(weight, linear.weight)
+    got = cuda_ops.library_product(x, weight / post, packed.bias, post)
+    want = F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
+    assert ((got.double() - want).abs() <= 2**-8 * want.abs() + 2**-16).all()
+
+
+def test_which_products_are_of_many_rows():
+    assert not CudaShape(MANY_ROWS, 64, 64, 4).many
+    assert CudaShape(MANY_ROWS + 1, 64, 64, 4).many
 
 
 def test_what_does_not_fit_together_is_not_stacked():

@@ -5,7 +5,8 @@ import torch
 
 from harness.kv import KVStorage
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
-from scripts import tune_layer
+from harness.mx.kernels.cuda_linear import CudaLinear
+from scripts import tune_cuda, tune_layer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")
@@ -14,6 +15,15 @@ def test_without_a_gpu_it_says_so(capsys):
         tune_layer.main([])
     assert ended.value.code == 2
     assert "needs a Hopper GPU" in capsys.readouterr().err
+
+
+def test_many_rows_have_nothing_to_tune(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tune_layer.main(["--batch", "5"]) == 2
+    assert "--batch 5: 320 rows; of more than 256 weights are unpacked" in capsys.readouterr().err
+    packed = CudaLinear.from_linear(torch.nn.Linear(64, 64).bfloat16())
+    note = tune_cuda.tune(None, packed, torch.zeros(257, 64).bfloat16())
+    assert note == "nothing to tune: of 257 rows the weight is unpacked for a library's product"
 
 
 def test_formats_of_every_width_are_known():

@@ -14,7 +14,7 @@ BUCKETS = (8, 16, 32, 64, 128, 256)
 """Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
 
 MANY_ROWS = 256
-"""Of more rows the product of an MX weight is a library's, of the weight unpacked (docs/performance.md, More clips)."""
+"""Of more rows, those of a frame of many clips (docs/performance.md) or of prefill, the product is a library's."""
 
 SHARED_BYTES = 227 * 1024
 """Shared memory a block may use on compute capability 9.0, whose multiprocessors have 1 KB more for every block."""
@@ -69,8 +69,8 @@ class CudaShape:
 
     @property
     def many(self) -> bool:
-        """Whether the weight is unpacked for a library's product. One in BF16 never is: it need not be packed."""
-        return self.bits < 16 and self.m > MANY_ROWS
+        """Whether the weight is unpacked for a library's product."""
+        return self.m > MANY_ROWS
 
     @property
     def bucket(self) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import launch
-from harness.mx.kernels import cuda_config, nvrtc
+from harness.mx.kernels import cuda_config, cuda_packing, nvrtc
 from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid
 from harness.mx.kernels.cuda_packing import GROUP
 
@@ -55,9 +55,7 @@ def mx_linear(
     (m, k), bits = x.shape, _BITS[element]
     product = CudaShape(m, out_features, k, bits)
     if product.many and not config:
-        weight = unpack(tiles, (out_features, k), element)
-        zero = x.new_zeros(1) if bias is None else bias
-        out = F.linear(x, weight, bias) if post == 1 else torch.addmm(zero, x, weight.t(), alpha=post)
+        out = library_product(x, unpack(tiles, (out_features, k), element), bias, post)
         return F.silu(out) if silu else out
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     if m == 0:
@@ -94,11 +92,20 @@ def _(
     return torch.empty(x.shape[0], out_features, dtype=torch.bfloat16, device=x.device)
 
 
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, post: float) -> Tensor:
+    """`post * x @ weight.T + bias`, BF16, rounded once."""
+    if post == 1:
+        return F.linear(x, weight, bias)
+    return torch.addmm(x.new_zeros(1) if bias is None else bias, x, weight.t(), alpha=post)
+
+
 def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
     """The BF16 weight [N, K], divided by `post`, that `tiles` hold, for `sizes` (N, K).
 
     Raises `nvrtc.DriverError` when the driver refuses the launch.
     """
+    if element == "bf16":  # no decoding, and none of a frame's products: prefill's, of a model packed for few rows
+        return cuda_packing.unpack_plain(tiles, *sizes)
     (n, k), (rows, groups) = sizes, tiles.shape[:2]
     out = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.device)
     with torch.cuda.device(tiles.device), _loading:
