@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -50,6 +50,9 @@ from harness.rollout.linears import pack_where_faster
 
 FORMATS = (("bf16", "bf16"), ("mxfp8_all", "mx_v_only"), ("mxfp8_all", "mx_kv"), ("mxfp4_all", "mx_v_only"))
 """(quant, kv) config groups."""
+
+NAMED = ("model", "quant", "kv", "attention", "compile", "compile.linears", "trainer", "data.batch_size")
+"""What a row sets, and no override may."""
 
 COLUMNS = (
     "row", "DiT ms", "p10–p90", "of BF16", "floor ms", "decoder ms", "FPS", "FPS overlapped", "weights MB", "cache MB",
@@ -89,6 +92,7 @@ class Result:
     fps_overlapped: float | None = None
     of_bf16: float | None = None
     floor_ms: float | None = None
+    decoder_floor_ms: float | None = None
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     run_bytes: int | None = None
@@ -113,6 +117,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error("--frames: at least 1")
+    for override in args.overrides:
+        if override.split("=")[0].lstrip("+~") in NAMED:
+            parser.error(f"{override}: rows are named by this and set it; choose rows with --models, --batches, --only")
     return args
 
 
@@ -201,6 +208,27 @@ def floor_ms(core: GameRFTCore, rollout: Rollout, bandwidth: float) -> float:
     return (steps * each_step + once) / (bandwidth * 1e9)
 
 
+def decoder_floor_ms(plan: RunPlan, bandwidth: float) -> float:
+    """Least time for every convolution of the decoder to read its input and weight and write its output, once a frame.
+
+    What stands between convolutions counts as fused with them.
+    """
+    moved = 0
+
+    def count(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal moved
+        moved += sum(x.numel() for x in (*inputs, output, *conv.parameters()))
+
+    arch = plan.arch
+    with torch.device("meta"), torch.no_grad():
+        decoder = DCAEDecoder(plan.dcae)
+        for module in decoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count)
+        decoder(torch.empty(plan.conf.data.batch_size, arch.channels, arch.sample_size, arch.sample_size))
+    return moved * plan.conf.decoder.dtype_on(plan.device).itemsize / (bandwidth * 1e9)
+
+
 class Stand:
     """An arm that stands ready: set up, warm and prefilled."""
 
@@ -260,6 +288,7 @@ class Stand:
         result.fps = 1e3 * result.clips / total.median
         result.fps_overlapped = self.overlapped_fps(frames)
         result.floor_ms = floor_ms(self.core, self.rollout, bandwidth)
+        result.decoder_floor_ms = decoder_floor_ms(self.plan, bandwidth)
         transient = self.probe.result().transient
         if result.run_bytes is not None and transient is not None:
             result.run_bytes += transient

@@ -33,7 +33,7 @@ from harness.kv import KVCache, KVConf
 from harness.models.checkpoint import load_decoder, load_gamerft, read_state
 from harness.models.config_io import read_dcae_config, read_gamerft_config, read_yaml
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
-from harness.rollout import Rollout, SamplerConf, make_cache
+from harness.rollout import AttentionKind, CompileConf, Rollout, SamplerConf, make_cache
 
 BOUND, DECODER_BOUND = 1e-5, 5e-5
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -116,7 +116,7 @@ def check_folder(folder: Path) -> Iterator[Figure]:
         if full:
             yield full_pass(case, core, cfg)
         if roll:
-            yield from rollout(case, core, cfg)
+            yield from rollout(case, core)
     elif case.has("z"):
         config = read_dcae_config(case.config)
         z = case.get("z", None, config.latent_channels, None, None)
@@ -160,9 +160,25 @@ def sampler_of(case: Case) -> SamplerConf:
     return sampler
 
 
-def rollout(case: Case, core: GameRFTCore, cfg: GameRFTConfig) -> Iterator[Figure]:
-    """Prefill and every new frame, through the cache that runs use."""
-    sampler = sampler_of(case)
+def play(
+    case: Case,
+    core: GameRFTCore,
+    attention: AttentionKind = AttentionKind.sdpa,
+    compile: CompileConf | None = None,
+    frames: int | None = None,
+) -> tuple[dict[str, Tensor], KVCache]:
+    """What ``core`` makes of the case's history and inputs, through the cache that runs use, and that cache.
+
+    Args:
+        core: on any device, in any dtype.
+        attention, compile: as a run has them.
+        frames: only so many new frames (None: all).
+
+    Returns:
+        Outputs on the CPU under the references' names: ``roll.prefill_out``, ``roll.frames`` and ``roll.v_step1`` ...
+        ``[B, frames, C, S, S]``; and the cache after the last frame.
+    """
+    cfg, sampler = core.cfg, sampler_of(case)
     latent = (cfg.channels, cfg.sample_size, cfg.sample_size)
     history = case.get("roll.history", None, sampler.window, *latent)
     batch = history.shape[0]
@@ -171,21 +187,26 @@ def rollout(case: Case, core: GameRFTCore, cfg: GameRFTConfig) -> Iterator[Figur
     new_mouse, new_btn = controls(case, cfg, "roll.new_mouse", "roll.new_btn", batch, noise.shape[1])
 
     cache = make_cache(core, sampler, KVConf(), batch)
-    roll = Rollout(core, cache, sampler)
+    roll = Rollout(core, cache, sampler, attention, compile)
+    roll.warmup(frames=1)
     prefill = roll.prefill(history, mouse, btn, case.get("roll.history_noise", *history.shape))
     steps = range(1, len(sampler.timesteps) + 1)
     new: dict[str, list[Tensor]] = {"roll.frames": [], **{f"roll.v_step{i}": [] for i in steps}}
-    for i in range(noise.shape[1]):
+    for i in range(noise.shape[1])[:frames]:
         now = (None, None) if new_mouse is None or new_btn is None else (new_mouse[:, i], new_btn[:, i])
         frame = roll.next_frame_with_velocities(noise[:, i], *now)
         for name, tensor in zip(new, (frame.latent, *frame.velocities), strict=True):
-            new[name].append(tensor)
+            new[name].append(tensor.cpu())
+    return {"roll.prefill_out": prefill.cpu()} | {name: torch.stack(xs, dim=1) for name, xs in new.items()}, cache
 
-    outputs = {"roll.prefill_out": prefill} | {name: torch.stack(tensors, dim=1) for name, tensors in new.items()}
+
+def rollout(case: Case, core: GameRFTCore) -> Iterator[Figure]:
+    """Prefill and every new frame."""
+    outputs, cache = play(case, core)
     known = {*outputs, "roll.k_cache_layer0", "roll.v_cache_last"}
     unknown = sorted(name for name in case.tensors if name.startswith("roll.v_step") and name not in known)
     if unknown:
-        raise BadInput(f"{', '.join(unknown)}: the config has {len(sampler.timesteps)} timesteps")
+        raise BadInput(f"{', '.join(unknown)}: the config has {len(sampler_of(case).timesteps)} timesteps")
     if not known & set(case.tensors):
         raise BadInput(f"no reference output of the rollout; expected some of {', '.join(sorted(known))}")
     for name, ours in outputs.items():

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from harness.data.clips import find_clips
-from harness.kv import KVConf
 from harness.models.checkpoint import load_gamerft
 from harness.models.config_io import read_gamerft_config
 from harness.models.dcae import to_frames
-from harness.rollout import AttentionKind, CompileConf, Rollout, make_cache
+from harness.rollout import AttentionKind, CompileConf
 from harness.rollout.linears import pack_where_faster
-from scripts.check_parity import BOUND, Case, controls, sampler_of
+from scripts.check_parity import BOUND, Case, play
 from scripts.check_world_model import bf16_arm, clip_batch, plan, psnr
 
 ON_GPU = torch.cuda.is_available()
@@ -27,17 +26,10 @@ FAST = AttentionKind.fused, CompileConf(enabled=True, scope="block")
 def reference_error(attention, compile, dtype, count=None):
     """Largest error of the first ``count`` frames of the shared case, and the norm of all relative to the frames'."""
     case = Case(Path(__file__).parents[1] / "parity" / "gamerft_motion")
-    cfg, sampler, expected = read_gamerft_config(case.config), sampler_of(case), case.tensors["roll.frames"][:, :count]
-    core = load_gamerft(case.weights, cfg).to(DEVICE, dtype).requires_grad_(False)
-    batch, count = expected.shape[:2]
-    pack_where_faster(core, compile, attention, batch)
-    rollout = Rollout(core, make_cache(core, sampler, KVConf(), batch), sampler, attention, compile)
-    rollout.warmup(frames=1)
-    context = controls(case, cfg, "roll.mouse", "roll.btn", batch, sampler.window)
-    rollout.prefill(case.tensors["roll.history"], *context, case.tensors["roll.history_noise"])
-    now = [case.tensors[f"roll.{name}"].unbind(1) for name in ("noise", "new_mouse", "new_btn")]
-    frames = torch.stack([rollout.next_frame(*(x[i].to(DEVICE) for x in now)) for i in range(count)], 1).cpu()
-    error = frames - expected
+    core = load_gamerft(case.weights, read_gamerft_config(case.config)).to(DEVICE, dtype).requires_grad_(False)
+    expected = case.tensors["roll.frames"][:, :count]
+    pack_where_faster(core, compile, attention, len(expected))
+    error = play(case, core, attention, compile, count)[0]["roll.frames"] - expected
     return error.abs().max().item(), (error.norm() / expected.norm()).item()
 
 

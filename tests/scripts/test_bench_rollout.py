@@ -4,8 +4,11 @@ import itertools
 import json
 
 import pytest
+import torch
 
-from scripts import bench_rollout
+from harness.config import register
+from harness.models.dcae import DCAEDecoder
+from scripts import bench_rollout, bench_summary
 
 TINY = ["model.arch.n_layers=2", "model.arch.local_idx=2", "sampler.window=3"]
 
@@ -25,6 +28,7 @@ def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
     assert 0 < done["weight_bytes"] < baseline["weight_bytes"]
     assert done["cache_bytes"] < baseline["cache_bytes"]
     assert 0 < done["floor_ms"] < baseline["floor_ms"]
+    assert 0 < done["decoder_floor_ms"] == baseline["decoder_floor_ms"]
     assert record["environment"]["packages"]["torch"]
     table = (tmp_path / "bench.md").read_text().splitlines()
     assert len(table) == 2 + len(by_name)
@@ -32,9 +36,34 @@ def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_the_decoders_floor_is_weights_once_and_activations_per_clip(tmp_path):
+    register()
+    words = ("model=smoke", "trainer=cpu", "compile=off")
+    plans = [bench_rollout.compose_plan([*words, f"data.batch_size={n}"], tmp_path) for n in (1, 2, 3)]
+    one, two, three = (bench_rollout.decoder_floor_ms(plan, 1e-9) for plan in plans)  # 1 byte a ms
+    decoder = DCAEDecoder(plans[0].dcae)
+    convolutions = [m for m in decoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    size = plans[0].conf.decoder.dtype_on(plans[0].device).itemsize
+    assert 2 * one - two == pytest.approx(size * sum(p.numel() for m in convolutions for p in m.parameters()))
+    assert three - two == pytest.approx(two - one)
+    last = decoder.conv_out  # of the largest maps
+    pixels = plans[0].dcae.sample_size[0] * plans[0].dcae.sample_size[1]
+    assert two - one > size * pixels * (last.in_channels + last.out_channels)
+
+
 def test_bench_says_when_nothing_matches(capsys):
     assert bench_rollout.main(["--only", "nothing"]) == 2
     assert "no row matches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["compile.linears=packed", "quant=mxfp8_all", "+data.batch_size=4"])
+def test_what_names_a_row_cannot_be_overridden(override, tmp_path, capsys):
+    for script in (bench_rollout, bench_summary):
+        with pytest.raises(SystemExit) as ended:
+            script.main(["--device", "cpu", "--out", str(tmp_path / "out"), override])
+        assert ended.value.code == 2
+        assert f"{override}: rows are named by this" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_row_that_takes_too_long_is_stopped():
