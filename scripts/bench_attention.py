@@ -52,7 +52,10 @@ L2_BYTES = 50e6
 
 
 class LaunchShape(NamedTuple):
-    """What ``harness.rollout.fused`` launches by: see WAVES, BLOCK_ROWS, STAGES and MIN_ROWS there."""
+    """What ``harness.rollout.fused`` launches by: see WAVES, BLOCK_ROWS, STAGES and MIN_ROWS there.
+
+    Stages and rows are those of heads of 64 elements, from which it derives what larger heads have.
+    """
 
     waves: int
     block: int
