@@ -288,7 +288,6 @@ class Stand:
         result.fps = 1e3 * result.clips / total.median
         result.fps_overlapped = self.overlapped_fps(frames)
         result.floor_ms = floor_ms(self.core, self.rollout, bandwidth)
-        result.decoder_floor_ms = decoder_floor_ms(self.plan, bandwidth)
         transient = self.probe.result().transient
         if result.run_bytes is not None and transient is not None:
             result.run_bytes += transient
@@ -332,7 +331,9 @@ class Bench:
             (stand.result.dit["median"] for stand in ready if "/bf16+bf16/" in stand.result.row and stand.result.dit),
             default=None,
         )
+        decoder_floor = decoder_floor_ms(ready[0].plan, self.args.bandwidth) if ready else None
         for stand in ready:
+            stand.result.decoder_floor_ms = decoder_floor
             if baseline is not None and stand.result.dit is not None:
                 stand.result.of_bf16 = stand.result.dit["median"] / baseline
             self.results.append(stand.result)

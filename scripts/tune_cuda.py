@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness import launch
 from harness.mx.kernels import cuda_ops, nvrtc
-from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, candidates, choose, layout, room
+from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, candidates, choose, fits
 from harness.mx.kernels.cuda_linear import CudaLinear
 
 TRIED = 64
@@ -89,11 +89,7 @@ def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
         replace(config, stage_groups=stage, stages=-(-groups // stage)) for stage in (1, 2, 3, 4, 6) if stage <= groups
     ]
     others += [replace(config, stages=stages) for stages in (2, 3, 4, 6) if stages < config.stages]
-    return [other for other in others if _fits(other, shape)]
-
-
-def _fits(config: CudaConfig, shape: CudaShape) -> bool:
-    return layout(config, shape.k, shape.bits)[0] <= room(config)
+    return [other for other in others if fits(other, shape)]
 
 
 def checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:

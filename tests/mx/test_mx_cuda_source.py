@@ -22,7 +22,6 @@ from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, lay
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "mx" / "kernels"
-MAGNITUDE_AT = {"e4m3": 4, "e5m2": 5, "e2m1": 0, "bf16": 0}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),
@@ -37,6 +36,10 @@ def address(tensor):
 def write_source(path, kernel, runner):
     parts = (HERE / "mx_device_cpu.hpp", KERNELS / "mx_decode.cuh", KERNELS / kernel, HERE / runner)
     path.write_text("".join(f'#include "{part}"\n' for part in parts))
+
+
+def as_macros(parameters):
+    return tuple(f"-D{name}={value}" for name, value in parameters.items())
 
 
 def compiled(source, macros, path):
@@ -55,8 +58,8 @@ def kernel(tmp_path_factory):
 
     def call(config, x, weight, bias, n, fmt, seed=0, silu=False):
         (m, k), groups = x.shape, weight.tiles.shape[1]
-        parameters = defines(config, k, fmt.bits, MAGNITUDE_AT[fmt.name], silu)
-        macros = tuple(f"-D{name}={value}" for name, value in parameters.items())
+        parameters = defines(config, k, fmt.name, silu)
+        macros = as_macros(parameters)
         if macros not in built:
             built[macros] = compiled(source, macros, folder / f"kernel{len(built)}.so")
         library = built[macros]
@@ -193,7 +196,7 @@ def test_every_code_point_is_decoded_under_every_scale(kernel, fmt, high):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_an_unpacked_weight_is_the_decoded_one(fmt, tmp_path):
     write_source(tmp_path / "unpack.cpp", "mx_unpack.cu", "mx_unpack_cpu.hpp")
-    macros = (f"-DBITS={fmt.bits}", f"-DMAG_AT={MAGNITUDE_AT[fmt.name]}", "-DWARPS=8", "-DPDL=0")
+    macros = as_macros(cuda_packing.decoding(fmt.name) | {"WARPS": 8, "PDL": 0})
     library = compiled(tmp_path / "unpack.cpp", macros, tmp_path / "unpack.so")
     _, random, _ = operands(1, 39, 352, fmt)  # N and K end within a tile
     for blocks in (random, every_value(fmt, 97, 150)):

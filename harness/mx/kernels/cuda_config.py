@@ -8,12 +8,12 @@ import itertools
 import math
 from dataclasses import astuple, dataclass, replace
 
-from harness.mx.kernels.cuda_packing import ROWS, groups, tile_bytes
+from harness.mx.kernels.cuda_packing import ROWS, decoding, element_bits, groups, tile_bytes
 
 BUCKETS = (8, 16, 32, 64, 128, 256)
 """Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
 
-MANY_ROWS = 256
+MANY_ROWS = BUCKETS[-1]
 """Of more rows, those of a frame of many clips (docs/performance.md) or of prefill, the product is a library's."""
 
 SHARED_BYTES = 227 * 1024
@@ -175,7 +175,7 @@ def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
     owned = -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
     barriers = (held + config.warps * config.stages + 1) * 8  # of x, of W, of partial sums
-    overlay = operands + partial + barriers > room(config)
+    overlay = operands + partial + barriers > _room(config)
     return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
 
 
@@ -190,13 +190,9 @@ def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
     return max(used, _ALONE_BYTES) if config.blocks == 1 and _at_once(config, shape) else used
 
 
-def defines(
-    config: CudaConfig, k: int, bits: int, magnitude_at: int, silu: bool = False, dependent: bool = False
-) -> dict[str, int]:
+def defines(config: CudaConfig, k: int, element: str, silu: bool = False, dependent: bool = False) -> dict[str, int]:
     """The compile-time parameters of `mx_linear.cu`; `dependent`: launched as `harness.launch` describes."""
-    return {
-        "BITS": bits,
-        "MAG_AT": magnitude_at,
+    return decoding(element) | {
         "MT": config.m_tiles,
         "RT": config.row_tiles,
         "WR": config.warps_n,
@@ -206,7 +202,7 @@ def defines(
         "GS": config.stage_groups,
         "ST": config.stages,
         "GX": held_groups(config, k),
-        "OVERLAY": int(layout(config, k, bits)[1]),
+        "OVERLAY": int(layout(config, k, element_bits(element))[1]),
         "PDL": int(dependent),
         "BLOCKS": config.blocks,
         "SILU": int(silu),
@@ -229,11 +225,16 @@ def _nearest(shape: CudaShape) -> CudaConfig | None:
         return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
 
     alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
-    fitting = [key for key in alike if layout(TUNED[key], shape.k, shape.bits)[0] <= room(TUNED[key])]
+    fitting = [key for key in alike if fits(TUNED[key], shape)]
     return TUNED[min(fitting, key=distance)] if fitting else None
 
 
-def room(config: CudaConfig) -> int:
+def fits(config: CudaConfig, shape: CudaShape) -> bool:
+    """Whether a block of `config` finds room on a multiprocessor."""
+    return layout(config, shape.k, shape.bits)[0] <= _room(config)
+
+
+def _room(config: CudaConfig) -> int:
     """Shared memory that a block of `config` may use."""
     return SHARED_BYTES if config.blocks == 1 else _BESIDE_BYTES
 
@@ -298,7 +299,7 @@ def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
     wanted = -(-needed // grouped.stage_groups)
     for stages in range(min(wanted, 12), 0, -1):
         staged = replace(grouped, stages=stages)
-        if layout(staged, shape.k, shape.bits)[0] <= room(config):
+        if fits(staged, shape):
             counts = {min(stages, 2), min(stages, 4), stages}
             return [replace(staged, stages=count) for count in sorted(counts)] if stages >= min(wanted, 2) else []
     return []

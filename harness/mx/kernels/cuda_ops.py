@@ -19,11 +19,6 @@ from harness.mx.kernels import cuda_config, cuda_packing, nvrtc
 from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, choose, launch_grid
 from harness.mx.kernels.cuda_packing import GROUP
 
-_MAGNITUDE_AT = {"e4m3": 4, "e5m2": 5, "e2m1": 0, "bf16": 0}
-"""Lowest bit of an 8-bit element's magnitude where BF16 has it."""
-
-_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "bf16": 16}
-
 _UNPACK_WARPS = 8
 
 _loading = threading.Lock()
@@ -52,8 +47,8 @@ def mx_linear(
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    (m, k), bits = x.shape, _BITS[element]
-    product = CudaShape(m, out_features, k, bits)
+    m, k = x.shape
+    product = CudaShape(m, out_features, k, cuda_packing.element_bits(element))
     if product.many and not config:
         out = library_product(x, unpack(tiles, (out_features, k), element), bias, post)
         return F.silu(out) if silu else out
@@ -126,7 +121,7 @@ def source(kernel: str = "mx_linear.cu") -> str:
 @functools.cache
 def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool) -> bytes:
     """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
-    defines = cuda_config.defines(config, k, _BITS[element], _MAGNITUDE_AT[element], silu, dependent)
+    defines = cuda_config.defines(config, k, element, silu, dependent)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
@@ -148,8 +143,7 @@ def _load(
 
 def compiled_unpack(element: str, dependent: bool) -> bytes:
     """The cubin of `mx_unpack.cu` for elements "e4m3", "e5m2" or "e2m1"."""
-    element_defines = {"BITS": _BITS[element], "MAG_AT": _MAGNITUDE_AT[element]}
-    defines = element_defines | {"WARPS": _UNPACK_WARPS, "PDL": int(dependent)}
+    defines = cuda_packing.decoding(element) | {"WARPS": _UNPACK_WARPS, "PDL": int(dependent)}
     return nvrtc.compile_source(source("mx_unpack.cu"), "mx_unpack.cu", defines, "sm_90a")
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, SCALE_NAN, ElementFormat, MXBlocks
+from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, FORMATS, SCALE_NAN, ElementFormat, MXBlocks
 
 ROWS = 16
 """Rows of a tile."""
@@ -60,6 +60,17 @@ class CudaWeight(NamedTuple):
 
     tiles: Tensor
     post: float
+
+
+def element_bits(element: str) -> int:
+    """Bits of an element "e4m3", "e5m2", "e2m1" or "bf16"."""
+    return 16 if element == "bf16" else FORMATS[element].bits
+
+
+def decoding(element: str) -> dict[str, int]:
+    """The compile-time parameters of `mx_decode.cuh` for weights of such elements."""
+    places = _BYTE_PLACES.get(element)
+    return {"BITS": element_bits(element), "MAG_AT": places[0][0][2] if places else 0}
 
 
 def tile_bytes(bits: int) -> int:
