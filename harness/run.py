@@ -29,15 +29,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.callbacks import ClipOutputs, RolloutProgress
+from harness.ab.callbacks import ClipOutputs, RolloutProgress
+from harness.ab.module import RolloutModule
+from harness.ab.processes import ProcessError, ProcessParts, check_clips, check_processes, stop_others
+from harness.ab.recorder import Recorder, arm_labels
 from harness.config import ROOT, RunConf, RunPlan, plan_run
+from harness.config.extras import missing_launcher
 from harness.data.datamodule import ClipDataModule
-from harness.extras import missing_launcher
 from harness.measure.stability import InstabilityError
 from harness.models.checkpoint import load_encoder
-from harness.module import RolloutModule
-from harness.outcome import Recorder, arm_labels
-from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes, stop_others
 from harness.report import incidents
 from harness.report.gates import EXIT_CODES, check_comparable, evaluate
 from harness.report.page.run_page import write_run_page

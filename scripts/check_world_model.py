@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from harness.arm import Arm
+from harness.ab.arm import Arm
+from harness.ab.module import RolloutModule
 from harness.config import ROOT, RunPlan, plan_run, register
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
 from harness.measure.quality import frame_psnr
 from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
-from harness.module import RolloutModule
 
 MARGIN_DB = 1.5
 """What the model must gain over the repeated frame."""

@@ -38,6 +38,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.config import ROOT, register
+from harness.formats.mx import E2M1, E4M3, decode, encode
+from harness.formats.scales import ScaleMode
+from harness.kernels.triton import shapes as triton_config
+from harness.kernels.triton.shapes import GemmConfig, candidates
 from harness.kv import KVCache
 from harness.kv.conf import KVConf, KVFormat, KVStorage
 from harness.measure.environment import environment
@@ -45,14 +49,12 @@ from harness.models.attention import LayerAttend
 from harness.models.config_io import gamerft_config, model_section
 from harness.models.gamerft import GameRFTConfig, attend_from_projection, rms_norm
 from harness.models.rope import apply_rotary
-from harness.mx.conf import Activation, KernelChoice, ScaleMode
+from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import KERNELS, available_kernels
-from harness.mx.formats import E2M1, E4M3, decode, encode
-from harness.mx.kernels import cuda_linear, triton_config
-from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
-from harness.mx.kernels.triton_config import GemmConfig, candidates
-from harness.mx.kernels.triton_linear import TritonMXLinear, paths
-from harness.mx.linear import LinearFormat, MXModule
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.base import LinearFormat, MXModule
+from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
+from harness.mx.linears.triton import TritonMXLinear, paths
 from harness.rollout.attention import AttentionKind, check_attention, frame_attention
 from harness.rollout.compile import CompileConf, compile_function
 from scripts import tune_cuda

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import launch
-from harness.mx.kernels import cuda_ops, nvrtc
-from harness.mx.kernels.cuda_config import CudaConfig, CudaShape, candidates, choose, fits
-from harness.mx.kernels.cuda_linear import CudaLinear
+from harness.kernels import launch
+from harness.kernels.cuda import nvrtc
+from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda.shapes import CudaConfig, CudaShape, candidates, choose, fits
+from harness.mx.linears.cuda import CudaLinear
 
 TRIED = 64
 """Launch shapes tried at first, the ones that the rule puts in front."""

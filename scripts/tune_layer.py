@@ -5,10 +5,10 @@
     python scripts/tune_layer.py --model dit_v4_5b --bits 8 4
 
 A Linear by itself (`microbench.py --tune`) does not show what counts in a frame: kernels are launched while those in
-front of them still run (`harness.launch`), and one that leaves room on a multiprocessor has its weights there before
-its input is ready. So here layers run as in a frame, in a CUDA graph: attention over a full ring, sums and norms, and
-the four Linears, of which one kind after the other is given each launch shape worth trying. A shape whose product is
-wrong is never timed. Needs a Hopper GPU.
+front of them still run (`harness.kernels.launch`), and one that leaves room on a multiprocessor has its weights there
+before its input is ready. So here layers run as in a frame, in a CUDA graph: attention over a full ring, sums and
+norms, and the four Linears, of which one kind after the other is given each launch shape worth trying. A shape whose
+product is wrong is never timed. Needs a Hopper GPU.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import launch
+from harness.kernels import launch
+from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda import shapes as cuda_config
+from harness.kernels.cuda.shapes import CudaConfig
 from harness.kv import KVConf, KVStorage
 from harness.models.gamerft import BlockModulation, GameRFTCore
-from harness.mx.kernels import cuda_config, cuda_linear, cuda_ops
-from harness.mx.kernels.cuda_config import CudaConfig
-from harness.mx.kernels.cuda_linear import CudaLinear
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.cuda import CudaLinear
 from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import AttentionKind, frame_attention
 from harness.rollout.linears import pack

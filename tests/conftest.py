@@ -20,7 +20,7 @@ from omegaconf import open_dict
 from safetensors.torch import save_file
 
 from harness.config import ROOT, register
-from harness.flags import FLAGS
+from harness.config.flags import FLAGS
 from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
 from harness.models.dcae import DCAEEncoder

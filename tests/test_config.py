@@ -6,7 +6,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from harness.config import ROOT, ConfigError, RunConf, plan_run
-from harness.extras import missing_launcher
+from harness.config.extras import missing_launcher
 
 GROUPS = {
     path.name: sorted(option.stem for option in path.glob("*.yaml"))

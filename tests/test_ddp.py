@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
-from harness import parallel
+from harness.ab import processes as parallel
+from harness.ab.processes import ProcessError, ProcessParts, check_clips, check_processes
 from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
 from harness.measure.stability import OnInstability
-from harness.parallel import ProcessError, ProcessParts, check_clips, check_processes
 from harness.report.record import load_record
 from harness.run import run
 
@@ -21,7 +21,7 @@ SMOKE += ["quant=mxfp4_mlp", "kv=mx_v_only"]
 BROKEN = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from harness.module import RolloutModule
+from harness.ab.module import RolloutModule
 from harness.run import cli
 
 plain = RolloutModule.predict_step

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.config import ConfigError, plan_run
-from harness.flags import FlagError, flag, flags_set, ignored, kv_flag
+from harness.config.flags import FlagError, flag, flags_set, ignored, kv_flag
 from harness.kv import KVStorage
 from harness.run import run
 

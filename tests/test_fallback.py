@@ -1,6 +1,6 @@
 import pytest
 
-from harness.fallback import fallbacks
+from harness.ab.fallback import fallbacks
 from harness.kv import KVConf, KVStorage
 from harness.kv.conf import KVScales
 from harness.mx.conf import CategoryBits, MXConf, Scope

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from harness.module import RolloutModule
+from harness.ab.module import RolloutModule
 from harness.report.record import load_record
 from harness.run import cli
 

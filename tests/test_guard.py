@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import harness.arm
-from harness.arm import Arm
+import harness.ab.arm
+from harness.ab.arm import Arm
 from harness.measure.stability import InstabilityError
 from harness.report.record import load_record
 from harness.run import run
@@ -16,7 +16,7 @@ from harness.run import run
 @pytest.fixture
 def broken_mxfp4(monkeypatch):
     """Every MXFP4 model gives NaN in one layer, from the first generated frame on."""
-    plain = harness.arm.apply_mx
+    plain = harness.ab.arm.apply_mx
 
     def apply(core, conf):
         summary = plain(core, conf)
@@ -26,7 +26,7 @@ def broken_mxfp4(monkeypatch):
             core.blocks[1].mlp.fc1.register_forward_hook(hook)
         return summary
 
-    monkeypatch.setattr("harness.arm.apply_mx", apply)
+    monkeypatch.setattr("harness.ab.arm.apply_mx", apply)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 import torch
 from game_clips import write_game_clip
 
+from harness.ab.module import pad_batch
 from harness.data.datamodule import ClipBatch
 from harness.measure.stability import InstabilityError
-from harness.module import pad_batch
 from harness.report.record import load_record
 from harness.run import run
 
@@ -199,8 +199,8 @@ def test_throughput_with_overlapped_decoding_stands_beside_the_latency(record, m
         def play(self, inputs):
             return [self.decode(self.rollout.next_frame(*frame)).clone() + (not same) for frame in inputs], 0.5
 
-    monkeypatch.setattr("harness.arm.OverlappedDecoding", Sequential)
-    monkeypatch.setattr("harness.config.compile_room.validate", lambda conf, device: None)
+    monkeypatch.setattr("harness.ab.arm.OverlappedDecoding", Sequential)
+    monkeypatch.setattr("harness.config.plan.compile_room.validate", lambda conf, device: None)
     monkeypatch.setattr("harness.rollout.sampler.validate_compile", lambda conf, device: None)
     found = record(*SMOKE, "kv=mx_v_only", "compile.overlap_decode=true", "data.batch_size=2", "data.limit=2")
     for arm in found.arms.values():

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.config import ROOT, RunConf
-from harness.flags import FLAGS
+from harness.config.flags import FLAGS
 
 TEXT = (ROOT / "docs" / "plan_coverage.md").read_text()
 CODE = [word for span in re.findall(r"`([^`]+)`", TEXT) for word in span.split()]

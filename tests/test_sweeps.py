@@ -7,9 +7,8 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from harness import extras
-from harness.config import ROOT
-from harness.extras import missing_launcher, missing_logger
+from harness.config import ROOT, extras
+from harness.config.extras import missing_launcher, missing_logger
 from harness.report.record import load_record
 from harness.run import cli
 

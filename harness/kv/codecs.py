@@ -14,20 +14,20 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from harness.kv.conf import EMAConf
-from harness.mx.formats import (
+from harness.formats.mx import (
     BLOCK,
     E2M1,
     SCALE_NAN,
     ElementFormat,
     MXBlocks,
-    ScaleMode,
     decode,
     encode,
     encode_with_scales,
     scale_bytes,
     stored_values,
 )
+from harness.formats.scales import ScaleMode
+from harness.kv.conf import EMAConf
 
 E8M0_BIAS = 127
 """The byte of an E8M0 scale is its exponent plus this."""

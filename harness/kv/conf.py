@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from harness.mx.formats import BLOCK, FORMATS, ElementFormat, ScaleMode
+from harness.formats.mx import BLOCK, FORMATS, ElementFormat
+from harness.formats.scales import ScaleMode
 
 TENSORS = ("k", "v")
 
@@ -24,7 +25,7 @@ class KVStorage(Enum):
 
 
 class KVFormat(Enum):
-    """Element format of MX; see :mod:`harness.mx.formats`."""
+    """Element format of MX; see :mod:`harness.formats.mx`."""
 
     e4m3 = "e4m3"
     e5m2 = "e5m2"

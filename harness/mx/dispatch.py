@@ -1,7 +1,7 @@
 """The one place that decides which kernel computes an MX Linear.
 
 A kernel is an entry of `KERNELS`: when it can run, which Linears it fits, and what it puts in the place of an
-`nn.Linear`. To add one, put its device code into `harness/mx/kernels/` and its entry here; `auto`, the errors and the
+`nn.Linear`. To add one, put its device code into `harness/kernels/` and its entry here; `auto`, the errors and the
 run record follow.
 """
 
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from harness.formats.mx import E5M2
 from harness.mx.conf import Activation, KernelChoice
-from harness.mx.formats import E5M2
-from harness.mx.kernels import cuda_linear, native, triton_linear
-from harness.mx.linear import LinearFormat, MXLinear, MXModule
-from harness.mx.torchao_linear import TorchaoMXLinear
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears import native
+from harness.mx.linears import triton as triton_linear
+from harness.mx.linears.base import LinearFormat, MXLinear, MXModule
+from harness.mx.linears.torchao import TorchaoMXLinear
 
 AVAILABLE = "ok"
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.mx.formats import BLOCK, SCALE_NAN, ElementFormat, MXBlocks, decode, encode
-from harness.mx.linear import MXModule
+from harness.formats.mx import BLOCK, SCALE_NAN, ElementFormat, MXBlocks, decode, encode
+from harness.mx.linears.base import MXModule
 
 
 def linear_error(linear: nn.Linear, mx: MXModule, x: Tensor) -> dict[str, Any]:

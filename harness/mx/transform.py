@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from harness.formats.mx import BLOCK
 from harness.models.bf16 import is_plain
 from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
-from harness.mx.formats import BLOCK
-from harness.mx.linear import LinearFormat, MXModule
+from harness.mx.linears.base import LinearFormat, MXModule
 from harness.mx.select import Candidate, MXTransformError, Selection, category, place, select
 
 _BEHIND = {"mlp.fc1": "act"}

@@ -33,7 +33,7 @@ class ArmRecord:
         pass; ``None`` if it was not asked for. memory: bytes of weights and KV window, allocator figures.
         compile: set-up times and counters of compilation. kv_stats: what the KV cache stored, frame by frame, as
         :meth:`harness.kv.KVStats.report` gives it. numerics: error of each MX Linear on sampled inputs, as
-        :func:`harness.numerics.layer_numerics` gives it.
+        :func:`harness.ab.numerics.layer_numerics` gives it.
     """
 
     label: str

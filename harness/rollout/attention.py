@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from harness.formats.scales import ScaleMode
 from harness.kv import KVCache
 from harness.models.attention import Attend, ProjectedAttend
-from harness.mx.conf import ScaleMode
 from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
 

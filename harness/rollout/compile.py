@@ -85,7 +85,7 @@ def validate(conf: CompileConf, device: torch.device) -> None:
     if conf.options.get("triton.enable_pdl"):
         problems.append(
             "options: triton.enable_pdl lets Inductor's kernels begin early on terms that ours do not keep "
-            "(harness/launch.py); leave it out"
+            "(harness/kernels/launch.py); leave it out"
         )
     unknown = sorted(set(conf.options) - set(torch._inductor.list_options())) if conf.options else []
     if unknown:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness import launch
+from harness.formats.mx import FORMATS, carry_threshold
+from harness.formats.scales import ScaleMode
+from harness.kernels import launch
 from harness.kv.codecs import HeadEMACodec, Int8Codec, MXCodec
 from harness.kv.storage import FrameRing, PlainRing, QuantisedRing
 from harness.models.gamerft import RMS_EPS
-from harness.mx.conf import ScaleMode
-from harness.mx.formats import FORMATS, carry_threshold
 
 WAVES = 2
 """Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine, and
@@ -40,7 +40,7 @@ STAGES, WARPS = 2, 4
 """Tiles in flight per program, one more of heads above 64, and its warps: one warpgroup, what 64 queries occupy."""
 
 AHEAD = True
-"""Whether programs launched while their queries are still computed (`harness.launch`) ask for their share meanwhile."""
+"""Whether programs ask for their share while their queries are still computed, see `harness.kernels.launch`."""
 
 MAX_COMBINERS = 8
 """Programs of a head that combine its splits' sums, a share of the queries each."""
@@ -234,7 +234,7 @@ def window_attention(
     Returns:
         ``(out [B, P, H*Dh], k)``, k ``[B, H, P, Dh]``, normalised and rotated, if asked for, else empty.
     """
-    from harness.rollout.kernels.window import window_kernel
+    from harness.kernels.triton.window import window_kernel
 
     (batch, tokens), (heads, frames) = qkv.shape[:2], k_ring.shape[1:3]
     dim, programs = qkv.shape[2] // (3 * heads), batch * heads

@@ -1,7 +1,8 @@
 """BF16 Linears of the blocks, modulation too, by our own kernel, over packed weights, where that makes a frame faster.
 
 By itself a product of a frame's rows takes cuBLAS no longer. But cuBLAS begins when the kernel in front of it has
-ended, and ours has its weights there by then (:mod:`harness.launch`). What MX Linears gain is told against the faster.
+ended, and ours has its weights there by then (:mod:`harness.kernels.launch`). What MX Linears gain is told against the
+faster.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from harness.models.gamerft import GameRFTCore
-from harness.mx.kernels import cuda_linear
-from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
 from harness.rollout.attention import AttentionKind
 from harness.rollout.compile import CompileConf
 

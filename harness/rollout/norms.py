@@ -1,6 +1,6 @@
 """What lies between a layer's big products, in one launch: a gated residual sum and the modulated norm of it.
 
-Host side of ``harness.rollout.kernels.norms``.
+Host side of ``harness.kernels.triton.norms``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness import launch
+from harness.kernels import launch
 from harness.models.gamerft import RMS_EPS
 
 WARPS = 4
@@ -29,7 +29,7 @@ def residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift:
     Returns:
         Both, ``[B, P, D]`` in the dtype of ``x``, rounded where eager code rounds.
     """
-    from harness.rollout.kernels.norms import residual_norm_kernel
+    from harness.kernels.triton.norms import residual_norm_kernel
 
     x, branch = x.contiguous(), branch.contiguous()
     gate, scale, shift = (v if v.stride(-1) == 1 else v.contiguous() for v in (gate, scale, shift))

@@ -4,8 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
+from harness.formats.scales import ScaleMode
 from harness.kv import EMAConf, KVConf, KVFormat, KVScales, KVStorage, describe, validate
-from harness.mx.formats import ScaleMode
 
 
 def mx(**fields):

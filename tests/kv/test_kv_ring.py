@@ -4,8 +4,9 @@ import pytest
 import torch
 from kv_cases import DH, MX_KV, STORAGES, WINDOWS, B, H, P, RollCat, W, frames_of, in_order, make_cache, prefill, roll
 
+from harness.formats.mx import decode, encode
+from harness.formats.scales import ScaleMode
 from harness.kv import KVCache, KVConf, KVStorage
-from harness.mx.formats import ScaleMode, decode, encode
 
 
 @pytest.mark.parametrize("prefilled", [W, W + 3])

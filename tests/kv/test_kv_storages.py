@@ -6,8 +6,8 @@ import pytest
 import torch
 from kv_cases import DH, I8, MX, STORAGES, WINDOWS, B, H, P, RollCat, W, frames_of, in_order, make_cache, prefill, roll
 
+from harness.formats.mx import decode, encode
 from harness.kv import EMAConf, KVConf, KVScales, KVStorage
-from harness.mx.formats import decode, encode
 
 E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from harness.formats.mx import E4M3, FORMATS, decode, encode, stored_values
+from harness.formats.scales import ScaleMode
 from harness.kv.codecs import Int8Codec
-from harness.mx.conf import ScaleMode
-from harness.mx.formats import E4M3, FORMATS, decode, encode, stored_values
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

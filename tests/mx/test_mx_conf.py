@@ -5,7 +5,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
-from harness.mx.conf import CategoryBits, MXConf, ScaleMode, Scope, validate
+from harness.formats.scales import ScaleMode
+from harness.mx.conf import CategoryBits, MXConf, Scope, validate
 
 
 def test_defaults_are_valid_and_off():

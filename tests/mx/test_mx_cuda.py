@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness import launch
+from harness.formats.mx import E2M1, E4M3, E5M2, MXBlocks, decode, encode
+from harness.formats.scales import ScaleMode
+from harness.kernels import launch
+from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda.shapes import MANY_ROWS, CudaConfig
 from harness.models.embeddings import MLP
-from harness.mx.conf import Activation, ScaleMode
-from harness.mx.formats import E2M1, E4M3, E5M2, MXBlocks, decode, encode
-from harness.mx.kernels import cuda_linear, cuda_ops
-from harness.mx.kernels.cuda_config import MANY_ROWS, CudaConfig
-from harness.mx.kernels.cuda_linear import CudaLinear, CudaMXLinear
-from harness.mx.kernels.triton_linear import TritonMXLinear
-from harness.mx.linear import LinearFormat
+from harness.mx.conf import Activation
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.base import LinearFormat
+from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
+from harness.mx.linears.triton import TritonMXLinear
 
 DEVICE = torch.device("cuda", 0)
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)

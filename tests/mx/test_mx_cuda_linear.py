@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.mx.conf import Activation, ScaleMode
-from harness.mx.formats import E2M1, E4M3, decode
-from harness.mx.kernels import cuda_linear, cuda_ops
-from harness.mx.kernels.cuda_config import (
+from harness.formats.mx import E2M1, E4M3, decode
+from harness.formats.scales import ScaleMode
+from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda.shapes import (
     MANY_ROWS,
     SHARED_BYTES,
     TUNED,
@@ -22,9 +22,11 @@ from harness.mx.kernels.cuda_config import (
     layout,
     shared_bytes,
 )
-from harness.mx.kernels.cuda_linear import CudaLinear
-from harness.mx.kernels.triton_linear import TritonMXLinear
-from harness.mx.linear import LinearFormat
+from harness.mx.conf import Activation
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.base import LinearFormat
+from harness.mx.linears.cuda import CudaLinear
+from harness.mx.linears.triton import TritonMXLinear
 
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
 W4A16 = LinearFormat(E2M1, ScaleMode.rceil, Activation.bf16)

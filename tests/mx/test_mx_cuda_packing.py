@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from harness.mx.formats import E2M1, E4M3, FORMATS, MXBlocks, decode, encode
-from harness.mx.kernels import cuda_packing
+from harness.formats.mx import E2M1, E4M3, FORMATS, MXBlocks, decode, encode
+from harness.kernels.cuda import packing as cuda_packing
 
 
 def blocks_of(fmt, n=33, k=96):

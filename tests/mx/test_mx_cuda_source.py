@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.mx.formats import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
-from harness.mx.kernels import cuda_packing
-from harness.mx.kernels.cuda_config import CudaConfig, defines, launch_grid, layout
+from harness.formats.mx import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
+from harness.kernels.cuda import packing as cuda_packing
+from harness.kernels.cuda.shapes import CudaConfig, defines, launch_grid, layout
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "harness" / "mx" / "kernels"
+KERNELS = HERE.parent.parent / "harness" / "kernels" / "cuda"
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),

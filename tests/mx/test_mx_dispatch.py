@@ -3,11 +3,12 @@ import importlib.util
 import pytest
 import torch
 
-from harness.mx.conf import Activation, KernelChoice, ScaleMode
+from harness.formats.mx import E2M1, E4M3, E5M2
+from harness.formats.scales import ScaleMode
+from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import KERNELS, available_kernels, resolve_kernel
-from harness.mx.formats import E2M1, E4M3, E5M2
-from harness.mx.kernels import native
-from harness.mx.linear import LinearFormat
+from harness.mx.linears import native
+from harness.mx.linears.base import LinearFormat
 
 CPU = torch.device("cpu")
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)

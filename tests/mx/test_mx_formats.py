@@ -9,18 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
 
-from harness.mx.formats import (
-    E2M1,
-    E4M3,
-    E5M2,
-    FORMATS,
-    ElementFormat,
-    MXBlocks,
-    ScaleMode,
-    _decode_by_arithmetic,
-    decode,
-    encode,
-)
+from harness.formats.mx import E2M1, E4M3, E5M2, FORMATS, ElementFormat, MXBlocks, _decode_by_arithmetic, decode, encode
+from harness.formats.scales import ScaleMode
 
 TORCHAO = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e2m1": torch.float4_e2m1fn_x2}
 ALL_FORMATS = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.formats.mx import E4M3, FORMATS, decode
+from harness.formats.scales import ScaleMode
+from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda import packing as cuda_packing
+from harness.kernels.cuda.packing import CudaWeight
 from harness.mx import transform
-from harness.mx.conf import Activation, CategoryBits, MXConf, ScaleMode
+from harness.mx.conf import Activation, CategoryBits, MXConf
 from harness.mx.dispatch import KERNELS
-from harness.mx.formats import E4M3, FORMATS, decode
-from harness.mx.kernels import cuda_linear, cuda_ops, cuda_packing
-from harness.mx.kernels.cuda_linear import CudaMXLinear
-from harness.mx.kernels.cuda_packing import CudaWeight
-from harness.mx.kernels.triton_linear import TritonMXLinear
-from harness.mx.linear import LinearFormat, MXLinear
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.base import LinearFormat, MXLinear
+from harness.mx.linears.cuda import CudaMXLinear
+from harness.mx.linears.triton import TritonMXLinear
 from harness.mx.numerics import linear_error
 from harness.mx.transform import apply_mx
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness.mx.conf import Activation, KernelChoice, ScaleMode
+from harness.formats.mx import E2M1, E4M3, FORMATS, MXBlocks, decode, encode
+from harness.formats.scales import ScaleMode
+from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import available_kernels, resolve_kernel
-from harness.mx.formats import E2M1, E4M3, FORMATS, MXBlocks, decode, encode
-from harness.mx.linear import LinearFormat, MXLinear
+from harness.mx.linears.base import LinearFormat, MXLinear
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,10 +7,11 @@ from torch import nn
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
 from torchao.quantization import quantize_
 
-from harness.mx.conf import Activation, ScaleMode
-from harness.mx.formats import E2M1, E4M3, E5M2, decode
-from harness.mx.linear import LinearFormat, MXLinear
-from harness.mx.torchao_linear import TorchaoMXLinear, torchao_config
+from harness.formats.mx import E2M1, E4M3, E5M2, decode
+from harness.formats.scales import ScaleMode
+from harness.mx.conf import Activation
+from harness.mx.linears.base import LinearFormat, MXLinear
+from harness.mx.linears.torchao import TorchaoMXLinear, torchao_config
 
 TORCHAO = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e2m1": torch.float4_e2m1fn_x2}
 ELEMENTS = pytest.mark.parametrize("element", [E4M3, E5M2, E2M1], ids=lambda f: f.name)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness.mx.conf import Activation, ScaleMode
+from harness.formats.mx import E2M1, E4M3, MXBlocks, encode
+from harness.formats.scales import ScaleMode
+from harness.mx.conf import Activation
 from harness.mx.dispatch import resolve_kernel
-from harness.mx.formats import E2M1, E4M3, MXBlocks, encode
-from harness.mx.linear import LinearFormat
+from harness.mx.linears.base import LinearFormat
 from harness.mx.numerics import block_stats, clipped, error, linear_error
 
 

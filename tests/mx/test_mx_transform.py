@@ -7,9 +7,9 @@ from torch import nn
 
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.mx.conf import CategoryBits, MXConf
-from harness.mx.linear import MXLinear, MXModule
+from harness.mx.linears.base import MXLinear, MXModule
+from harness.mx.linears.torchao import TorchaoMXLinear
 from harness.mx.select import MXTransformError
-from harness.mx.torchao_linear import TorchaoMXLinear
 from harness.mx.transform import apply_mx, check_mx
 
 

@@ -18,12 +18,13 @@ if not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
-from harness.mx.conf import Activation, ScaleMode
-from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode, scale_values
-from harness.mx.kernels import triton_ops
-from harness.mx.kernels.triton_config import GemmConfig
-from harness.mx.kernels.triton_linear import TritonMXLinear
-from harness.mx.linear import LinearFormat
+from harness.formats.mx import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode, scale_values
+from harness.formats.scales import ScaleMode
+from harness.kernels.triton import ops as triton_ops
+from harness.kernels.triton.shapes import GemmConfig
+from harness.mx.conf import Activation
+from harness.mx.linears.base import LinearFormat
+from harness.mx.linears.triton import TritonMXLinear
 
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)

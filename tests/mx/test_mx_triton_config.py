@@ -5,13 +5,14 @@ import importlib.util
 import pytest
 import torch
 
-from harness.mx.conf import Activation, KernelChoice, ScaleMode
+from harness.formats.mx import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
+from harness.formats.scales import ScaleMode
+from harness.kernels.triton.packing import pack, padded_inputs, unpack
+from harness.kernels.triton.shapes import TUNED, GemmConfig, Shape, candidates, choose, rule, shared_bytes, steps
+from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import resolve_kernel
-from harness.mx.formats import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
-from harness.mx.kernels import triton_linear
-from harness.mx.kernels.packing import pack, padded_inputs, unpack
-from harness.mx.kernels.triton_config import TUNED, GemmConfig, Shape, candidates, choose, rule, shared_bytes, steps
-from harness.mx.linear import LinearFormat
+from harness.mx.linears import triton as triton_linear
+from harness.mx.linears.base import LinearFormat
 
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
 W4A8 = LinearFormat(E2M1, ScaleMode.rceil, Activation.mxfp8)

@@ -8,8 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from harness.kernels.triton.window import window_kernel
 from harness.rollout import fused
-from harness.rollout.kernels.window import window_kernel
 
 RING = {"plain": ("*bf16", "*i64"), "int8": ("*i8", "*bf16")}
 TENSORS = {"cos": "*fp32", "sin": "*fp32", "sums": "*fp32", "totals": "*fp32", "slot": "*i64", "arrived": "*i32"}

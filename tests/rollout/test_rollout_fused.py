@@ -20,11 +20,11 @@ if not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
 
 from rollout_cases import SAMPLER, make_core, make_inputs, make_rollout, play
 
+from harness.formats.scales import ScaleMode
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.kv.conf import KVFormat, KVScales
 from harness.models.gamerft import attend_from_projection, gated, modulated_norm, rms_norm
 from harness.models.rope import apply_rotary
-from harness.mx.conf import ScaleMode
 from harness.rollout import AttentionKind, CompileCounters, fused
 from harness.rollout.attention import FusedAttention, RingAttention
 from harness.rollout.norms import residual_norm

@@ -9,8 +9,8 @@ from rollout_cases import make_core
 from torch import nn
 
 from harness.mx.conf import MXConf, Scope
-from harness.mx.kernels import cuda_linear
-from harness.mx.kernels.cuda_linear import CudaLinear
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.cuda import CudaLinear
 from harness.mx.transform import apply_mx
 from harness.rollout import AttentionKind, CompileConf
 from harness.rollout.linears import is_packed, pack, pack_where_faster, unpack, validate

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness.mx.formats import E2M1, encode
-from harness.mx.linear import MXLinear
+from harness.formats.mx import E2M1, encode
+from harness.mx.linears.base import MXLinear
 from harness.rollout.attention import AttentionKind
 from scripts import microbench
 

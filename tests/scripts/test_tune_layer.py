@@ -5,7 +5,7 @@ import torch
 
 from harness.kv import KVStorage
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
-from harness.mx.kernels.cuda_linear import CudaLinear
+from harness.mx.linears.cuda import CudaLinear
 from scripts import tune_cuda, tune_layer
 
 

@@ -1,0 +1,207 @@
+"""The LightningModule of a run: sets both arms up, and rolls each batch of clips out through each arm."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from harness.ab.arm import Arm, Rolled
+from harness.ab.fallback import Fallback
+from harness.ab.guard import Guard
+from harness.ab.numerics import FRAMES, layer_numerics
+from harness.config import RunPlan
+from harness.data.datamodule import ClipBatch
+from harness.data.noise import batch_noise
+from harness.kv import KVConf
+from harness.measure.quality import ClipQuality, FrameScores, score_frames
+from harness.measure.stability import frame_change
+from harness.models.checkpoint import load_decoder, load_gamerft, random_decoder, random_gamerft
+from harness.models.dcae import DCAEDecoder, to_frames
+from harness.models.gamerft import GameRFTCore
+from harness.mx.conf import MXConf
+from harness.rollout import FrameDecoder
+from harness.rollout.linears import unpack
+
+OVERLAP_FRAMES = 64
+"""Frames over which the throughput of overlapped decoding is measured, at most."""
+
+
+@dataclass(frozen=True)
+class ClipOutcome:
+    """One finished clip.
+
+    ``frames`` by arm, and ``recording`` where there is one: ``[F, 3, h, w]`` float in [0, 1] on the CPU.
+    """
+
+    quality: ClipQuality
+    fps: float
+    frames: dict[str, Tensor]
+    times: dict[str, list[dict[str, float]]]
+
+
+def pad_batch(batch: ClipBatch, size: int) -> ClipBatch:
+    """Repeat the last clip until the batch holds ``size``: caches and graphs have a fixed batch."""
+    missing = size - len(batch.clip_ids)
+    if missing <= 0:
+        return batch
+
+    def pad(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat((value, value[-1:].expand(missing, *value.shape[1:])))
+        return value if value is None else value + value[-1:] * missing
+
+    return replace(batch, **{name: pad(value) for name, value in vars(batch).items()})
+
+
+class RolloutModule(LightningModule):
+    """BF16 and candidate arm over the same clips, noise, compile mode and process.
+
+    Args:
+        plan: the checked run.
+
+    After ``setup``: ``arms`` (``bf16``, and ``candidate`` unless that is BF16 too), in the order they were built.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.arms: dict[str, Arm] = {}
+        self.guard = Guard(plan)
+        self.parameters_total = 0
+        self.decoder_cold_start_s = 0.0
+        self.decoder_dtype = torch.bfloat16
+        self.numerics: dict[str, Any] | None = None
+        self.on_frame: Callable[[], None] = lambda: None
+        self._first: ClipBatch | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the model; then per arm: MX Linears, KV cache, compile.
+
+        Raises:
+            ValueError: if a checkpoint does not fit, or a Linear that is to be MX cannot be.
+        """
+        conf = self.plan.conf
+        core = self._load_core()
+        self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
+        self._load_decoder()
+        candidate = None if conf.is_baseline else copy.deepcopy(core)
+        arms = {"bf16": Arm(core, MXConf(), KVConf(), self.plan, self.decode)}
+        if candidate is not None:
+            arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
+        if conf.quant.list and self.trainer.is_global_zero:
+            print(arms.get("candidate", arms["bf16"]).summary.listing())
+        self.arms = arms
+
+    def _load_core(self) -> GameRFTCore:
+        conf, arch = self.plan.conf.model, self.plan.arch
+        core = load_gamerft(conf.checkpoint, arch) if conf.checkpoint else random_gamerft(arch, conf.seed)
+        return core.to(self.plan.device, torch.bfloat16)
+
+    def _load_decoder(self) -> None:
+        """Load and warm the decoder, which both arms share: the same frames for the same latents."""
+        conf, dcae, device = self.plan.conf.decoder, self.plan.dcae, self.plan.device
+        decoder: DCAEDecoder = (
+            load_decoder(conf.checkpoint, dcae) if conf.checkpoint else random_decoder(dcae, conf.seed)
+        )
+        self.decoder_dtype = conf.dtype_on(device)
+        decoder.to(device, self.decoder_dtype)
+        self._decoder = FrameDecoder(decoder, self.plan.conf.compile, conf.groups)
+        start = time.perf_counter()
+        shape = self.plan.clip_shape
+        with torch.inference_mode():
+            for _ in range(2):
+                zeros = torch.zeros(self.plan.conf.data.batch_size, shape.channels, shape.side, shape.side)
+                self.decode(zeros.to(device)).cpu()
+        self.decoder_cold_start_s = time.perf_counter() - start
+
+    @property
+    def decoder_groups(self) -> dict[str, int]:
+        """Groups in which each grouped convolution of the decoder runs."""
+        return self._decoder.groups
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1], in the decoder's dtype."""
+        return self._decoder((latent * self.plan.vae_scale).to(self.decoder_dtype))
+
+    def noise(self, clip_ids: list[str], future: int) -> tuple[Tensor, Tensor]:
+        """The noise that every arm gets for these clips."""
+        conf, shape = self.plan.conf.sampler, self.plan.clip_shape
+        return batch_noise(conf.seed, clip_ids, conf.window, future, shape.channels, shape.side)
+
+    def predict_step(self, batch: ClipBatch, batch_idx: int) -> list[ClipOutcome]:
+        """Roll a batch out through each arm and score its frames.
+
+        Raises:
+            InstabilityError: naming arm, clip and frame, if an arm became unstable and the run ends with that.
+        """
+        clips, batch = len(batch.clip_ids), pad_batch(batch, self.plan.conf.data.batch_size)
+        noise = self.noise(batch.clip_ids, self.plan.conf.data.future_frames)
+        if self._first is None:
+            self._first = batch
+        # The arms take turns at going first, so that a machine that slows down or warms up favours neither.
+        order = list(self.arms) if batch_idx % 2 == 0 else list(self.arms)[::-1]
+        rolled: dict[str, Rolled] = {}
+        for name in order:
+            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient)
+            self.guard.check_finite(name, self.arms[name], rolled[name], batch, noise)
+        recording = self._recording(batch)
+        self.guard.note_baseline(rolled["bf16"], batch, clips, recording)
+        if "candidate" in self.arms:
+            while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise):
+                self._rebuild(fallback)
+                rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame)
+        # A clip with NaN (only if the run was told to go on) has no score to give.
+        scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
+        return [self._outcome(batch, clip, rolled, recording) for clip in scored]
+
+    def _rebuild(self, fallback: Fallback) -> None:
+        """Set the candidate up again, from the BF16 arm's weights."""
+        with torch.inference_mode(False):  # what is built here outlives this step
+            core = unpack(copy.deepcopy(self.arms["bf16"].core))
+            self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode)
+
+    def _recording(self, batch: ClipBatch) -> Tensor | None:
+        """What rollouts are compared with, ``[B, F, 3, h, w]`` in [0, 1]: recorded frames, or decoded latents."""
+        if batch.frames is not None:
+            return batch.frames.cpu()
+        if batch.latents_future is None:
+            return None
+        frames = [to_frames(self.decode(latent).cpu()) for latent in batch.latents_future.unbind(1)]
+        return torch.stack(frames, 1)
+
+    def _outcome(self, batch: ClipBatch, clip: int, rolled: dict[str, Rolled], recording: Tensor | None) -> ClipOutcome:
+        frames = {name: to_frames(rolled[name].rgb[clip]) for name in self.arms}
+        scores: dict[str, FrameScores] = {}
+        if recording is not None:
+            scores = {name: score_frames(frames[name], recording[clip]) for name in self.arms}
+            frames["recording"] = recording[clip]
+        if "candidate" in self.arms:
+            scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
+        change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
+        quality = ClipQuality(batch.clip_ids[clip], batch.tags[clip], scores, change, self.guard.fallback)
+        return ClipOutcome(quality, batch.fps[clip], frames, {name: rolled[name].times for name in self.arms})
+
+    def on_predict_epoch_end(self) -> None:
+        """After all timed work: split a few frames into their parts, and measure the error of each MX Linear."""
+        conf, batch = self.plan.conf.measure, self._first
+        if batch is None or not self.trainer.is_global_zero:
+            return
+        frames = min(max(conf.parts_frames + 1, FRAMES), self.plan.conf.data.future_frames)
+        noise = self.noise(batch.clip_ids, frames)
+        if conf.parts_frames:
+            for arm in self.arms.values():
+                arm.measure_parts(batch, noise, conf.parts_frames)
+        if self.plan.conf.compile.overlap_decode:
+            noise = self.noise(batch.clip_ids, min(OVERLAP_FRAMES, self.plan.conf.data.future_frames))
+            for arm in self.arms.values():
+                arm.measure_overlap(batch, noise)
+        if conf.numerics_rows and "candidate" in self.arms:
+            bf16, candidate = self.arms["bf16"], self.arms["candidate"]
+            self.numerics = layer_numerics(bf16, candidate, batch, noise, conf.numerics_rows)

@@ -1,0 +1,1 @@
+"""MX numbers: element formats, scales, blocks, and exact encoding and decoding. Imports torch alone."""

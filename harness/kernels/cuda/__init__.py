@@ -1,0 +1,1 @@
+"""CUDA kernels compiled by NVRTC: sources, packing, launch shapes, operators."""

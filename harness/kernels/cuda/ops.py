@@ -1,0 +1,154 @@
+"""`mx_linear.cu` as a torch operator: it traces into `torch.compile` and is captured in CUDA graphs.
+
+Every shape of launch is a kernel of its own, compiled (half a second) at its first use and kept. Call it once with
+each number of rows before capturing a graph. Of many rows the product is torch's, of what `mx_unpack.cu` makes of the
+weight.
+"""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.kernels import launch
+from harness.kernels.cuda import nvrtc
+from harness.kernels.cuda import packing as cuda_packing
+from harness.kernels.cuda import shapes as cuda_config
+from harness.kernels.cuda.packing import GROUP
+from harness.kernels.cuda.shapes import CudaConfig, CudaShape, choose, launch_grid
+
+_UNPACK_WARPS = 8
+
+_loading = threading.Lock()
+
+
+@torch.library.custom_op("harness_mx::cuda_linear", mutates_args=(), device_types="cuda")
+def mx_linear(
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    element: str,
+    post: float,
+    config: list[int],
+    silu: bool = False,
+) -> Tensor:
+    """`x @ decode(weight).T + bias`, or SiLU of that: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
+
+    `tiles` and `post` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or None,
+    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`, and `CudaShape.many` for when the weight is
+    unpacked instead). `silu` applies SiLU in float32 to the sums rounded to BF16, as `F.silu` on the rounded outputs
+    does.
+
+    Raises `nvrtc.DriverError` when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
+    """
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    m, k = x.shape
+    product = CudaShape(m, out_features, k, cuda_packing.element_bits(element))
+    if product.many and not config:
+        out = library_product(x, unpack(tiles, (out_features, k), element), bias, post)
+        return F.silu(out) if silu else out
+    out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
+    if m == 0:
+        return out
+    shape = CudaConfig(*config) if config else choose(product)
+    with torch.cuda.device(x.device):
+        pdl = launch.dependent(x.device)
+        function = load(shape, product, element, x.device, silu, pdl)
+        arguments = (
+            nvrtc.TensorMap(x, 8 * shape.m_tiles, GROUP),
+            tiles,
+            bias,
+            out,
+            ctypes.c_int(m),
+            ctypes.c_int(out_features),
+            ctypes.c_int(tiles.shape[1]),
+            ctypes.c_float(post),
+        )
+        function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, pdl)
+    return out
+
+
+@mx_linear.register_fake
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    element: str,
+    post: float,
+    config: list[int],
+    silu: bool = False,
+) -> Tensor:
+    return torch.empty(x.shape[0], out_features, dtype=torch.bfloat16, device=x.device)
+
+
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, post: float) -> Tensor:
+    """`post * x @ weight.T + bias`, BF16, rounded once."""
+    if post == 1:
+        return F.linear(x, weight, bias)
+    return torch.addmm(x.new_zeros(1) if bias is None else bias, x, weight.t(), alpha=post)
+
+
+def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
+    """The BF16 weight [N, K], divided by `post`, that `tiles` hold, for `sizes` (N, K).
+
+    Raises `nvrtc.DriverError` when the driver refuses the launch.
+    """
+    if element == "bf16":  # no decoding, and none of a frame's products: prefill's, of a model packed for few rows
+        return cuda_packing.unpack_plain(tiles, *sizes)
+    (n, k), (rows, groups) = sizes, tiles.shape[:2]
+    out = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.device)
+    with torch.cuda.device(tiles.device), _loading:
+        pdl = launch.dependent(tiles.device)
+        function = _load_unpack(element, torch.cuda.current_device(), pdl)
+        arguments = (tiles, out, *(ctypes.c_int(size) for size in (n, k, groups)))
+        function.launch((-(-rows * groups // _UNPACK_WARPS), 1), 32 * _UNPACK_WARPS, arguments, pdl)
+    return out
+
+
+@functools.cache
+def source(kernel: str = "mx_linear.cu") -> str:
+    """A kernel's source: the instructions, how weights are decoded, then what is made of them."""
+    here = Path(__file__).parent
+    return "".join((here / name).read_text() for name in ("mx_device.cuh", "mx_decode.cuh", kernel))
+
+
+@functools.cache
+def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool) -> bytes:
+    """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
+    defines = cuda_config.defines(config, k, element, silu, dependent)
+    return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
+
+
+def load(
+    config: CudaConfig, shape: CudaShape, element: str, device: torch.device, silu: bool, dependent: bool
+) -> nvrtc.Function:
+    """The kernel `config` for the product `shape` on the current device, `device`."""
+    with _loading:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _load(config, shape.k, cuda_config.shared_bytes(config, shape), element, index, silu, dependent)
+
+
+@functools.cache
+def _load(
+    config: CudaConfig, k: int, shared: int, element: str, device: int, silu: bool, dependent: bool
+) -> nvrtc.Function:
+    return nvrtc.Function(compiled(config, k, element, silu, dependent), "mx_linear", shared)
+
+
+def compiled_unpack(element: str, dependent: bool) -> bytes:
+    """The cubin of `mx_unpack.cu` for elements "e4m3", "e5m2" or "e2m1"."""
+    defines = cuda_packing.decoding(element) | {"WARPS": _UNPACK_WARPS, "PDL": int(dependent)}
+    return nvrtc.compile_source(source("mx_unpack.cu"), "mx_unpack.cu", defines, "sm_90a")
+
+
+@functools.cache
+def _load_unpack(element: str, device: int, dependent: bool) -> nvrtc.Function:
+    return nvrtc.Function(compiled_unpack(element, dependent), "mx_unpack", 0)

@@ -1,0 +1,337 @@
+"""Which shape of `kernel=cuda` runs for which Linear: a table of measured winners, and a rule for the rest.
+
+`scripts/microbench.py --tune` measures and prints entries for `TUNED`. Names are those of `mx_linear.cu`.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import astuple, dataclass, replace
+
+from harness.kernels.cuda.packing import ROWS, decoding, element_bits, groups, tile_bytes
+
+BUCKETS = (8, 16, 32, 64, 128, 256)
+"""Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
+
+MANY_ROWS = BUCKETS[-1]
+"""Of more rows, those of a frame of many clips (docs/performance.md) or of prefill, the product is a library's."""
+
+SHARED_BYTES = 227 * 1024
+"""Shared memory a block may use on compute capability 9.0, whose multiprocessors have 1 KB more for every block."""
+
+_ALONE_BYTES, _BESIDE_BYTES = 114 * 1024, 112 * 1024
+"""What a block takes at least so that there is one of its kind, and at most so that another finds room beside it."""
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """Shape of one launch, all fixed at compile time.
+
+    `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` (a multiple of 4) by `warps_k`
+    warps a block, side by side and splitting K; `cluster` blocks splitting K, `share` such clusters side by side that
+    share what they fetch of x; `stage_groups` times 64 inputs in each of
+    `stages` stages that a warp fetches ahead; `blocks` a multiprocessor.
+    """
+
+    m_tiles: int
+    row_tiles: int
+    warps_n: int
+    warps_k: int
+    cluster: int
+    stage_groups: int
+    stages: int
+    blocks: int = 1
+    share: int = 1
+
+    def as_ints(self) -> list[int]:
+        """For an operator's signature."""
+        return list(astuple(self))
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles of W that a cluster computes."""
+        return self.row_tiles * self.warps_n
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.warps_n * self.warps_k
+
+
+@dataclass(frozen=True)
+class CudaShape:
+    """A product: rows M, outputs N, inputs K, bits of the weights."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+
+    @property
+    def many(self) -> bool:
+        """Whether the weight is unpacked for a library's product."""
+        return self.m > MANY_ROWS
+
+    @property
+    def bucket(self) -> int:
+        """M rounded up to one of `BUCKETS`."""
+        return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
+
+
+TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
+    (8, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 3, 2),
+    (8, 64, 1536, 1536): CudaConfig(8, 1, 8, 1, 8, 3, 1),
+    (8, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 1, 2, blocks=2),
+    (8, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
+    (8, 8, 147456, 1536): CudaConfig(1, 3, 4, 2, 1, 1, 2, blocks=2),
+    (4, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 4, 2),
+    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1),
+    (4, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 4, 1, blocks=2),
+    (4, 64, 1536, 6144): CudaConfig(8, 1, 4, 1, 8, 3, 2, blocks=2),
+    (4, 8, 147456, 1536): CudaConfig(1, 3, 12, 1, 1, 2, 2),
+    (16, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 1, 4),
+    (16, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
+    (16, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 2, 2, 3),
+    (16, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 3, 2),
+    (16, 8, 147456, 1536): CudaConfig(1, 2, 4, 2, 1, 2, 2),
+    (16, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 2, 2, share=2),
+    (8, 64, 7680, 2560): CudaConfig(8, 1, 16, 1, 4, 1, 4, share=2),
+    (4, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 3, 2),
+    (16, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 5, 2, 2),
+    (8, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 5, 3, 2),
+    (4, 64, 2560, 2560): CudaConfig(8, 1, 4, 1, 5, 2, 4, blocks=2),
+    (16, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 4, 2, 2),
+    (8, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 2, 2, 2),
+    (4, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 2, 4, 2),
+    (16, 64, 2560, 10240): CudaConfig(8, 1, 8, 1, 8, 2, 2),
+    (8, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 7, 1, 3),
+    (4, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 7, 3, 2),
+    (8, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 1, 1, 2),
+    (8, 256, 1536, 6144): CudaConfig(16, 2, 8, 1, 8, 1, 2),
+    (8, 256, 4608, 1536): CudaConfig(16, 1, 16, 1, 3, 1, 4),
+    (8, 256, 1536, 1536): CudaConfig(16, 1, 4, 1, 4, 1, 3, blocks=2, share=2),
+    (4, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 1, 2, 2),
+    (4, 256, 1536, 6144): CudaConfig(16, 2, 8, 1, 8, 2, 2),
+    (4, 256, 4608, 1536): CudaConfig(8, 1, 12, 1, 1, 2, 2),
+    (4, 256, 1536, 1536): CudaConfig(8, 1, 4, 1, 2, 3, 2, blocks=2, share=2),
+    (16, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 2, 2),
+    (16, 256, 1536, 6144): CudaConfig(8, 1, 12, 1, 6, 2, 2),
+    (16, 256, 4608, 1536): CudaConfig(16, 1, 8, 1, 3, 1, 4),
+    (16, 256, 1536, 1536): CudaConfig(8, 1, 8, 1, 2, 2, 2, share=4),
+    (8, 128, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 2, 2),
+    (8, 128, 1536, 6144): CudaConfig(16, 1, 8, 1, 8, 2, 2),
+    (8, 128, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 2, 2, blocks=2),
+    (8, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 4, 2, blocks=2, share=2),
+    (4, 128, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 2, 2),
+    (4, 128, 1536, 6144): CudaConfig(16, 1, 8, 1, 8, 4, 2),
+    (4, 128, 4608, 1536): CudaConfig(8, 1, 16, 1, 3, 3, 2),
+    (4, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1, blocks=2, share=2),
+    (16, 128, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 1, 4),
+    (16, 128, 1536, 6144): CudaConfig(8, 1, 12, 1, 6, 1, 4),
+    (16, 128, 4608, 1536): CudaConfig(16, 1, 12, 1, 4, 1, 4),
+    (16, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1),
+    (8, 256, 10240, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 2),
+    (8, 256, 2560, 10240): CudaConfig(8, 2, 12, 1, 8, 1, 2),
+    (8, 256, 7680, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 2, share=2),
+    (8, 256, 2560, 2560): CudaConfig(16, 1, 12, 1, 4, 1, 2),
+    (4, 256, 10240, 2560): CudaConfig(16, 1, 16, 1, 4, 2, 2, share=2),
+    (4, 256, 2560, 10240): CudaConfig(8, 3, 8, 1, 8, 2, 2),
+    (4, 256, 7680, 2560): CudaConfig(8, 1, 16, 1, 2, 3, 2),
+    (4, 256, 2560, 2560): CudaConfig(8, 1, 12, 1, 2, 4, 2, share=2),
+    (16, 8, 552960, 2560): CudaConfig(1, 1, 16, 1, 4, 3, 2),
+    (8, 8, 552960, 2560): CudaConfig(1, 2, 16, 1, 2, 4, 1),
+    (4, 8, 552960, 2560): CudaConfig(1, 2, 12, 1, 2, 4, 1, blocks=2),
+    (8, 128, 10240, 2560): CudaConfig(16, 1, 12, 1, 4, 1, 2),
+    (8, 128, 2560, 10240): CudaConfig(8, 3, 8, 1, 8, 1, 2),
+    (8, 128, 7680, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 3, share=2),
+    (8, 128, 2560, 2560): CudaConfig(8, 1, 12, 1, 4, 1, 2),
+    (4, 128, 10240, 2560): CudaConfig(8, 2, 12, 1, 2, 2, 2, share=4),
+    (4, 128, 2560, 10240): CudaConfig(8, 2, 12, 1, 8, 2, 2),
+    (4, 128, 7680, 2560): CudaConfig(8, 1, 16, 1, 2, 3, 2),
+    (4, 128, 2560, 2560): CudaConfig(8, 1, 12, 1, 4, 3, 2),
+}
+"""(bits, M bucket, N, K) to the fastest shape measured on an H100: of blocks in a layer, of modulation alone."""
+
+_PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
+"""Multiprocessors of an H100 or H200 that clusters of each size can fill."""
+
+_BYTES_PER_NS = 45.0  # what one multiprocessor takes in from HBM, L2 and its neighbours
+_DECODE_NS = 10.0  # of one tile of W by all warps of a multiprocessor
+_WGMMA_NS = 2.4  # of one tile of W by 8 rows of x
+_CLUSTER_NS = 600.0  # starting and meeting in a cluster
+_WARPS_K_NS = 150.0
+
+
+def held_groups(config: CudaConfig, k: int) -> int:
+    """Groups of 64 inputs that a block holds of x, at most."""
+    return max(1, -(-groups(k) // config.cluster))
+
+
+def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
+    """Bytes of shared memory a block uses, and whether partial sums must arrive where x and W were."""
+    held, slots = held_groups(config, k), config.cluster * config.warps_k
+    operands = held * config.m_tiles * 1024
+    operands += config.warps * config.stages * config.row_tiles * config.stage_groups * tile_bytes(bits)
+    owned = -(-config.tiles * config.m_tiles // config.cluster)
+    partial = slots * owned * 512 if slots > 1 else 0
+    barriers = (held + config.warps * config.stages + 1) * 8  # of x, of W, of partial sums
+    overlay = operands + partial + barriers > _room(config)
+    return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
+
+
+def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
+    """Shared memory a block is given.
+
+    Where every block can have a multiprocessor of its own, no less than what keeps a second away: launched while
+    others still run (`harness.kernels.launch`), blocks would gather where there is room first, and multiprocessors
+    that come free later would stay empty.
+    """
+    used = layout(config, shape.k, shape.bits)[0]
+    return max(used, _ALONE_BYTES) if config.blocks == 1 and _at_once(config, shape) else used
+
+
+def defines(config: CudaConfig, k: int, element: str, silu: bool = False, dependent: bool = False) -> dict[str, int]:
+    """The compile-time parameters of `mx_linear.cu`; `dependent`: launched as `harness.kernels.launch` describes."""
+    return decoding(element) | {
+        "MT": config.m_tiles,
+        "RT": config.row_tiles,
+        "WR": config.warps_n,
+        "WK": config.warps_k,
+        "CL": config.cluster,
+        "CN": config.share,
+        "GS": config.stage_groups,
+        "ST": config.stages,
+        "GX": held_groups(config, k),
+        "OVERLAY": int(layout(config, k, element_bits(element))[1]),
+        "PDL": int(dependent),
+        "BLOCKS": config.blocks,
+        "SILU": int(silu),
+    }
+
+
+def launch_grid(config: CudaConfig, m: int, n: int) -> tuple[int, int]:
+    """Blocks along N (whole clusters) and along M."""
+    clusters = -(-n // (ROWS * config.tiles * config.share))
+    return clusters * config.cluster * config.share, -(-m // (8 * config.m_tiles))
+
+
+def choose(shape: CudaShape) -> CudaConfig:
+    """The measured winner for `shape`, or for the product most like it whose winner fits, or `estimate`'s."""
+    return _nearest(shape) or _ranked(replace(shape, m=shape.bucket))[0]
+
+
+def _nearest(shape: CudaShape) -> CudaConfig | None:
+    def distance(key: tuple[int, int, int, int]) -> float:
+        return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
+
+    alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
+    fitting = [key for key in alike if fits(TUNED[key], shape)]
+    return TUNED[min(fitting, key=distance)] if fitting else None
+
+
+def fits(config: CudaConfig, shape: CudaShape) -> bool:
+    """Whether a block of `config` finds room on a multiprocessor."""
+    return layout(config, shape.k, shape.bits)[0] <= _room(config)
+
+
+def _room(config: CudaConfig) -> int:
+    """Shared memory that a block of `config` may use."""
+    return SHARED_BYTES if config.blocks == 1 else _BESIDE_BYTES
+
+
+def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
+    """What `microbench --tune` tries for `shape`: the `most` that look best to `estimate`, best first."""
+    return list(_ranked(replace(shape, m=shape.bucket))[:most])
+
+
+def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
+    """What `scripts/tune_layer.py` tries for `shape`: `most` at most, of three kinds in equal parts.
+
+    The best to `estimate`; the best of those that leave room on a multiprocessor, where the next kernel's weights can
+    be fetched meanwhile; and those that fetch most of their weight before they need x.
+    """
+    ranked = sorted(_ranked(replace(shape, m=shape.bucket)), key=lambda config: not _at_once(config, shape))
+    small = [config for config in ranked if layout(config, shape.k, shape.bits)[0] <= _SMALL_BYTES]
+    early = sorted(ranked, key=lambda config: -_fetched_ahead(config, shape))
+    part = most // 3
+    return list(dict.fromkeys([*ranked[:part], *small[:part], *early[:part]]))
+
+
+_SMALL_BYTES = 128 * 1024
+"""Shared memory of a block that leaves room."""
+
+
+def _at_once(config: CudaConfig, shape: CudaShape) -> bool:
+    """Whether there is a place for every block from the start."""
+    across, down = launch_grid(config, shape.m, shape.n)
+    return across * down <= _PLACES[config.cluster * config.share] * config.blocks
+
+
+def _fetched_ahead(config: CudaConfig, shape: CudaShape) -> int:
+    """Bytes of W under way on the whole GPU before x is there."""
+    stage = config.row_tiles * config.stage_groups * tile_bytes(shape.bits)
+    needed = config.tiles * held_groups(config, shape.k) * tile_bytes(shape.bits)
+    return launch_grid(config, shape.m, shape.n)[0] * min(config.warps * config.stages * stage, needed)
+
+
+@functools.cache
+def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
+    m_tiles = next(t for t in (1, 2, 4, 8, 16, 32) if t == 32 or shape.m <= 8 * t)
+    fitting = [
+        config
+        for tiles in {m_tiles, min(m_tiles, 16), min(m_tiles, 8)}
+        for cluster, share in itertools.product(_PLACES, (1, 2, 4))
+        if cluster * share in _PLACES
+        for row_tiles in (1, 2, 3, 4)
+        for warps_n in (4, 8, 12, 16)
+        for warps_k in (1, 2, 3, 4)
+        for blocks in (1, 2)
+        for config in _with_stages(CudaConfig(tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks, share), shape)
+        if _sensible(config, shape)
+    ]
+    return tuple(sorted(fitting, key=lambda config: estimate(shape, config)))
+
+
+def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
+    """`config` with two stages, four, and as many as hold all a warp needs or as fit; nothing when not even two do."""
+    needed = -(-held_groups(config, shape.k) // config.warps_k)
+    grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
+    wanted = -(-needed // grouped.stage_groups)
+    for stages in range(min(wanted, 12), 0, -1):
+        staged = replace(grouped, stages=stages)
+        if fits(staged, shape):
+            counts = {min(stages, 2), min(stages, 4), stages}
+            return [replace(staged, stages=count) for count in sorted(counts)] if stages >= min(wanted, 2) else []
+    return []
+
+
+def _sensible(config: CudaConfig, shape: CudaShape) -> bool:
+    warps = config.warps * config.blocks
+    registers = config.row_tiles * (config.m_tiles * 4 + 20) + 32
+    return (
+        config.warps <= 16
+        and warps <= 24
+        and registers <= 255
+        and registers * 32 * warps <= 65536
+        and config.warps_k <= held_groups(config, shape.k)
+        and config.tiles <= -(-shape.n // ROWS) + config.row_tiles
+    )
+
+
+def estimate(shape: CudaShape, config: CudaConfig) -> float:
+    """Predicted time in ns. Coarse on purpose, it only ranks shapes that nobody has measured.
+
+    A block takes in its part of W and of x and its neighbours' partial sums, decodes and multiplies. Blocks beyond what
+    the multiprocessors hold wait for a second round.
+    """
+    held, (across, down) = held_groups(config, shape.k), launch_grid(config, shape.m, shape.n)
+    places = _PLACES[config.cluster * config.share] * config.blocks
+    rounds = max(1.0, across * down / places) if across * down > 4 * places else -(-across * down // places)
+    w, x = config.tiles * held * tile_bytes(shape.bits), held * config.m_tiles * 1024
+    sent = config.warps_k * config.tiles * config.m_tiles * 512 if config.cluster * config.warps_k > 1 else 0
+    taken_in = w + x * (1 + 1 / config.share) / 2 + sent * (config.cluster - 1) / config.cluster
+    compute = config.tiles * held * max(_DECODE_NS, _WGMMA_NS * config.m_tiles)
+    compute *= 1 + 4 / (config.warps * config.blocks)  # one warpgroup alone decodes or multiplies
+    work = taken_in / _BYTES_PER_NS + 0.5 * compute
+    extra = (_CLUSTER_NS if config.cluster * config.share > 1 else 0.0) + (_WARPS_K_NS if config.warps_k > 1 else 0.0)
+    return rounds * work * config.blocks + extra

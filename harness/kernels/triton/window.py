@@ -1,0 +1,490 @@
+"""Attention of one frame from its projection on, in one launch: to its window in the ring beside its own K and V.
+
+Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
+for one head and leaves unnormalised sums; when all of a head have arrived they combine a share of its queries each, in
+the order of the splits, so that results do not depend on which one arrived when. The window is read in order of age,
+oldest first: the ring from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the
+window and is read by nobody. So the last split of a head, which attends to the frame's own K and V, straight from the
+projection, can store them there in the same launch.
+
+Scores need no running maximum: queries and keys are RMS-normalised, so that by Cauchy and Schwarz none is larger than
+sqrt(Dh), give or take a stored key's rounding, and the sums of their exponentials are far from float32's limits.
+
+Packed tiles are decoded in registers; the window is nowhere unpacked in memory. E2M1 packs neighbouring columns into a
+byte. Rather than interleaving them again, which moves data between threads, K's even and odd columns meet those of the
+queries in two products, and V's fill two accumulators.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from harness.kernels.triton.blocks import decode_bytes, decode_nibbles, scale_values
+from harness.kernels.triton.heads import load_angles, load_rows, rotated, store_tile
+
+
+@triton.jit
+def even_odd(x, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Even and odd columns of ``x [ROWS, DIM]``."""
+    return tl.split(tl.reshape(x, (ROWS, DIM // 2, 2)))
+
+
+@triton.jit
+def halves_of(x, PAIRED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """``x`` twice, or its even and odd columns if ``PAIRED``."""
+    if PAIRED:
+        first, second = even_odd(x, ROWS, DIM)
+    else:
+        first, second = x, x
+    return first, second
+
+
+@triton.jit
+def ring_rows(start, place, TOKENS: tl.constexpr, LENGTH: tl.constexpr, PARTIAL: tl.constexpr):
+    """Where the rows at ``place`` in order of age lie in a ring of ``LENGTH`` rows whose oldest is at ``start``.
+
+    ``PARTIAL``: some may be past the newest stored one; they get its row, and are for the caller to mask.
+    """
+    row = start + (tl.minimum(place, LENGTH - TOKENS - 1) if PARTIAL else place)
+    return tl.where(row >= LENGTH, row - LENGTH, row)
+
+
+@triton.jit
+def ask_for(memory, row, BYTES: tl.constexpr):
+    """Have rows of ``BYTES`` bytes brought into L2; waits for nothing."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    lines = (
+        memory.to(tl.pointer_type(tl.int8), bitcast=True) + row[:, None] * BYTES + tl.arange(0, LINES)[None, :] * 128
+    )
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def ask_for_share(
+    k_data,
+    k_factors,
+    v_data,
+    v_factors,
+    slot,
+    begin,
+    end,
+    K_BYTES: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Have a program's tiles of the window brought into L2 while what its queries come from is still computed.
+
+    ``BYTES`` of a row; ``BLOCKS``: whether it has a scale for every 32 columns. A hint: it may be given before what is
+    in ``slot`` can be relied on.
+    """
+    current = tl.load(slot, cache_modifier=".cg").to(tl.int32)  # not from L1, which would keep it
+    start = (tl.minimum(tl.maximum(current, 0), LENGTH // TOKENS - 1) + 1) * TOKENS
+    for tile in range(begin, end):
+        row = ring_rows(start, tile * ROWS + tl.arange(0, ROWS), TOKENS, LENGTH, False)
+        ask_for(k_data, row, K_BYTES)
+        ask_for(v_data, row, V_BYTES)
+        if K_BLOCKS:
+            ask_for(k_factors, row // 16, DIM // 2)
+        if V_BLOCKS:
+            ask_for(v_factors, row // 16, DIM // 2)
+
+
+@triton.jit
+def load_factors(
+    scales,
+    start,
+    first,
+    FORMAT: tl.constexpr,
+    PER: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """Scales of ``ROWS`` rows from ``first`` on in order of age, float32 ``[ROWS, DIM/32]``, or ``[ROWS, 1]``.
+
+    ``PER``: what has a scale of its own, a "block" of 32 columns, a "token" or a "frame" of ``TOKENS`` rows.
+    """
+    COLUMNS: tl.constexpr = DIM // 32 if PER == "block" else 1
+    BYTES: tl.constexpr = COLUMNS * (2 if FORMAT == "int8" else 1)  # of a row
+    if PER == "frame" or TOKENS * BYTES % 4 != 0:
+        row = ring_rows(start, first + tl.arange(0, ROWS), TOKENS, LENGTH, PARTIAL)
+        place = row // TOKENS if PER == "frame" else row
+        stored = tl.load(scales + place[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+        factors = stored.to(tl.float32) if FORMAT == "int8" else scale_values(stored)
+    else:
+        # Words of 4 bytes: Hopper's asynchronous copies take no less, and a load that is not asynchronous makes every
+        # tile wait for memory.
+        WORDS: tl.constexpr = ROWS * BYTES // 4
+        row = ring_rows(start, first + tl.arange(0, WORDS) * (4 // BYTES), TOKENS, LENGTH, PARTIAL)
+        words = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + row // (4 // BYTES))
+        if FORMAT == "int8":  # BF16 is a float32's upper half
+            halves = (words[:, None] >> (tl.arange(0, 2) * 16)[None, :]) << 16
+            factors = tl.reshape(halves, (ROWS, COLUMNS)).to(tl.float32, bitcast=True)
+        else:
+            bytes = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 0xFF
+            factors = scale_values(tl.reshape(bytes, (ROWS, COLUMNS)))
+    return factors
+
+
+@triton.jit
+def load_tile(
+    data,
+    scales,
+    start,
+    first,
+    FORMAT: tl.constexpr,
+    PER: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Rows of a ring as ``DTYPE``: all columns (twice), or for E2M1 the even and the odd ones.
+
+    ``ROWS`` rows from ``first`` on in order of age; ``start``: row of the oldest frame. See :func:`load_factors`
+    and :func:`ring_rows`.
+    """
+    WIDTH: tl.constexpr = DIM // 2 if FORMAT == "e2m1" else DIM
+    SCALES: tl.constexpr = DIM // 32 if PER == "block" else 1
+    row = ring_rows(start, first + tl.arange(0, ROWS), TOKENS, LENGTH, PARTIAL)
+    stored = tl.load(data + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    if FORMAT == "plain":
+        one, other = stored, stored
+    else:
+        factors = load_factors(scales, start, first, FORMAT, PER, ROWS, DIM, TOKENS, LENGTH, PARTIAL)
+        if FORMAT == "e2m1":
+            one, other = decode_nibbles(stored, factors, ROWS, DIM, SCALES)
+        else:
+            one = decode_bytes(stored, factors, FORMAT, ROWS, DIM, SCALES)
+            other = one
+    return one.to(DTYPE), other.to(DTYPE)
+
+
+@triton.jit
+def attend_tile(
+    q0,
+    q1,
+    k0,
+    k1,
+    v0,
+    v1,
+    ok,
+    total,
+    sum0,
+    sum1,
+    scale,
+    MASKED: tl.constexpr,
+    K_PAIRED: tl.constexpr,
+    V_PAIRED: tl.constexpr,
+):
+    """Add a tile of keys, those that are ``ok``, to each query's total of weights and weighted sums of values."""
+    scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if K_PAIRED:
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+    p = tl.exp2(scores * scale)
+    if MASKED:
+        p = tl.where(ok[None, :], p, 0.0)
+        v0 = tl.where(ok[:, None], v0, 0.0)  # a weight of 0 does not silence a NaN or an infinity
+        v1 = tl.where(ok[:, None], v1, 0.0)
+    total += tl.sum(p, 1)
+    weights = p.to(v0.dtype)
+    sum0 = tl.dot(weights, v0, sum0, input_precision="ieee")
+    if V_PAIRED:
+        sum1 = tl.dot(weights, v1, sum1, input_precision="ieee")
+    return total, sum0, sum1
+
+
+@triton.jit
+def own_rows(
+    part,
+    cos,
+    sin,
+    token,
+    ok,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Keys, normalised and rotated, and values of rows ``token`` of a head, whose queries are at ``part``."""
+    STRIDE: tl.constexpr = 3 * HEADS * DIM
+    raw = load_rows(part + HEADS * DIM, token, ok, STRIDE, DIM)
+    values = load_rows(part + 2 * HEADS * DIM, token, ok, STRIDE, DIM)
+    cosine, sine = load_angles(cos, sin, token, ok, DIM)
+    return rotated(raw, cosine, sine, ROWS, DIM, EPS), values
+
+
+@triton.jit
+def combine(
+    sums,
+    totals,
+    out,
+    rows,
+    stride,
+    queries,
+    asked,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Softmax over the whole window from each split's sums; ``rows``: a head's, ``stride`` from split to split.
+
+    Reads around the L1 cache, which may hold what lay there before.
+    """
+    CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
+    total = tl.zeros((ROWS,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(totals + split * stride + rows, mask=asked, other=1.0, cache_modifier=".cg")
+    for first in range(0, DIM, CHUNK):
+        columns = first + tl.arange(0, CHUNK)
+        result = tl.zeros((ROWS, CHUNK), tl.float32)
+        for split in tl.static_range(SPLITS):
+            part = sums + (split * stride + rows)[:, None] * DIM + columns[None, :]
+            result += tl.load(part, mask=asked[:, None], other=0.0, cache_modifier=".cg")
+        values = (result / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
+
+
+@triton.jit
+def shares_to_combine(arrived, epoch, before, split, SPLITS: tl.constexpr, SHARES: tl.constexpr, POLLS: tl.constexpr):
+    """Bits of the shares of a head's queries that this program combines, once all ``SPLITS`` have arrived.
+
+    Split i combines share i, of ``SHARES``. It waits for the others by polling ``epoch``, which the last to arrive
+    moves on from ``before``. Should they not come, because the GPU has no room for them beside those that wait, it
+    leaves its share to the last one: bit 16 + i of ``arrived``, whose lower bits count.
+    """
+    mine = tl.where(split < SHARES, 1 << split, 0)
+    seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
+    if (seen & 0xFFFF) == SPLITS - 1:
+        mine |= seen >> 16
+        tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(epoch, before + 1, sem="release", scope="gpu")
+    elif mine != 0:
+        polls, now = 0, before
+        while (now == before) & (polls < POLLS):
+            now = tl.atomic_add(epoch, 0, sem="acquire", scope="gpu")
+            polls += 1
+        if now == before:
+            count = tl.atomic_or(arrived, mine << 16, sem="acq_rel", scope="gpu") & 0xFFFF
+            if (count == SPLITS) | (count == 0):  # all have arrived since; the last may have put it back to 0
+                tl.atomic_and(arrived, 0xFFFF, sem="relaxed", scope="gpu")
+            else:
+                mine = 0
+    return mine
+
+
+@triton.jit
+def window_kernel(
+    qkv,
+    cos,
+    sin,
+    k_ring,
+    k_scales,
+    v_ring,
+    v_scales,
+    slot,
+    out,
+    own_k,
+    sums,
+    totals,
+    arrived,
+    scale,
+    programs,
+    HEADS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    EPS: tl.constexpr,
+    SHARE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    K_PER: tl.constexpr,
+    K_STORE: tl.constexpr,
+    K_LARGEST: tl.constexpr,
+    K_EMAX: tl.constexpr,
+    K_THRESHOLD: tl.constexpr,
+    V_FORMAT: tl.constexpr,
+    V_PER: tl.constexpr,
+    V_STORE: tl.constexpr,
+    V_LARGEST: tl.constexpr,
+    V_EMAX: tl.constexpr,
+    V_THRESHOLD: tl.constexpr,
+    RCEIL: tl.constexpr,
+    KEEP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,
+    OWN: tl.constexpr,
+    SHARES: tl.constexpr,
+    POLLS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
+
+    Rings ``[B, H, FRAMES, TOKENS, width]``; ``cos, sin [TOKENS, DIM/2]`` float32. ``SHARE`` tiles of ``BLOCK_N`` rows
+    a split; the last split also takes what is left over, in a tile of ``REST`` rows (0: nothing is), and the frame's
+    own, in tiles of ``OWN``. Writes ``out [B, TOKENS, H, DIM]``; where told to store, slot ``slot`` of the rings;
+    with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``.
+
+    With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
+    ``arrived`` int32 ``[2, blocks of queries, B*H]``, at first 0: see :func:`shares_to_combine`, to which ``SHARES``
+    and ``POLLS`` belong. ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as
+    ``harness.kernels.launch`` describes; ``AHEAD``: see :func:`ask_for_share`.
+    """
+    K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
+    V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
+    V_WIDTH: tl.constexpr = DIM // 2 if V_PAIRED else DIM
+    K_WIDTH: tl.constexpr = DIM // 2 if K_PAIRED else DIM
+    STRIDE: tl.constexpr = 3 * HEADS * DIM
+    LENGTH: tl.constexpr = FRAMES * TOKENS
+    PAST: tl.constexpr = LENGTH - TOKENS
+    TILES: tl.constexpr = PAST // BLOCK_N
+    DTYPE: tl.constexpr = qkv.dtype.element_ty
+    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, head = row // HEADS, row % HEADS
+    queries = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    asked = queries < TOKENS
+    k_data, v_data = k_ring + row * (LENGTH * K_WIDTH), v_ring + row * (LENGTH * V_WIDTH)
+    K_SCALES: tl.constexpr = FRAMES if K_PER == "frame" else LENGTH * (DIM // 32 if K_PER == "block" else 1)
+    V_SCALES: tl.constexpr = FRAMES if V_PER == "frame" else LENGTH * (DIM // 32 if V_PER == "block" else 1)
+    k_factors, v_factors = k_scales + row * K_SCALES, v_scales + row * V_SCALES
+    part = qkv + batch * (TOKENS * STRIDE) + head * DIM
+    begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD:
+            K_BYTES: tl.constexpr = K_WIDTH * k_ring.dtype.element_ty.primitive_bitwidth // 8
+            V_BYTES: tl.constexpr = V_WIDTH * v_ring.dtype.element_ty.primitive_bitwidth // 8
+            ask_for_share(
+                k_data,
+                k_factors,
+                v_data,
+                v_factors,
+                slot,
+                begin,
+                end,
+                K_BYTES,
+                K_FORMAT != "plain" and K_PER == "block",
+                V_BYTES,
+                V_FORMAT != "plain" and V_PER == "block",
+                BLOCK_N,
+                DIM,
+                TOKENS,
+                LENGTH,
+            )
+        tl.extra.cuda.gdc_wait()
+    counter = arrived + tl.program_id(2) * programs + row
+    epoch = counter + tl.num_programs(2) * programs
+    before = tl.load(epoch, cache_modifier=".cg") if SPLITS > 1 else 0
+    current = tl.load(slot).to(tl.int32)
+    start = (current + 1) * TOKENS
+    raw = load_rows(part, queries, asked, STRIDE, DIM)
+    cosine, sine = load_angles(cos, sin, queries, asked, DIM)
+    q = rotated(raw, cosine, sine, BLOCK_M, DIM, EPS)
+    q0, q1 = halves_of(q, K_PAIRED, BLOCK_M, DIM)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sum0 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
+    sum1 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
+    # Of the frame's own values, which are not paired.
+    own_sum = tl.zeros((BLOCK_M, DIM if V_PAIRED else 16), tl.float32)
+    for tile in range(begin, end):
+        first = tile * BLOCK_N
+        k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
+        v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
+        total, sum0, sum1 = attend_tile(
+            q0, q1, k0, k1, v0, v1, None, total, sum0, sum1, scale, False, K_PAIRED, V_PAIRED
+        )
+    if split == SPLITS - 1:
+        if REST > 0:
+            first = TILES * BLOCK_N
+            k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            stored = first + tl.arange(0, REST) < PAST
+            total, sum0, sum1 = attend_tile(
+                q0, q1, k0, k1, v0, v1, stored, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
+            )
+        for tile in tl.range(0, (TOKENS + OWN - 1) // OWN, num_stages=1):
+            token = tile * OWN + tl.arange(0, OWN)
+            ok = token < TOKENS
+            own_keys, own_values = own_rows(part, cos, sin, token, ok, HEADS, OWN, DIM, EPS)
+            if V_PAIRED:
+                total, own_sum, _ = attend_tile(
+                    q,
+                    q,
+                    own_keys,
+                    own_keys,
+                    own_values,
+                    own_values,
+                    ok,
+                    total,
+                    own_sum,
+                    own_sum,
+                    scale,
+                    True,
+                    False,
+                    False,
+                )
+            else:
+                total, sum0, _ = attend_tile(
+                    q, q, own_keys, own_keys, own_values, own_values, ok, total, sum0, sum0, scale, True, False, False
+                )
+            mine = ok & (tl.program_id(2) == 0)  # every block of queries is here; one stores
+            place = current * TOKENS + token
+            if K_STORE:
+                store_tile(
+                    own_keys, k_data, k_factors, place, mine, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, RCEIL, OWN, DIM
+                )
+            if V_STORE:
+                store_tile(
+                    own_values,
+                    v_data,
+                    v_factors,
+                    place,
+                    mine,
+                    V_FORMAT,
+                    V_LARGEST,
+                    V_EMAX,
+                    V_THRESHOLD,
+                    RCEIL,
+                    OWN,
+                    DIM,
+                )
+            if KEEP_K:
+                target = own_k + (row * TOKENS + token)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+                tl.store(target, own_keys, mask=mine[:, None])
+    if V_PAIRED:  # noqa: SIM108 (a compile-time branch)
+        result = own_sum + tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
+    else:
+        result = sum0
+    columns = tl.arange(0, DIM)
+    out += (batch * TOKENS * HEADS + head) * DIM
+    if SPLITS == 1:
+        values = (result / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
+    else:
+        stride = programs * TOKENS
+        place = split * stride + row * TOKENS + queries
+        tl.store(sums + place[:, None] * DIM + columns[None, :], result, mask=asked[:, None])
+        tl.store(totals + place, total, mask=asked)
+        tl.debug_barrier()  # all threads' sums are written before one thread says so
+        mine = shares_to_combine(counter, epoch, before, split, SPLITS, SHARES, POLLS)
+        ROWS: tl.constexpr = BLOCK_M // SHARES
+        for share in range(SHARES):
+            if (mine >> share) & 1:
+                part_of = tl.program_id(2) * BLOCK_M + share * ROWS + tl.arange(0, ROWS)
+                rows = row * TOKENS + part_of
+                combine(sums, totals, out, rows, stride, part_of, part_of < TOKENS, HEADS, DIM, SPLITS, ROWS)

@@ -1,1 +1,0 @@
-"""Device code of the MX Linears, one file per kernel, behind `harness.mx.dispatch`. Imports nothing of the harness."""

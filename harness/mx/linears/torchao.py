@@ -1,0 +1,104 @@
+"""MX weights and activations through torchao: its `MXTensor`, emulated or on the GPU's native MX path.
+
+torchao is imported where it is used: it takes seconds to load, and weight-only MX does without it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.formats.mx import BLOCK, E2M1, FORMATS, MXBlocks
+from harness.formats.scales import ScaleMode
+from harness.mx.conf import Activation
+from harness.mx.linears.base import LinearFormat, MXModule
+
+if TYPE_CHECKING:
+    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+
+
+class TorchaoMXLinear(MXModule):
+    """Linear with MX weights and activations: torchao's `MXTensor` weight, activations encoded at every call.
+
+    `weight` is a parameter holding a torchao MXTensor [N, K] with swizzled scales, `bias` BF16 [N] or None. `native`
+    runs on the GPU's MX path; otherwise torchao decodes both operands to BF16 and multiplies those (emulated).
+    """
+
+    weight: Any
+
+    def __init__(self, weight: Any, bias: nn.Parameter | None, fmt: LinearFormat, native: bool) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.native = native
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, native: bool) -> "TorchaoMXLinear":
+        """Quantise a BF16 `linear` with torchao's `quantize_`."""
+        from torchao.quantization import quantize_
+
+        shell = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        shell.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        quantize_(shell, torchao_config(fmt, native))
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return cls(shell.weight, bias, fmt, native)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map BF16 [..., K] to BF16 [..., N]."""
+        x = x.contiguous()  # torchao encodes contiguous tensors only
+        if self.native or not torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        element, mode = self.fmt.element.name, str(self.fmt.scale_mode)
+        return _torchao_emulated_linear(x, self.weight.qdata, self.weight.scale, self.bias, element, mode)
+
+    def weight_blocks(self) -> MXBlocks:
+        """The weight in MX form, its scales put back in rows (torchao swizzles them for the GPU)."""
+        from torchao.prototype.mx_formats.utils import from_blocked
+
+        scales = from_blocked(self.weight.scale, self.out_features, self.in_features // BLOCK)
+        return MXBlocks(self.weight.qdata.view(torch.uint8), scales.view(torch.uint8))
+
+    def weight_bytes(self) -> int:
+        """Elements, scales (padded by the swizzle) and bias."""
+        bias = 0 if self.bias is None else self.bias.nbytes
+        return self.weight.qdata.nbytes + self.weight.scale.nbytes + bias
+
+
+# Inductor cannot build torchao's emulation for the CPU (no E8M0 there in torch 2.11 and 2.13), and what it builds
+# for GPUs has been reported to lose precision (pytorch/ao pull 3066). So within a compiled graph the emulation stays
+# one opaque eager call, equal to eager bit for bit; its speed is of no interest.
+@torch.library.custom_op("harness_mx::torchao_emulated_linear", mutates_args=())
+def _torchao_emulated_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, element: str, scale_mode: str
+) -> Tensor:
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+
+    config = torchao_config(LinearFormat(FORMATS[element], ScaleMode(scale_mode), Activation.mx), native=False)
+    common = {"block_size": BLOCK, "kernel_preference": config.kernel_preference, "is_swizzled_scales": True}
+    encode_x = QuantizeTensorToMXKwargs(elem_dtype=config.activation_dtype, scaling_mode=config.scaling_mode, **common)
+    weight = MXTensor(qdata, scale, config.weight_dtype, orig_dtype=x.dtype, act_quant_kwargs=encode_x, **common)
+    return F.linear(x, weight, bias)
+
+
+@_torchao_emulated_linear.register_fake
+def _(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, element: str, scale_mode: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+def torchao_config(fmt: LinearFormat, native: bool) -> "MXDynamicActivationMXWeightConfig":
+    """The torchao `MXDynamicActivationMXWeightConfig` for `fmt`."""
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+    from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+
+    dtype = torch.float4_e2m1fn_x2 if fmt.element is E2M1 else fmt.element.float8
+    return MXDynamicActivationMXWeightConfig(
+        block_size=BLOCK,
+        activation_dtype=dtype,
+        weight_dtype=dtype,
+        kernel_preference=KernelPreference.AUTO if native else KernelPreference.EMULATED,
+        scaling_mode=ScaleCalculationMode(fmt.scale_mode.value),
+    )
