@@ -55,6 +55,7 @@ from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat, MXModule
 from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
 from harness.mx.linears.triton import TritonMXLinear, paths
+from harness.mx.weights import nearest
 from harness.rollout.attention import AttentionKind, check_attention, frame_attention
 from harness.rollout.compile import CompileConf, compile_function
 from scripts import tune_cuda
@@ -240,10 +241,10 @@ def ways(
         if verdicts[kernel.name] != "ok" or not wanted:
             continue
         if kernel.name != "triton":
-            yield str(kernel.name), kernel.build(linear, fmt)
+            yield str(kernel.name), kernel.build(nearest(linear, fmt))
             continue
         for path in paths(fmt, torch.cuda.get_device_capability(device)):
-            yield f"triton {path}", TritonMXLinear.from_linear(linear, fmt, path)
+            yield f"triton {path}", TritonMXLinear.from_weight(nearest(linear, fmt), path)
 
 
 def time_linear(bench: Bench, row: Row, linear: nn.Module, size: int, x: Tensor, plain_us: float | None) -> None:

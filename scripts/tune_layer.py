@@ -22,7 +22,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ from harness.kv import KVConf, KVStorage
 from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.cuda import CudaLinear
+from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import AttentionKind, frame_attention
 from harness.rollout.linears import pack
@@ -64,7 +64,12 @@ class Layers:
         cache.advance()
         self.attend = frame_attention(cache, AttentionKind.fused, store=False)
         name, dim = FORMAT_OF_BITS[bits], arch.d_model
-        pack(core, CudaLinear.from_linear if name is None else partial(cuda_linear.build, fmt=FORMATS[name]))
+        pack(
+            core,
+            CudaLinear.from_linear
+            if name is None
+            else lambda linear: cuda_linear.build(nearest(linear, FORMATS[name])),
+        )
         self.blocks = core.blocks
         self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
         self.mods = [

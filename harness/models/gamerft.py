@@ -237,6 +237,13 @@ class FinalLayer(nn.Module):
         return self.proj(F.silu(modulated_norm(x, scale, shift)))
 
 
+def make_rotary(cfg: GameRFTConfig) -> MotionRotary | OrthoRotary:
+    """The position embedding that ``cfg`` names."""
+    if cfg.rope_impl == "motion":
+        return MotionRotary(cfg.head_dim, cfg.sample_size, cfg.rope_ats_delta)
+    return OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
+
+
 class GameRFTCore(nn.Module):
     """The velocity model.
 
@@ -254,11 +261,18 @@ class GameRFTCore(nn.Module):
             self.control_embed = ControlEmbedding(cfg.n_buttons, cfg.d_model)
         self.transformer = Transformer(cfg)
         self.proj_out = FinalLayer(cfg.d_model, cfg.channels)
-        self.rotary: MotionRotary | OrthoRotary
-        if cfg.rope_impl == "motion":
-            self.rotary = MotionRotary(cfg.head_dim, cfg.sample_size, cfg.rope_ats_delta)
-        else:
-            self.rotary = OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
+        self.rotary = make_rotary(cfg)
+
+    @classmethod
+    def skeleton(cls, cfg: GameRFTConfig, device: torch.device) -> GameRFTCore:
+        """A BF16 core to run on ``device`` whose parameters are on the meta device: they take no memory.
+
+        For weights that come from elsewhere, one at a time; what no checkpoint holds (the rotary tables) is in place.
+        """
+        with torch.device("meta"):
+            core = cls(cfg).to(torch.bfloat16)
+        core.rotary = make_rotary(cfg).to(device)
+        return core.eval().requires_grad_(False)
 
     @property
     def blocks(self) -> list[Block]:

@@ -16,7 +16,7 @@ from harness.mx.conf import Activation, KernelChoice
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears import native
 from harness.mx.linears import triton as triton_linear
-from harness.mx.linears.base import LinearFormat, MXLinear, MXModule
+from harness.mx.linears.base import LinearFormat, MXLinear, MXModule, MXWeight
 from harness.mx.linears.torchao import TorchaoMXLinear
 
 AVAILABLE = "ok"
@@ -26,14 +26,15 @@ AVAILABLE = "ok"
 class Kernel:
     """One way to compute an MX Linear.
 
-    `unavailable(device, format)` and `unfit(linear)` give a reason, or None when all is well. `build(linear, format)`
-    returns the module that takes the place of `linear`. `emulated` marks kernels whose speed says nothing about MX.
+    `unavailable(device, format)` and `unfit(linear)` give a reason, or None when all is well. `build(weight)` makes the
+    module that computes with `weight`, whoever chose it (`harness.mx.weights`). `emulated` marks kernels whose speed
+    says nothing about MX.
     """
 
     name: KernelChoice
     unavailable: Callable[[torch.device, LinearFormat], str | None]
     unfit: Callable[[nn.Linear], str | None]
-    build: Callable[[nn.Linear, LinearFormat], MXModule]
+    build: Callable[[MXWeight], MXModule]
     emulated: bool = False
 
 
@@ -46,10 +47,10 @@ def _cutlass_unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
     return reason
 
 
-def _build_emulated(linear: nn.Linear, fmt: LinearFormat) -> MXModule:
-    if fmt.activation == Activation.mx:
-        return TorchaoMXLinear.from_linear(linear, fmt, native=False)
-    return MXLinear.from_linear(linear, fmt)
+def _build_emulated(weight: MXWeight) -> MXModule:
+    if weight.fmt.activation == Activation.mx:
+        return TorchaoMXLinear.from_weight(weight, native=False)
+    return MXLinear(weight)
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -57,7 +58,7 @@ KERNELS: tuple[Kernel, ...] = (
         KernelChoice.cutlass,
         unavailable=_cutlass_unavailable,
         unfit=native.unfit,
-        build=lambda linear, fmt: TorchaoMXLinear.from_linear(linear, fmt, native=True),
+        build=lambda weight: TorchaoMXLinear.from_weight(weight, native=True),
     ),
     Kernel(
         KernelChoice.cuda,
@@ -69,7 +70,7 @@ KERNELS: tuple[Kernel, ...] = (
         KernelChoice.triton,
         unavailable=triton_linear.unavailable,
         unfit=lambda linear: None,
-        build=triton_linear.TritonMXLinear.from_linear,
+        build=triton_linear.TritonMXLinear.from_weight,
     ),
     Kernel(
         KernelChoice.emulated,

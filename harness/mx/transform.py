@@ -1,4 +1,16 @@
-"""Turns the selected Linears of a model into MX Linears, all of them or none."""
+"""Turns the selected Linears of a model into MX Linears, all of them or none.
+
+Who chooses the blocks is for a `WeightSource` (`harness.mx.weights`) to say. To plug one in, write a class with its two
+methods and pass it: `apply_mx(model, conf, source=mine)`. A calibration reads the BF16 Linear that `weight` is given
+and returns its own blocks in `MXWeight(blocks, bias, fmt)`. A file needs no BF16 model at all:
+
+    core = GameRFTCore.skeleton(arch, device)  # parameters on the meta device
+    apply_mx(core, conf, source=FromFile(path), device=device)  # one Linear at a time
+    core.load_state_dict(everything_else, strict=False, assign=True)
+
+A module gives back what it was made of with `module.mx_weight()`, packed however its kernel wants, and any kernel
+builds its like from that: `kernel.build(module.mx_weight())`.
+"""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -13,6 +25,7 @@ from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
 from harness.mx.linears.base import LinearFormat, MXModule
 from harness.mx.select import Candidate, MXTransformError, Selection, category, place, select
+from harness.mx.weights import NearestRounding, WeightSource
 
 _BEHIND = {"mlp.fc1": "act"}
 """By a Linear's name within its block, the module beside it that takes all of its output, and that alone."""
@@ -72,27 +85,30 @@ class TransformSummary:
         return "\n".join(lines)
 
 
-def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
+def apply_mx(
+    model: nn.Module, conf: MXConf, source: WeightSource | None = None, device: torch.device | None = None
+) -> TransformSummary:
     """Replace the Linears of `model` that `conf` selects by MX Linears, in place, and say what was done.
 
-    `model` is a GameRFT core or a module that holds one, in BF16, on the device it will run on. With
+    `model` is a GameRFT core or a module that holds one, in BF16, on the device it will run on; or on the meta device,
+    to run on `device`, where `source` needs no Linears. `source` chooses the blocks (None: `NearestRounding`). With
     `conf.enabled` false nothing changes. Every check precedes the first change.
 
     Raises ValueError for a bad config or a kernel that cannot run on the model's device, MXTransformError (a
     ValueError) when nothing or something unsuitable is selected, with every such Linear named.
     """
     validate(conf)
-    device = _device(model)
+    device, source = device or _device(model), source or NearestRounding()
     if not conf.enabled:
         return TransformSummary(enabled=False, numeric_path="BF16", architecture=describe_device(device))
-    selection, ways = _checked(model, conf, device)
+    selection, ways = _checked(model, conf, device, source)
     before = after = 0
     other_kernels: dict[str, str] = {}
     for candidate in selection.chosen:
         linear, way = candidate.module, ways[candidate.category]
         assert isinstance(linear, nn.Linear)
         before += sum(p.nbytes for p in linear.parameters())
-        replacement = way.kernel.build(linear, way.fmt).train(linear.training)
+        replacement = way.kernel.build(source.weight(candidate.name, linear, way.fmt)).train(linear.training)
         after += replacement.weight_bytes()
         if replacement.note is not None:
             other_kernels[candidate.name] = replacement.note
@@ -124,14 +140,14 @@ def apply_mx(model: nn.Module, conf: MXConf) -> TransformSummary:
     )
 
 
-def check_mx(model: nn.Module, conf: MXConf, device: torch.device) -> None:
+def check_mx(model: nn.Module, conf: MXConf, device: torch.device, source: WeightSource | None = None) -> None:
     """Every check of `apply_mx` but that of the weights' values: `model` may be on the meta device, to run on `device`.
 
     Raises as `apply_mx` does.
     """
     validate(conf)
     if conf.enabled:
-        _checked(model, conf, device)
+        _checked(model, conf, device, source or NearestRounding())
 
 
 class _Way(NamedTuple):
@@ -141,13 +157,15 @@ class _Way(NamedTuple):
     kernel: Kernel
 
 
-def _checked(model: nn.Module, conf: MXConf, device: torch.device) -> tuple[Selection, dict[str, _Way]]:
+def _checked(
+    model: nn.Module, conf: MXConf, device: torch.device, source: WeightSource
+) -> tuple[Selection, dict[str, _Way]]:
     """What will be transformed, and how, by category."""
     selection, ways = select(model, conf), {}
     for name in dict.fromkeys(c.category for c in selection.chosen):
         fmt = LinearFormat.of(conf, name)
         ways[name] = _Way(fmt, resolve_kernel(conf.kernel, device, fmt))
-    _check_all(selection.chosen, ways)
+    _check_all(selection.chosen, ways, source)
     return selection, ways
 
 
@@ -188,12 +206,12 @@ def _device(model: nn.Module) -> torch.device:
     return first.device
 
 
-def _check_all(chosen: list[Candidate], ways: dict[str, _Way]) -> None:
+def _check_all(chosen: list[Candidate], ways: dict[str, _Way], source: WeightSource) -> None:
     """Raise one MXTransformError that names every chosen module that cannot be transformed, and why."""
     times = Counter(id(c.module) for c in chosen)
     problems = []
     for candidate in chosen:
-        reason = _unsuitable(candidate.module, ways[candidate.category].kernel)
+        reason = _unsuitable(candidate, ways[candidate.category], source)
         if reason is None and times[id(candidate.module)] > 1:
             reason = "the same module is used under several names"
         if reason is not None:
@@ -206,7 +224,8 @@ def _check_all(chosen: list[Candidate], ways: dict[str, _Way]) -> None:
         )
 
 
-def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
+def _unsuitable(candidate: Candidate, way: _Way, source: WeightSource) -> str | None:
+    module = candidate.module
     if not is_plain(module):
         return f"is of type {type(module).__name__}, not a plain nn.Linear"
     weight = module.weight
@@ -216,9 +235,7 @@ def _unsuitable(module: nn.Module, kernel: Kernel) -> str | None:
         return f"its weight is {weight.dtype}, MX Linears take bfloat16 models; convert the model first"
     if module.in_features % BLOCK:
         return f"in_features={module.in_features} is not a multiple of {BLOCK}, the MX block"
-    if not weight.is_meta and not weight.isfinite().all():
-        return "its weight holds NaN or infinity"
-    return kernel.unfit(module)
+    return source.unsuitable(candidate.name, module, way.fmt) or way.kernel.unfit(module)
 
 
 def _fuse_activations(model: nn.Module, names: list[str]) -> dict[str, str]:

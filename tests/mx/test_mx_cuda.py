@@ -15,9 +15,10 @@ from harness.kernels.cuda.shapes import MANY_ROWS, CudaConfig
 from harness.models.embeddings import MLP
 from harness.mx.conf import Activation
 from harness.mx.linears import cuda as cuda_linear
-from harness.mx.linears.base import LinearFormat
+from harness.mx.linears.base import LinearFormat, MXWeight
 from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
 from harness.mx.linears.triton import TritonMXLinear
+from harness.mx.weights import nearest
 
 DEVICE = torch.device("cuda", 0)
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
@@ -49,7 +50,7 @@ def seed():
 def make(n, k, fmt, bias=True):
     linear = nn.Linear(k, n, bias=bias).bfloat16().requires_grad_(False)
     linear.weight.mul_(0.5).mul_(torch.exp2(torch.randint(-6, 3, (n, 1)).float()))
-    mx = cuda_linear.build(linear.to(DEVICE), fmt)
+    mx = cuda_linear.build(nearest(linear.to(DEVICE), fmt))
     assert isinstance(mx, CudaMXLinear)
     return mx
 
@@ -132,7 +133,7 @@ def test_every_code_point_under_every_scale(fmt):
     for low in (20, 60, 100, 140):
         scales = torch.arange(low, low + 16, dtype=torch.uint8).repeat_interleave(len(codes))
         blocks = MXBlocks(codes.repeat(16, 1).to(DEVICE), scales[:, None].to(DEVICE))
-        mx = CudaMXLinear.from_blocks(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+        mx = CudaMXLinear.from_weight(MXWeight(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16)))
         got = mx(torch.eye(32, device=DEVICE).bfloat16())
         assert torch.equal(got, decode(blocks, fmt).t())
 
@@ -140,7 +141,7 @@ def test_every_code_point_under_every_scale(fmt):
 def test_a_weight_it_cannot_hold_goes_to_triton_and_says_so():
     linear = nn.Linear(64, 64).bfloat16().to(DEVICE).requires_grad_(False)
     linear.weight[0, 0], linear.weight[1] = 1e38, 1e-20
-    mx = cuda_linear.build(linear, W8A16)
+    mx = cuda_linear.build(nearest(linear, W8A16))
     assert isinstance(mx, TritonMXLinear)
     assert "kernel=triton, since its block scales reach" in mx.note
 
@@ -178,7 +179,7 @@ def mlps(name):
 def test_silu_of_every_bf16_value_is_that_of_torch():
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).to(DEVICE)
     blocks = MXBlocks(torch.zeros(2**16, 32, dtype=torch.uint8), torch.full((2**16, 1), 127, dtype=torch.uint8))
-    mx = CudaMXLinear.from_blocks(MXBlocks(*(part.to(DEVICE) for part in blocks)), every, W8A16)
+    mx = CudaMXLinear.from_weight(MXWeight(MXBlocks(*(part.to(DEVICE) for part in blocks)), every, W8A16))
     assert mx.absorb(nn.SiLU())
     got, want = mx(torch.zeros(1, 32, device=DEVICE).bfloat16())[0], F.silu(every)
     assert torch.equal(got.isnan(), want.isnan())
@@ -229,7 +230,7 @@ def test_of_many_rows_the_weight_is_unpacked(name, large, monkeypatch):
     for bias in (True, False):
         linear = nn.Linear(352, 712, bias=bias).bfloat16().requires_grad_(False)
         linear.weight[7] *= 2.0 ** (large * (40 if name == "E5M2" else 26))
-        mx = cuda_linear.build(linear.to(DEVICE), FORMATS[name])
+        mx = cuda_linear.build(nearest(linear.to(DEVICE), FORMATS[name]))
         assert (mx.post > 1) is large
         few, many = activations(MANY_ROWS, 352), activations(MANY_ROWS + 1, 352)
         assert_equals_oracle(mx, few, mx(few))
@@ -254,7 +255,7 @@ def test_of_many_rows_a_packed_bf16_weight_is_a_librarys_too():
 def test_an_unpacked_weight_is_the_decoded_one(fmt):
     weight = torch.randn(200, 1088, device=DEVICE) * torch.exp2(torch.randint(-8, 8, (200, 1), device=DEVICE).float())
     blocks = encode(weight.bfloat16(), fmt)
-    mx = CudaMXLinear.from_blocks(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+    mx = CudaMXLinear.from_weight(MXWeight(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16)))
     assert torch.equal(cuda_ops.unpack(mx.tiles, (200, 1088), fmt.name) * mx.post, decode(blocks, fmt))
 
 

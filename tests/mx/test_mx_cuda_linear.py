@@ -27,6 +27,7 @@ from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat
 from harness.mx.linears.cuda import CudaLinear
 from harness.mx.linears.triton import TritonMXLinear
+from harness.mx.weights import nearest
 
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
 W4A16 = LinearFormat(E2M1, ScaleMode.rceil, Activation.bf16)
@@ -41,7 +42,7 @@ SHAPES = [
 def make(n, k, fmt=W8A16, scale=1.0):
     linear = nn.Linear(k, n).bfloat16().requires_grad_(False)
     linear.weight.mul_(scale)
-    return cuda_linear.build(linear, fmt)
+    return cuda_linear.build(nearest(linear, fmt))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -137,7 +138,7 @@ def test_what_does_not_fit_together_is_not_stacked():
 def test_a_weight_out_of_range_goes_to_triton_and_says_so():
     linear = nn.Linear(64, 64).bfloat16().requires_grad_(False)
     linear.weight[0, 0], linear.weight[1] = 1e38, 1e-20
-    mx = cuda_linear.build(linear, W8A16)
+    mx = cuda_linear.build(nearest(linear, W8A16))
     assert isinstance(mx, TritonMXLinear)
     assert "kernel=triton, since its block scales reach from 2^" in mx.note
 

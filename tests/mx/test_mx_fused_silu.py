@@ -21,6 +21,7 @@ from harness.mx.linears.cuda import CudaMXLinear
 from harness.mx.linears.triton import TritonMXLinear
 from harness.mx.numerics import linear_error
 from harness.mx.transform import apply_mx
+from harness.mx.weights import nearest
 
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
 
@@ -61,7 +62,7 @@ def test_a_fused_mlp_is_the_mlp(core, activation):
             assert isinstance(fused.act, nn.Identity)
             assert (fused.fc1.silu, fused.fc2.silu) == (True, False)
             assert summary.fused_activations[f"transformer.blocks.{layer}.mlp.fc1"] == "SiLU"
-            unfused = [cuda_linear.build(linear, fused.fc1.fmt) for linear in (source.fc1, source.fc2)]
+            unfused = [cuda_linear.build(nearest(linear, fused.fc1.fmt)) for linear in (source.fc1, source.fc2)]
             assert torch.equal(fused(x), unfused[1](F.silu(unfused[0](x))))
             assert torch.equal(fused.fc1.linear(x), unfused[0](x))
     assert len(summary.fused_activations) == 3
@@ -111,7 +112,7 @@ def test_the_whole_model_gives_what_it_gives_unfused(core):
 def test_numerics_are_those_of_the_linear_alone():
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 48).bfloat16().requires_grad_(False), torch.randn(20, 64).bfloat16()
-    mx = cuda_linear.build(linear, W8A16)
+    mx = cuda_linear.build(nearest(linear, W8A16))
     before = linear_error(linear, mx, x)
     assert mx.absorb(nn.SiLU())
     assert linear_error(linear, mx, x) == before
@@ -120,18 +121,18 @@ def test_numerics_are_those_of_the_linear_alone():
 
 
 def test_a_linear_takes_over_one_silu_and_nothing_else():
-    mx = cuda_linear.build(nn.Linear(64, 32).bfloat16().requires_grad_(False), W8A16)
+    mx = cuda_linear.build(nearest(nn.Linear(64, 32).bfloat16().requires_grad_(False), W8A16))
     assert not mx.absorb(nn.GELU())
     assert not mx.silu
     assert mx.absorb(nn.SiLU())
     assert not mx.absorb(nn.SiLU())
     assert "then SiLU" in repr(mx)
-    emulated = MXLinear.from_linear(nn.Linear(64, 32).bfloat16(), W8A16)
+    emulated = MXLinear(nearest(nn.Linear(64, 32).bfloat16(), W8A16))
     assert not emulated.absorb(nn.SiLU())
 
 
 def test_what_is_stacked_has_silu_behind_all_or_none():
-    members = [cuda_linear.build(nn.Linear(64, 32).bfloat16().requires_grad_(False), W8A16) for _ in range(3)]
+    members = [cuda_linear.build(nearest(nn.Linear(64, 32).bfloat16().requires_grad_(False), W8A16)) for _ in range(3)]
     for mx in members[:2]:
         mx.absorb(nn.SiLU())
     assert members[0].stacked(members[2:]) is None

@@ -9,6 +9,7 @@ from harness.formats.scales import ScaleMode
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import available_kernels, resolve_kernel
 from harness.mx.linears.base import LinearFormat, MXLinear
+from harness.mx.weights import nearest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +92,7 @@ def test_what_is_quantised_is_bf16_where_encoding_is_fused_with_what_made_it(fmt
 def test_weight_only_linear_compiles_to_one_graph(fmt):
     torch.manual_seed(0)
     linear = nn.Linear(256, 512).bfloat16().cuda().requires_grad_(False)
-    mx = MXLinear.from_linear(linear, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+    mx = MXLinear(nearest(linear, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16)))
     x = torch.randn(64, 256, device="cuda").bfloat16()
     torch.testing.assert_close(torch.compile(mx, fullgraph=True)(x), mx(x), rtol=2**-7, atol=2**-7)
 

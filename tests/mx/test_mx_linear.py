@@ -12,6 +12,7 @@ from harness.formats.scales import ScaleMode
 from harness.mx.conf import Activation
 from harness.mx.linears.base import LinearFormat, MXLinear
 from harness.mx.linears.torchao import TorchaoMXLinear, torchao_config
+from harness.mx.weights import nearest
 
 TORCHAO = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e2m1": torch.float4_e2m1fn_x2}
 ELEMENTS = pytest.mark.parametrize("element", [E4M3, E5M2, E2M1], ids=lambda f: f.name)
@@ -32,7 +33,7 @@ def x() -> torch.Tensor:
 @ELEMENTS
 @MODES
 def test_weight_only_is_linear_with_the_decoded_weight_bit_for_bit(linear, x, element, mode):
-    mx = MXLinear.from_linear(linear, LinearFormat(element, mode, Activation.bf16))
+    mx = MXLinear(nearest(linear, LinearFormat(element, mode, Activation.bf16)))
     assert torch.equal(mx(x), F.linear(x, decode(mx.weight_blocks(), element), linear.bias))
     assert mx(x).dtype == torch.bfloat16
     assert mx(x).shape == (2, 5, 80)
@@ -41,7 +42,7 @@ def test_weight_only_is_linear_with_the_decoded_weight_bit_for_bit(linear, x, el
 @ELEMENTS
 @MODES
 def test_the_weight_is_torchaos_bit_for_bit(linear, element, mode):
-    mx = MXLinear.from_linear(linear, LinearFormat(element, mode, Activation.bf16))
+    mx = MXLinear(nearest(linear, LinearFormat(element, mode, Activation.bf16)))
     theirs = MXTensor.to_mx(linear.weight, TORCHAO[element.name], 32, ScaleCalculationMode(mode.value))
     assert torch.equal(decode(mx.weight_blocks(), element), theirs.dequantize())
     assert torch.equal(mx.elements, theirs.qdata.view(torch.uint8))
@@ -52,9 +53,9 @@ def test_the_weight_is_torchaos_bit_for_bit(linear, element, mode):
 @MODES
 def test_dynamic_activation_is_torchaos_quantize_bit_for_bit(linear, x, element, mode):
     fmt = LinearFormat(element, mode, Activation.mx)
-    mx = TorchaoMXLinear.from_linear(linear, fmt, native=False)
+    mx = TorchaoMXLinear.from_weight(nearest(linear, fmt), native=False)
     assert isinstance(mx.weight.data, MXTensor)
-    weight_only = MXLinear.from_linear(linear, fmt)
+    weight_only = MXLinear(nearest(linear, fmt))
     assert all(map(torch.equal, mx.weight_blocks(), weight_only.weight_blocks()))
     got = mx(x)
     quantize_(linear, torchao_config(fmt, native=False))
@@ -64,23 +65,23 @@ def test_dynamic_activation_is_torchaos_quantize_bit_for_bit(linear, x, element,
 @ELEMENTS
 def test_dynamic_activation_is_the_product_of_both_decoded_operands(linear, x, element):
     fmt = LinearFormat(element, ScaleMode.rceil, Activation.mx)
-    mx = TorchaoMXLinear.from_linear(linear, fmt, native=False)
+    mx = TorchaoMXLinear.from_weight(nearest(linear, fmt), native=False)
     x_mx = MXTensor.to_mx(x, TORCHAO[element.name], 32, ScaleCalculationMode.RCEIL).dequantize()
     want = F.linear(x_mx, decode(mx.weight_blocks(), element), linear.bias)
     torch.testing.assert_close(mx(x), want, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("build", [MXLinear.from_linear, lambda m, f: TorchaoMXLinear.from_linear(m, f, native=False)])
+@pytest.mark.parametrize("build", [MXLinear, lambda weight: TorchaoMXLinear.from_weight(weight, native=False)])
 def test_without_bias_and_on_strided_input(build, x):
     linear = nn.Linear(96, 64, bias=False).to(torch.bfloat16).requires_grad_(False)
-    mx = build(linear, LinearFormat(E4M3, ScaleMode.rceil, Activation.mx))
+    mx = build(nearest(linear, LinearFormat(E4M3, ScaleMode.rceil, Activation.mx)))
     strided = x.transpose(0, 1)
     assert torch.equal(mx(strided), mx(strided.contiguous()))
 
 
 @pytest.mark.parametrize(("element", "per_weight"), [(E4M3, 8 + 8 / 32), (E2M1, 4 + 8 / 32)], ids=["e4m3", "e2m1"])
 def test_memory_is_that_of_the_packed_weight(linear, x, element, per_weight):
-    mx = MXLinear.from_linear(linear, LinearFormat(element, ScaleMode.rceil, Activation.bf16))
+    mx = MXLinear(nearest(linear, LinearFormat(element, ScaleMode.rceil, Activation.bf16)))
     mx(x)
     held = sum(t.nbytes for t in [*mx.buffers(), *mx.parameters()])
     assert held == mx.weight_bytes() == 96 * 80 * per_weight / 8 + 2 * 80
@@ -89,14 +90,14 @@ def test_memory_is_that_of_the_packed_weight(linear, x, element, per_weight):
 
 def test_state_dict_round_trip(linear, x):
     fmt = LinearFormat(E2M1, ScaleMode.rceil, Activation.bf16)
-    mx = MXLinear.from_linear(linear, fmt)
-    other = MXLinear.from_linear(nn.Linear(96, 80).to(torch.bfloat16), fmt)
+    mx = MXLinear(nearest(linear, fmt))
+    other = MXLinear(nearest(nn.Linear(96, 80).to(torch.bfloat16), fmt))
     other.load_state_dict(mx.state_dict())
     assert torch.equal(mx(x), other(x))
 
 
 def test_printing_names_the_numeric_path(linear):
-    mx = MXLinear.from_linear(linear, LinearFormat(E2M1, ScaleMode.floor, Activation.bf16))
+    mx = MXLinear(nearest(linear, LinearFormat(E2M1, ScaleMode.floor, Activation.bf16)))
     assert "in_features=96, out_features=80, bias=True, W4A16 E2M1 weights, floor scales" in repr(mx)
 
 
@@ -104,8 +105,8 @@ def test_printing_names_the_numeric_path(linear):
 @ELEMENTS
 def test_one_graph_and_the_same_numbers_when_traced(linear, x, element, mode):
     """One full graph through dynamo and AOT autograd, without a code generator."""
-    first = MXLinear.from_linear(linear, LinearFormat(element, mode, Activation.bf16))
-    second = TorchaoMXLinear.from_linear(linear, LinearFormat(element, mode, Activation.mx), native=False)
+    first = MXLinear(nearest(linear, LinearFormat(element, mode, Activation.bf16)))
+    second = TorchaoMXLinear.from_weight(nearest(linear, LinearFormat(element, mode, Activation.mx)), native=False)
     model = nn.ModuleList([first, second])
 
     def both(x):
@@ -123,9 +124,9 @@ def test_inductor_gives_the_numbers_of_eager(linear, x):
         LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16),
         LinearFormat(E2M1, ScaleMode.rceil, Activation.bf16),
     ]
-    model = nn.ModuleList(MXLinear.from_linear(linear, fmt) for fmt in weight_only)
+    model = nn.ModuleList(MXLinear(nearest(linear, fmt)) for fmt in weight_only)
     dynamic = LinearFormat(E2M1, ScaleMode.rceil, Activation.mx)
-    model.append(TorchaoMXLinear.from_linear(linear, dynamic, native=False))
+    model.append(TorchaoMXLinear.from_weight(nearest(linear, dynamic), native=False))
 
     def every(x):
         return [m(x) for m in model]

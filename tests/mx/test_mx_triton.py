@@ -23,8 +23,9 @@ from harness.formats.scales import ScaleMode
 from harness.kernels.triton import ops as triton_ops
 from harness.kernels.triton.shapes import GemmConfig
 from harness.mx.conf import Activation
-from harness.mx.linears.base import LinearFormat
+from harness.mx.linears.base import LinearFormat, MXWeight
 from harness.mx.linears.triton import TritonMXLinear
+from harness.mx.weights import nearest
 
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
@@ -56,7 +57,7 @@ def seed():
 def make(n, k, fmt, path, bias=True, scale=0.05):
     linear = nn.Linear(k, n, bias=bias).bfloat16().requires_grad_(False)
     linear.weight.mul_(scale * 10).mul_(torch.exp2(torch.randint(-6, 3, (n, 1)).float()))
-    return TritonMXLinear.from_linear(linear.to(DEVICE), fmt, path)
+    return TritonMXLinear.from_weight(nearest(linear.to(DEVICE), fmt), path)
 
 
 def activations(*shape):
@@ -121,7 +122,7 @@ def test_wide_scales_need_no_luck(fmt, path):
         elements &= 0xBB if fmt.element is E5M2 else 0xFE
     scales[3, 2] = 255
     scales[4], elements[5] = 0, 0
-    mx = TritonMXLinear.from_blocks(MXBlocks(elements.to(DEVICE), scales.to(DEVICE)), None, fmt, path)
+    mx = TritonMXLinear.from_weight(MXWeight(MXBlocks(elements.to(DEVICE), scales.to(DEVICE)), None, fmt), path)
     assert mx.wide
     x = activations(6, k) * torch.exp2(torch.randint(-30, 20, (6, k // BLOCK, 1)).float()).expand(
         -1, -1, BLOCK
@@ -149,7 +150,7 @@ def test_every_code_under_every_scale_decodes_exactly(fmt, wide):
     if fmt.bits == 8 and not wide:
         codes &= 0xBB if fmt is E5M2 else 0xFE
     blocks = MXBlocks(codes.repeat(len(scales), 1).to(DEVICE), scales.to(DEVICE))
-    mx = TritonMXLinear.from_blocks(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16))
+    mx = TritonMXLinear.from_weight(MXWeight(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16)))
     mx.wide = wide
     got = mx(torch.eye(BLOCK, dtype=torch.bfloat16, device=DEVICE)).t()
     want = decode(blocks, fmt)
@@ -180,7 +181,7 @@ def test_activations_are_encoded_as_in_formats(fmt, mode):
 
 def test_the_packed_module_keeps_blocks_and_size():
     linear = nn.Linear(256, 128).bfloat16().requires_grad_(False)
-    mx = TritonMXLinear.from_linear(linear.to(DEVICE), W4A16)
+    mx = TritonMXLinear.from_weight(nearest(linear.to(DEVICE), W4A16))
     for got, want in zip(mx.weight_blocks(), encode(linear.weight, E2M1), strict=True):
         assert torch.equal(got.cpu(), want.cpu())
     assert mx.weight_bytes() < linear.weight.nbytes / 3.5 + mx.tickets.nbytes + 256

@@ -13,6 +13,7 @@ from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import resolve_kernel
 from harness.mx.linears import triton as triton_linear
 from harness.mx.linears.base import LinearFormat
+from harness.mx.weights import nearest
 
 W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
 W4A8 = LinearFormat(E2M1, ScaleMode.rceil, Activation.mxfp8)
@@ -148,7 +149,7 @@ def test_fp8_tensor_cores_are_for_mx_by_mx_that_e4m3_holds():
 def test_emulated_w4a8_multiplies_mxfp4_by_mxfp8():
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 16).bfloat16().requires_grad_(False)
-    mx = resolve_kernel(KernelChoice.emulated, torch.device("cpu"), W4A8).build(linear, W4A8)
+    mx = resolve_kernel(KernelChoice.emulated, torch.device("cpu"), W4A8).build(nearest(linear, W4A8))
     x = torch.randn(5, 64).bfloat16()
     rounded, weight = (decode(encode(t, fmt), fmt) for t, fmt in ((x, E4M3), (linear.weight, E2M1)))
     assert torch.equal(mx(x), torch.nn.functional.linear(rounded, weight, linear.bias))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness.formats.mx import E2M1, encode
 from harness.mx.linears.base import MXLinear
+from harness.mx.weights import nearest
 from harness.rollout.attention import AttentionKind
 from scripts import microbench
 
@@ -67,7 +67,7 @@ def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
             return 1.1 * super().forward(x)
 
     def wrong_ways(linear, fmt, device, everything):
-        yield "wrong", Wrong(encode(linear.weight, E2M1), None, fmt)
+        yield "wrong", Wrong(nearest(linear, fmt))
 
     monkeypatch.setattr(microbench, "ways", wrong_ways)
     microbench.bench_product(bench, microbench.Product("p", 4, 64, 64), ["W4A16"], None, False)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -41,6 +42,23 @@ class LinearFormat:
         return f"W{bits}A{other.bits} {name} weights, {other.name.upper()} activations, {self.scale_mode} scales"
 
 
+class MXWeight(NamedTuple):
+    """All that an MX Linear is made of, whoever chose it: `blocks` of the weight [N, K], `bias` BF16 [N] or None.
+
+    Sources of such weights are in `harness.mx.weights`. The module keeps the tensors, or packs them; it does not
+    write to them.
+    """
+
+    blocks: MXBlocks
+    bias: Tensor | None
+    fmt: LinearFormat
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """N = out_features and K = in_features."""
+        return self.blocks.scales.shape[0], self.blocks.scales.shape[1] * BLOCK
+
+
 class MXModule(nn.Module, ABC):
     """What every MX Linear offers beside `forward`: its sizes, its format `fmt`, and its weight.
 
@@ -64,6 +82,10 @@ class MXModule(nn.Module, ABC):
     @abstractmethod
     def weight_blocks(self) -> MXBlocks:
         """The weight [N, K] in MX form, scales row-major."""
+
+    def mx_weight(self) -> MXWeight:
+        """What it was made of: any kernel builds its like from this."""
+        return MXWeight(self.weight_blocks(), self.bias, self.fmt)
 
     @abstractmethod
     def weight_bytes(self) -> int:
@@ -92,20 +114,13 @@ class MXLinear(MXModule):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat) -> None:
+    def __init__(self, weight: MXWeight) -> None:
         super().__init__()
-        self.fmt = fmt
-        self.out_features = blocks.scales.shape[0]
-        self.in_features = blocks.scales.shape[1] * BLOCK
-        self.register_buffer("elements", blocks.elements)
-        self.register_buffer("scales", blocks.scales)
-        self.register_buffer("bias", bias)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, fmt: LinearFormat) -> "MXLinear":
-        """Encode the weight of a BF16 `linear`. Raises ValueError when K is not a multiple of 32."""
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(encode(linear.weight.detach(), fmt.element, fmt.scale_mode), bias, fmt)
+        self.fmt = weight.fmt
+        self.out_features, self.in_features = weight.sizes
+        self.register_buffer("elements", weight.blocks.elements)
+        self.register_buffer("scales", weight.blocks.scales)
+        self.register_buffer("bias", weight.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""

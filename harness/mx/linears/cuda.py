@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.formats.mx import BLOCK, MXBlocks, decode, encode
+from harness.formats.mx import MXBlocks, decode, encode
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda.packing import CudaWeight
 from harness.kernels.cuda.shapes import CudaConfig, CudaShape
-from harness.mx.linears.base import LinearFormat, MXModule
+from harness.mx.linears.base import LinearFormat, MXModule, MXWeight
 from harness.mx.linears.triton import TritonMXLinear
 
 
@@ -34,17 +34,12 @@ def unavailable(device: torch.device, fmt: LinearFormat | None = None) -> str | 
     return nvrtc.unavailable()
 
 
-def build(linear: nn.Linear, fmt: LinearFormat) -> MXModule:
-    """A CudaMXLinear in place of a BF16 `linear`, or TritonMXLinear where the weight does not suit (`note` says why).
-
-    Raises ValueError when K is not a multiple of 32.
-    """
-    blocks = encode(linear.weight.detach(), fmt.element, fmt.scale_mode)
-    bias = None if linear.bias is None else linear.bias.detach().clone()
-    reason = cuda_packing.unfit(blocks, fmt.element)
+def build(weight: MXWeight) -> MXModule:
+    """A CudaMXLinear of `weight`, or a TritonMXLinear where the blocks do not suit (`note` says why)."""
+    reason = cuda_packing.unfit(weight.blocks, weight.fmt.element)
     if reason is None:
-        return CudaMXLinear.from_blocks(blocks, bias, fmt)
-    module = TritonMXLinear.from_blocks(blocks, bias, fmt)
+        return CudaMXLinear.from_weight(weight)
+    module = TritonMXLinear.from_weight(weight)
     module.note = f"kernel=triton, since {reason}"
     return module
 
@@ -170,13 +165,9 @@ class CudaMXLinear(CudaLinear, MXModule):
         self.fmt, self.element = fmt, fmt.element.name
 
     @classmethod
-    def from_blocks(cls, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat) -> "CudaMXLinear":
-        """Pack an encoded weight [N, K] and its BF16 `bias` [N].
-
-        Raises ValueError when the kernel cannot hold it exactly (see `cuda_packing.unfit`).
-        """
-        sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
-        return cls(cuda_packing.pack(blocks, fmt.element), sizes, bias, fmt)
+    def from_weight(cls, weight: MXWeight) -> "CudaMXLinear":
+        """Pack `weight`. Raises ValueError when the kernel cannot hold it exactly (see `cuda_packing.unfit`)."""
+        return cls(cuda_packing.pack(weight.blocks, weight.fmt.element), weight.sizes, weight.bias, weight.fmt)
 
     def _kind(self) -> tuple[LinearFormat, ...]:
         return (self.fmt,)

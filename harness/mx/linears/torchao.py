@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.formats.mx import BLOCK, E2M1, FORMATS, MXBlocks
 from harness.formats.scales import ScaleMode
 from harness.mx.conf import Activation
-from harness.mx.linears.base import LinearFormat, MXModule
+from harness.mx.linears.base import LinearFormat, MXModule, MXWeight
 
 if TYPE_CHECKING:
     from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
@@ -36,15 +36,17 @@ class TorchaoMXLinear(MXModule):
         self.bias = bias
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, native: bool) -> "TorchaoMXLinear":
-        """Quantise a BF16 `linear` with torchao's `quantize_`."""
-        from torchao.quantization import quantize_
+    def from_weight(cls, weight: MXWeight, native: bool) -> "TorchaoMXLinear":
+        """The blocks as the MXTensor that torchao's `quantize_` would have put there, had it chosen them."""
+        from torchao.prototype.mx_formats.utils import hp_data_dims_to_swizzled_scale_dims_mx, to_blocked
 
-        shell = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        shell.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        quantize_(shell, torchao_config(fmt, native))
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        return cls(shell.weight, bias, fmt, native)
+        blocks, bias, fmt = weight
+        swizzled = to_blocked(blocks.scales.view(torch.float8_e8m0fnu))
+        scales = swizzled.view(hp_data_dims_to_swizzled_scale_dims_mx(*weight.sizes))
+        elements = blocks.elements if fmt.element is E2M1 else blocks.elements.view(fmt.element.float8)
+        tensor = _mx_tensor(elements, scales, fmt, native, torch.bfloat16)
+        bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return cls(nn.Parameter(tensor, requires_grad=False), bias, fmt, native)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map BF16 [..., K] to BF16 [..., N]."""
@@ -74,18 +76,23 @@ class TorchaoMXLinear(MXModule):
 def _torchao_emulated_linear(
     x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, element: str, scale_mode: str
 ) -> Tensor:
-    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
-
-    config = torchao_config(LinearFormat(FORMATS[element], ScaleMode(scale_mode), Activation.mx), native=False)
-    common = {"block_size": BLOCK, "kernel_preference": config.kernel_preference, "is_swizzled_scales": True}
-    encode_x = QuantizeTensorToMXKwargs(elem_dtype=config.activation_dtype, scaling_mode=config.scaling_mode, **common)
-    weight = MXTensor(qdata, scale, config.weight_dtype, orig_dtype=x.dtype, act_quant_kwargs=encode_x, **common)
-    return F.linear(x, weight, bias)
+    fmt = LinearFormat(FORMATS[element], ScaleMode(scale_mode), Activation.mx)
+    return F.linear(x, _mx_tensor(qdata, scale, fmt, False, x.dtype), bias)
 
 
 @_torchao_emulated_linear.register_fake
 def _(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, element: str, scale_mode: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+def _mx_tensor(qdata: Tensor, scale: Tensor, fmt: LinearFormat, native: bool, dtype: torch.dtype) -> Any:
+    """The MXTensor of these bits (swizzled scales), as `quantize_` makes it of a weight of `dtype`."""
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+
+    config = torchao_config(fmt, native)
+    common = {"block_size": BLOCK, "kernel_preference": config.kernel_preference, "is_swizzled_scales": True}
+    encode_x = QuantizeTensorToMXKwargs(elem_dtype=config.activation_dtype, scaling_mode=config.scaling_mode, **common)
+    return MXTensor(qdata, scale, config.weight_dtype, orig_dtype=dtype, act_quant_kwargs=encode_x, **common)
 
 
 def torchao_config(fmt: LinearFormat, native: bool) -> "MXDynamicActivationMXWeightConfig":

@@ -17,7 +17,7 @@ from harness.formats.mx import BLOCK, E2M1, E4M3, E5M2, ElementFormat, MXBlocks,
 from harness.kernels.triton import packing
 from harness.kernels.triton.shapes import GemmConfig, Path, Shape, machine, tile_width
 from harness.mx.conf import Activation
-from harness.mx.linears.base import LinearFormat, MXModule
+from harness.mx.linears.base import LinearFormat, MXModule, MXWeight
 
 
 def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
@@ -75,24 +75,17 @@ class TritonMXLinear(MXModule):
         self.register_buffer("tickets", tickets, persistent=False)
 
     @classmethod
-    def from_blocks(
-        cls, blocks: MXBlocks, bias: Tensor | None, fmt: LinearFormat, path: Path | None = None
-    ) -> "TritonMXLinear":
-        """Pack an encoded weight [N, K] and its BF16 `bias` [N]. `path` None: the fastest one.
+    def from_weight(cls, weight: MXWeight, path: Path | None = None) -> "TritonMXLinear":
+        """Pack `weight`. `path` None: the fastest one.
 
         Raises ValueError when `path` is "fp8" and an operand is not MX with elements that E4M3 holds.
         """
+        blocks, bias, fmt = weight
         path = path or paths(fmt, machine(blocks.scales.device)[0])[0]
         if path not in paths(fmt, (9, 0)):
             raise ValueError(f"path=fp8 cannot compute {fmt.numeric_path}: both operands must be MX E4M3 or E2M1")
-        sizes = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
-        return cls(packing.pack(blocks, fmt.element, tile_width(fmt.element.bits, path)), sizes, bias, fmt, path)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, fmt: LinearFormat, path: Path | None = None) -> "TritonMXLinear":
-        """Encode and pack the weight of a BF16 `linear`. Raises ValueError when K is not a multiple of 32."""
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls.from_blocks(encode(linear.weight.detach(), fmt.element, fmt.scale_mode), bias, fmt, path)
+        packed = packing.pack(blocks, fmt.element, tile_width(fmt.element.bits, path))
+        return cls(packed, weight.sizes, bias, fmt, path)
 
     def stacked(self, others: Sequence[nn.Module]) -> "TritonMXLinear | None":
         """One Linear whose output is that of this one, then those of `others`, which read the same input.
