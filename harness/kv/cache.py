@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,12 +103,12 @@ class KVCache:
         """Whether :meth:`store` has nothing to do, since :meth:`window` writes all there is to keep."""
         return all(ring.store_is_free for ring in self._all_rings())
 
-    def load(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Fill a layer from a prefill over frames 0 … N-1, ``k, v [B, H, N*P, Dh]``, oldest first.
+    def load(self, layer: int, k: Tensor, v: Tensor, *, first: int = 0) -> None:
+        """Fill a layer from a prefill over frames ``first`` … ``first + N-1``, ``k, v [B, H, N*P, Dh]``, oldest first.
 
-        The newest R_l frames are kept (quantised where the storage says so). The current frame becomes N-1,
-        so the next :meth:`advance` begins frame N. May be called again at any time: a new prefill reuses
-        the buffers.
+        The newest R_l frames are kept (quantised where the storage says so). The current frame becomes the last of
+        them, so the next :meth:`advance` begins frame ``first + N``. May be called again at any time: a new prefill
+        reuses the buffers.
 
         Raises:
             ValueError: if N < R_l: the window would hold frames that never were.
@@ -118,11 +119,11 @@ class KVCache:
                 f"prefill of {frames} frames: layer {layer} keeps a window of {keep}; prefill at least that many "
                 "frames or lower the sampler's window"
             )
-        first = frames - keep
+        oldest = frames - keep
         for name, x in zip(TENSORS, (k, v), strict=True):
-            newest = x.unflatten(2, (frames, self.tokens))[:, :, first:]
-            self.rings[layer][name].load(newest, first % keep)
-        self.frame.fill_(frames - 1)
+            newest = x.unflatten(2, (frames, self.tokens))[:, :, oldest:]
+            self.rings[layer][name].load(newest, (first + oldest) % keep)
+        self.frame.fill_(first + frames - 1)
         self._locate()
 
     def advance(self) -> None:
@@ -202,6 +203,26 @@ class KVCache:
     def buffers(self) -> list[Tensor]:
         """Every tensor that is written in place from frame to frame; none of them ever moves."""
         return [self.frame, *self._slots.values(), *(buffer for ring in self._all_rings() for buffer in ring.buffers())]
+
+    def saved(self) -> list[Tensor]:
+        """A copy of all that the cache remembers, in the order of :meth:`buffers`."""
+        return [buffer.clone() for buffer in self.buffers()]
+
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Write what :meth:`saved` gave back into the buffers, bit for bit; they stay where they are.
+
+        Raises:
+            ValueError: if ``saved`` is not of a cache of the same sizes and formats; nothing is written then.
+        """
+        buffers = self.buffers()
+        ours, given = ([(x.dtype, tuple(x.shape)) for x in tensors] for tensors in (buffers, saved))
+        if ours != given:
+            raise ValueError(
+                f"a saved cache of {len(given)} tensors does not fit this one of {len(ours)}: another model, window, "
+                "number of clips or KV format"
+            )
+        for buffer, values in zip(buffers, saved, strict=True):
+            buffer.copy_(values)
 
     def _all_rings(self) -> list[FrameRing]:
         return [ring for layer in self.rings for ring in layer.values()]

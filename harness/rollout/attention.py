@@ -82,14 +82,14 @@ def check_attention(kind: AttentionKind, device: torch.device, head_dim: int | N
 
 
 class PrefillAttention:
-    """Masked attention over the history that leaves every layer's K and V in the cache."""
+    """Masked attention over the history, frames from ``first`` on, that leaves every layer's K and V in the cache."""
 
-    def __init__(self, cache: KVCache, masked: Attend) -> None:
-        self.cache, self.masked = cache, masked
+    def __init__(self, cache: KVCache, masked: Attend, first: int = 0) -> None:
+        self.cache, self.masked, self.first = cache, masked, first
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`~harness.models.attention.Attend`."""
-        self.cache.load(layer, k, v)
+        self.cache.load(layer, k, v, first=self.first)
         return self.masked(layer, q, k, v)
 
 

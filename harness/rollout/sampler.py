@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -132,6 +132,7 @@ class Rollout:
         self._make_buffers()
         self._prepare = compile_function(self._prepare_function(), self.compile)
         self._steps = self._make_steps()
+        self._append_step: Step | None = None
         self._graph: CapturedGraph[Frame] | None = None
         self._prefilled = False
 
@@ -201,15 +202,22 @@ class Rollout:
 
     @without_grad
     def prefill(
-        self, history: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None, noise: Tensor | None = None
+        self,
+        history: Tensor,
+        mouse: Tensor | None = None,
+        btn: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        first: int = 0,
     ) -> Tensor:
-        """Start a rollout from W known frames, which become frames 0 … W-1; any earlier rollout is forgotten.
+        """Start a rollout from W known frames, which become frames ``first`` … ; any earlier rollout is forgotten.
 
         Args:
             history: latents ``[B, W, C, S, S]``, oldest first.
             mouse: ``[B, W, 2]``; unconditional models take None.
             btn: ``[B, W, n_buttons]``, likewise.
             noise: noise of the history, of its shape; may be None if ``context_noise`` is 0.
+            first: absolute index of the oldest frame: what another rollout has played is taken over in its place.
 
         Returns:
             The model's velocity of the noised history, ``[B, W, C, S, S]``.
@@ -217,23 +225,71 @@ class Rollout:
         Raises:
             ValueError: if a shape does not fit the model, the window or the cache's number of clips.
         """
-        a, window = self.sampler.context_noise, self.sampler.window
-        if noise is None:
-            if a:
-                raise ValueError(f"context_noise={a}: prefill needs the history's noise")
-            noise = torch.zeros_like(history)
-        self._check("history", history, (window, *self._noise.shape[1:]))
-        self._check("noise", noise, (window, *self._noise.shape[1:]))
+        window = self.sampler.window
+        x = self._noised(history, noise, (window,))
         mouse, btn = self._checked_controls(mouse, btn, (window,))
-        device = self.cache.device
-        x = history.to(device, torch.float32) * (1 - a) + a * noise.to(device, torch.float32)
-        times = torch.full(x.shape[:2], a, device=device)
-        modulation = self.core.modulation(self.core.conditioning(times, mouse, btn))
-        rotary = self.core.rotary(torch.arange(window, device=device))
-        attend = PrefillAttention(self.cache, self.core.full_attention())
+        modulation = self._known_modulation(x, mouse, btn)
+        rotary = self.core.rotary(torch.arange(first, first + window, device=self.cache.device))
+        attend = PrefillAttention(self.cache, self.core.full_attention(), first)
         velocity = self.core.denoise(x, modulation, rotary, attend)
         self._prefilled = True
         return velocity
+
+    @without_grad
+    def append(
+        self, latent: Tensor, noise: Tensor | None = None, mouse: Tensor | None = None, btn: Tensor | None = None
+    ) -> None:
+        """Make a known frame the next one, in place of one rolled out: teacher forcing.
+
+        It is noised and evaluated once at the history's noise level, as prefill does, but against the cache, and its
+        K and V are kept. Runs eagerly, also where frames are captured.
+
+        Args:
+            latent: ``[B, C, S, S]``.
+            noise: of its shape; may be None if ``context_noise`` is 0.
+            mouse: ``[B, 2]``; unconditional models take None.
+            btn: ``[B, n_buttons]``, likewise.
+
+        Raises:
+            RuntimeError: before :meth:`prefill`.
+            ValueError: if a shape does not fit.
+        """
+        self._check_prefilled()
+        x = self._noised(latent, noise, ())
+        mouse, btn = self._checked_controls(mouse, btn, ())
+        mouse, btn = (None if control is None else control[:, None] for control in (mouse, btn))
+        modulation = self._known_modulation(x[:, None], mouse, btn)
+        if self._append_step is None:
+            self._append_step = make_step(self.core, self.cache, self.attention, store=True, conf=CompileConf())
+        self.cache.advance()
+        self._append_step(x, modulation, self.core.rotary(self.cache.frame), self._drops[-1])
+
+    def _noised(self, known: Tensor, noise: Tensor | None, frames: tuple[int, ...]) -> Tensor:
+        """Known latents at the history's noise level, float32 on the device."""
+        a, device = self.sampler.context_noise, self.cache.device
+        if noise is None:
+            if a:
+                raise ValueError(f"context_noise={a}: prefill needs the history's noise, as append does the frame's")
+            noise = torch.zeros_like(known)
+        self._check("history", known, (*frames, *self._noise.shape[1:]))
+        self._check("noise", noise, (*frames, *self._noise.shape[1:]))
+        return known.to(device, torch.float32) * (1 - a) + a * noise.to(device, torch.float32)
+
+    def _known_modulation(self, x: Tensor, mouse: Tensor | None, btn: Tensor | None) -> Modulation:
+        times = torch.full(x.shape[:2], self.sampler.context_noise, device=self.cache.device)
+        return self.core.modulation(self.core.conditioning(times, mouse, btn))
+
+    @without_grad
+    def saved(self) -> list[Tensor]:
+        """A copy of all that the next frames depend on beside the model: the cache and its counters."""
+        self._check_prefilled()
+        return self.cache.saved()
+
+    @without_grad
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Go back to what :meth:`saved` kept, bit for bit. Raises ``ValueError`` if it is of another cache."""
+        self.cache.restore(saved)
+        self._prefilled = True
 
     @without_grad
     def next_frame(self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
@@ -262,10 +318,7 @@ class Rollout:
         return Frame(frame.latent.clone(), tuple(velocity.clone() for velocity in frame.velocities))
 
     def _next(self, noise: Tensor, mouse: Tensor | None, btn: Tensor | None) -> Frame:
-        if not self._prefilled:
-            raise RuntimeError(
-                "no frames to go on from: call prefill() first (after warmup(), which empties the cache)"
-            )
+        self._check_prefilled()
         self._check("noise", noise, self._noise.shape[1:])
         mouse, btn = self._checked_controls(mouse, btn, ())
         self._noise.copy_(noise)
@@ -277,6 +330,12 @@ class Rollout:
         if self._graph is None:
             raise RuntimeError("this rollout replays a CUDA graph: call warmup() before prefill() to capture it")
         return self._graph.replay()
+
+    def _check_prefilled(self) -> None:
+        if not self._prefilled:
+            raise RuntimeError(
+                "no frames to go on from: call prefill() first (after warmup(), which empties the cache)"
+            )
 
     def _checked_controls(
         self, mouse: Tensor | None, btn: Tensor | None, frames: tuple[int, ...]
