@@ -40,13 +40,11 @@ from omegaconf import open_dict
 
 from harness.config import ROOT, RunPlan, plan_run, register
 from harness.measure.environment import environment
-from harness.measure.memory import AllocationMeter, PeakProbe, module_bytes
+from harness.measure.memory import PeakProbe, module_bytes
 from harness.measure.timing import FrameTimer, summarise
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
-from harness.mx.transform import apply_mx
-from harness.rollout import FrameDecoder, OverlappedDecoding, Rollout, make_cache
-from harness.rollout.linears import pack_where_faster
+from harness.rollout import LatentDecoder, OverlappedDecoding, Rollout, assemble
 
 FORMATS = (("bf16", "bf16"), ("mxfp8_all", "mx_v_only"), ("mxfp8_all", "mx_kv"), ("mxfp4_all", "mx_v_only"))
 """(quant, kv) config groups."""
@@ -195,12 +193,12 @@ def random_inputs(plan: RunPlan, batch: int) -> tuple[tuple[Tensor, ...], tuple[
     return (history, *past, noise), (torch.randn(batch, *latent, device=device), *now)
 
 
-def floor_ms(core: GameRFTCore, rollout: Rollout, bandwidth: float) -> float:
+def floor_ms(rollout: Rollout, bandwidth: float) -> float:
     """Least time to read what a frame reads: the blocks' weights and the cache at each step, modulation once."""
     steps = len(rollout.sampler.timesteps)
     each_step = rollout.cache.nbytes().allocated
     once = 0
-    for block in core.blocks:
+    for block in rollout.core.blocks:
         each_step += module_bytes(block.attn) + module_bytes(block.mlp)
         # Where modulation is stacked its weights are views of one storage: count parameters, not storages.
         parts = (block.adaln1, block.gate1, block.adaln2, block.gate2)
@@ -235,22 +233,18 @@ class Stand:
     def __init__(self, row: Row, plan: RunPlan, core: GameRFTCore, decode: Callable[[Tensor], Tensor]) -> None:
         start = time.perf_counter()
         self.plan, self.decode = plan, decode
-        self.core = copy.deepcopy(core)
-        summary = apply_mx(self.core, plan.conf.quant)
-        packed = pack_where_faster(self.core, plan.conf.compile, plan.conf.attention.kind, row.batch)
-        meter = AllocationMeter(plan.device)
-        cache = make_cache(self.core, plan.conf.sampler, plan.conf.kv, row.batch)
-        self.rollout = Rollout(self.core, cache, plan.conf.sampler, plan.conf.attention.kind, plan.conf.compile)
-        warmup = self.rollout.warmup()
+        assembled = assemble(copy.deepcopy(core), plan.conf.quant, plan.conf.kv, plan.setup)
+        self.rollout, summary = assembled.rollout, assembled.summary
         context, self.frame = random_inputs(plan, row.batch)
         self.rollout.prefill(*context)
         self.timer = FrameTimer(plan.device, ("dit", "decoder"))
         self.probe = PeakProbe(plan.device)
         self.result = Result(row.name, clips=row.batch, numeric_path=summary.numeric_path, emulated=summary.emulated)
-        self.result.weight_bytes = module_bytes(self.core)
-        self.result.cache_bytes = cache.nbytes().allocated
-        self.result.run_bytes = meter.taken()
-        self.result.extra = {"warmup": warmup._asdict(), "kernel": summary.kernel, "packed": packed}
+        self.result.weight_bytes = assembled.weight_bytes
+        self.result.cache_bytes = assembled.cache.nbytes().allocated
+        self.result.run_bytes = assembled.allocated_bytes
+        warmup = assembled.warmup._asdict()
+        self.result.extra = {"warmup": warmup, "kernel": summary.kernel, "packed": assembled.packed}
         self.result.setup_s = time.perf_counter() - start
 
     def play(self, frames: int) -> None:
@@ -287,7 +281,7 @@ class Stand:
         result.dit, result.decoder = asdict(dit), asdict(decoder)
         result.fps = 1e3 * result.clips / total.median
         result.fps_overlapped = self.overlapped_fps(frames)
-        result.floor_ms = floor_ms(self.core, self.rollout, bandwidth)
+        result.floor_ms = floor_ms(self.rollout, bandwidth)
         transient = self.probe.result().transient
         if result.run_bytes is not None and transient is not None:
             result.run_bytes += transient
@@ -378,16 +372,12 @@ class Bench:
 
     def _decoder(self, plan: RunPlan) -> Callable[[Tensor], Tensor]:
         start = time.perf_counter()
-        dtype = plan.conf.decoder.dtype_on(plan.device)
-        module = build(lambda: DCAEDecoder(plan.dcae), plan).to(dtype)
-        decoder = FrameDecoder(module, plan.conf.compile, plan.conf.decoder.groups)
-
-        def decode(latent: Tensor) -> Tensor:
-            return decoder((latent * plan.vae_scale).to(dtype))
-
-        (_, _, _, noise), _ = random_inputs(plan, plan.conf.data.batch_size)
-        decode(noise[:, 0])
-        print(f"decoder: ready after {time.perf_counter() - start:.1f} s, groups {decoder.groups}", flush=True)
+        conf = plan.conf.decoder
+        module = build(lambda: DCAEDecoder(plan.dcae), plan)
+        decode = LatentDecoder(module, plan.vae_scale, conf.dtype_on(plan.device), plan.conf.compile, conf.groups)
+        (_, _, _, noise), _ = random_inputs(plan, plan.setup.batch)
+        decode.warmup(noise[:, 0])
+        print(f"decoder: ready after {time.perf_counter() - start:.1f} s, groups {decode.groups}", flush=True)
         return decode
 
     def write(self) -> None:

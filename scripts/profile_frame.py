@@ -28,9 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness.config import RunPlan, register
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
-from harness.mx.transform import apply_mx
-from harness.rollout import Rollout, make_cache
-from harness.rollout.linears import pack_where_faster
+from harness.rollout import assemble
 from scripts.bench_rollout import build, compose_plan, random_inputs
 
 PARTS = (
@@ -53,13 +51,8 @@ def part_of(name: str) -> str:
 def profile_frames(plan: RunPlan, frames: int) -> list[dict[str, Any]]:
     """Kernels of ``frames`` steady frames: name, part, and calls and microseconds per frame, longest first."""
     core = build(lambda: GameRFTCore(plan.arch), plan)
-    conf = plan.conf
-    apply_mx(core, conf.quant)
-    pack_where_faster(core, conf.compile, conf.attention.kind, conf.data.batch_size)
-    cache = make_cache(core, conf.sampler, conf.kv, conf.data.batch_size)
-    rollout = Rollout(core, cache, conf.sampler, conf.attention.kind, conf.compile)
-    rollout.warmup()
-    context, frame = random_inputs(plan, conf.data.batch_size)
+    rollout = assemble(core, plan.conf.quant, plan.conf.kv, plan.setup).rollout
+    context, frame = random_inputs(plan, plan.setup.batch)
     rollout.prefill(*context)
     gpu = plan.device.type == "cuda"
     rollout.next_frame(*frame)

@@ -6,27 +6,27 @@ import shutil
 import pytest
 import torch
 
-import harness.ab.arm
 from harness.ab.arm import Arm
 from harness.measure.stability import InstabilityError
 from harness.report.record import load_record
+from harness.rollout import assembly
 from harness.run import run
 
 
 @pytest.fixture
 def broken_mxfp4(monkeypatch):
     """Every MXFP4 model gives NaN in one layer, from the first generated frame on."""
-    plain = harness.ab.arm.apply_mx
+    plain = assembly.apply_mx
 
-    def apply(core, conf):
-        summary = plain(core, conf)
+    def apply(core, conf, source):
+        summary = plain(core, conf, source)
         if conf.enabled and conf.bits == 4:
             tokens = core.cfg.tokens_per_frame
             hook = lambda module, inputs, output: output * torch.nan if inputs[0].shape[1] == tokens else output  # noqa: E731
             core.blocks[1].mlp.fc1.register_forward_hook(hook)
         return summary
 
-    monkeypatch.setattr("harness.ab.arm.apply_mx", apply)
+    monkeypatch.setattr("harness.rollout.assembly.apply_mx", apply)
 
 
 @pytest.fixture

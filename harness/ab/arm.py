@@ -14,15 +14,12 @@ from torch import Tensor
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.kv import KVConf, KVStats
-from harness.measure.memory import AllocationMeter, PeakProbe, module_bytes
+from harness.measure.memory import PeakProbe
 from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
-from harness.models.bf16 import widen
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
-from harness.mx.transform import TransformSummary, apply_mx
-from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, make_cache
-from harness.rollout.linears import pack_where_faster
+from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
 
 Decode = Callable[[Tensor], Tensor]
 """Model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
@@ -59,7 +56,7 @@ class Overlap:
 
 
 class Arm:
-    """Sets up in the order that matters: MX Linears, then the cache, then compilation.
+    """A rollout (:func:`harness.rollout.assembly`), and what is measured while it runs.
 
     Args:
         core: a BF16 model on its device; the arm owns and changes it.
@@ -73,16 +70,10 @@ class Arm:
     """
 
     def __init__(self, core: GameRFTCore, quant: MXConf, kv: KVConf, plan: RunPlan, decode: Decode) -> None:
-        conf, self.device, self.decode = plan.conf, plan.device, decode
-        self.core, self.kv, self.skip_frames = core, kv, conf.measure.skip_frames
-        self.summary: TransformSummary = apply_mx(core, quant)
-        self.packed = pack_where_faster(core, conf.compile, conf.attention.kind, conf.data.batch_size)
-        widen(core)
-        meter = AllocationMeter(self.device)
-        self.cache = make_cache(core, conf.sampler, kv, conf.data.batch_size)
-        self.rollout = Rollout(core, self.cache, conf.sampler, conf.attention.kind, conf.compile)
-        self.warmup = self.rollout.warmup(conf.measure.warmup_frames)
-        self.run_allocation = meter.taken()
+        self.device, self.decode = plan.device, decode
+        self.kv, self.skip_frames = kv, plan.conf.measure.skip_frames
+        self.assembled = assemble(core, quant, kv, plan.setup)
+        self.core, self.cache, self.rollout = core, self.assembled.cache, self.assembled.rollout
         self.probe = PeakProbe(self.device)
         self.kv_stats = KVStats(self.cache)
         self.frame_timer = FrameTimer(self.device, ("dit", "decoder"))
@@ -92,11 +83,6 @@ class Arm:
         self.recompiles = self.graph_breaks = 0
         self.parts: list[dict[str, float]] = []
         self.overlap: Overlap | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Weights as stored, packed formats included."""
-        return module_bytes(self.core)
 
     @torch.inference_mode()
     def roll(

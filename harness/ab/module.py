@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +21,9 @@ from harness.data.noise import batch_noise
 from harness.kv import KVConf
 from harness.measure.quality import ClipQuality, FrameScores, score_frames
 from harness.measure.stability import frame_change
-from harness.models.checkpoint import load_decoder, load_gamerft, random_decoder, random_gamerft
-from harness.models.dcae import DCAEDecoder, to_frames
-from harness.models.gamerft import GameRFTCore
+from harness.models.dcae import to_frames
 from harness.mx.conf import MXConf
-from harness.rollout import FrameDecoder
+from harness.rollout import LatentDecoder, load_core, load_dcae
 from harness.rollout.linears import unpack
 
 OVERLAP_FRAMES = 64
@@ -66,8 +63,11 @@ class RolloutModule(LightningModule):
     Args:
         plan: the checked run.
 
-    After ``setup``: ``arms`` (``bf16``, and ``candidate`` unless that is BF16 too), in the order they were built.
+    After ``setup``: ``decode``, which both arms share, and ``arms`` (``bf16``, and ``candidate`` unless that is BF16
+    too), in the order they were built.
     """
+
+    decode: LatentDecoder
 
     def __init__(self, plan: RunPlan) -> None:
         super().__init__()
@@ -76,7 +76,6 @@ class RolloutModule(LightningModule):
         self.guard = Guard(plan)
         self.parameters_total = 0
         self.decoder_cold_start_s = 0.0
-        self.decoder_dtype = torch.bfloat16
         self.numerics: dict[str, Any] | None = None
         self.on_frame: Callable[[], None] = lambda: None
         self._first: ClipBatch | None = None
@@ -88,7 +87,7 @@ class RolloutModule(LightningModule):
             ValueError: if a checkpoint does not fit, or a Linear that is to be MX cannot be.
         """
         conf = self.plan.conf
-        core = self._load_core()
+        core = load_core(self.plan.arch, conf.model.checkpoint, conf.model.seed, self.plan.device)
         self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
         self._load_decoder()
         candidate = None if conf.is_baseline else copy.deepcopy(core)
@@ -96,39 +95,16 @@ class RolloutModule(LightningModule):
         if candidate is not None:
             arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
         if conf.quant.list and self.trainer.is_global_zero:
-            print(arms.get("candidate", arms["bf16"]).summary.listing())
+            print(arms.get("candidate", arms["bf16"]).assembled.summary.listing())
         self.arms = arms
-
-    def _load_core(self) -> GameRFTCore:
-        conf, arch = self.plan.conf.model, self.plan.arch
-        core = load_gamerft(conf.checkpoint, arch) if conf.checkpoint else random_gamerft(arch, conf.seed)
-        return core.to(self.plan.device, torch.bfloat16)
 
     def _load_decoder(self) -> None:
         """Load and warm the decoder, which both arms share: the same frames for the same latents."""
-        conf, dcae, device = self.plan.conf.decoder, self.plan.dcae, self.plan.device
-        decoder: DCAEDecoder = (
-            load_decoder(conf.checkpoint, dcae) if conf.checkpoint else random_decoder(dcae, conf.seed)
-        )
-        self.decoder_dtype = conf.dtype_on(device)
-        decoder.to(device, self.decoder_dtype)
-        self._decoder = FrameDecoder(decoder, self.plan.conf.compile, conf.groups)
-        start = time.perf_counter()
-        shape = self.plan.clip_shape
-        with torch.inference_mode():
-            for _ in range(2):
-                zeros = torch.zeros(self.plan.conf.data.batch_size, shape.channels, shape.side, shape.side)
-                self.decode(zeros.to(device)).cpu()
-        self.decoder_cold_start_s = time.perf_counter() - start
-
-    @property
-    def decoder_groups(self) -> dict[str, int]:
-        """Groups in which each grouped convolution of the decoder runs."""
-        return self._decoder.groups
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Decode model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1], in the decoder's dtype."""
-        return self._decoder((latent * self.plan.vae_scale).to(self.decoder_dtype))
+        plan, conf, shape = self.plan, self.plan.conf.decoder, self.plan.clip_shape
+        decoder = load_dcae(plan.dcae, conf.checkpoint, conf.seed, plan.device)
+        self.decode = LatentDecoder(decoder, plan.vae_scale, conf.dtype_on(plan.device), plan.conf.compile, conf.groups)
+        zeros = torch.zeros(plan.conf.data.batch_size, shape.channels, shape.side, shape.side, device=plan.device)
+        self.decoder_cold_start_s = self.decode.warmup(zeros)
 
     def noise(self, clip_ids: list[str], future: int) -> tuple[Tensor, Tensor]:
         """The noise that every arm gets for these clips."""

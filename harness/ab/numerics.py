@@ -80,7 +80,7 @@ def layer_numerics(
     is ``None``). ``categories``: by category the number of ``layers``, mean and largest ``rel``. ``worst``: name of
     the Linear with the largest ``rel``. ``clip``: whose first frames were rolled out. ``None`` without MX Linears.
     """
-    names = candidate.summary.names
+    names = candidate.assembled.summary.names
     if not names:
         return None
     inputs = sample_inputs(bf16, names, batch, noise, rows)

@@ -81,7 +81,7 @@ def _memory(arm: Arm) -> dict[str, Any]:
     # The fused kernels read the rings as they are stored: no layer is ever dequantised.
     fused = arm.rollout.attention is AttentionKind.fused
     return {
-        "weight_bytes": arm.weight_bytes,
+        "weight_bytes": arm.assembled.weight_bytes,
         "kv_window_bytes": cache.allocated,
         "kv_window_bytes_computed": cache.computed,
         "kv_window_bytes_unquantised": cache.plain,
@@ -89,14 +89,14 @@ def _memory(arm: Arm) -> dict[str, Any]:
         "kv_scratch_bytes": cache.scratch,
         "kv_peak_bytes": cache.allocated if fused else cache.peak,
         "kv_dequantised_bytes_per_step": cache.dequantised_per_step,
-        "cache_and_graph_allocated": arm.run_allocation,
+        "cache_and_graph_allocated": arm.assembled.allocated_bytes,
         **asdict(arm.probe.result()),
     }
 
 
 def arm_record(arm: Arm, label: str, plan: RunPlan) -> ArmRecord:
     """One arm's section of the record."""
-    summary, conf = arm.summary, plan.conf
+    summary, warmup, conf = arm.assembled.summary, arm.assembled.warmup, plan.conf
     return ArmRecord(
         label=label,
         numeric_path={
@@ -116,11 +116,11 @@ def arm_record(arm: Arm, label: str, plan: RunPlan) -> ArmRecord:
             "enabled": conf.compile.enabled,
             "mode": conf.compile.mode,
             "scope": conf.compile.scope_on(arm.device),
-            "packed_linears": arm.packed,
-            "cuda_graph": arm.warmup.cuda_graph,
-            "cold_start_s": arm.warmup.seconds,
-            "graphs": arm.warmup.graphs,
-            "graph_breaks": arm.warmup.graph_breaks + arm.graph_breaks,
+            "packed_linears": arm.assembled.packed,
+            "cuda_graph": warmup.cuda_graph,
+            "cold_start_s": warmup.seconds,
+            "graphs": warmup.graphs,
+            "graph_breaks": warmup.graph_breaks + arm.graph_breaks,
             "recompiles_after_warmup": arm.recompiles,
         },
     )
@@ -137,8 +137,8 @@ def _model(module: RolloutModule, plan: RunPlan) -> dict[str, Any]:
         "decoder_checkpoint": conf.decoder.checkpoint,
         "decoder_arch": asdict(plan.dcae),
         "decoder_cold_start_s": module.decoder_cold_start_s,
-        "decoder_groups": module.decoder_groups,
-        "decoder_dtype": str(module.decoder_dtype).removeprefix("torch."),
+        "decoder_groups": module.decode.groups,
+        "decoder_dtype": str(module.decode.dtype).removeprefix("torch."),
         "vae_scale": plan.vae_scale,
     }
 

@@ -39,7 +39,7 @@ from harness.report import drift as drift_room
 from harness.report import gates as gates_room
 from harness.report.drift import DriftConf
 from harness.report.gates import GatesConf
-from harness.rollout import AttentionKind, CompileConf, DecoderGroups, SamplerConf
+from harness.rollout import AttentionKind, CompileConf, DecoderGroups, RolloutSetup, SamplerConf
 from harness.rollout import compile as compile_room
 from harness.rollout import linears as linears_room
 from harness.rollout import sampler as sampler_room
@@ -197,6 +197,13 @@ class RunPlan:
     dcae: DCAEConfig
     vae_scale: float
     device: torch.device
+
+    @property
+    def setup(self) -> RolloutSetup:
+        """What the rollouts of both arms have in common."""
+        conf = self.conf
+        batch, warmup = conf.data.batch_size, conf.measure.warmup_frames
+        return RolloutSetup(batch, conf.sampler, conf.attention.kind, conf.compile, warmup)
 
     @property
     def clip_shape(self) -> ClipShape:
