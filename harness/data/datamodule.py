@@ -165,6 +165,20 @@ class ClipDataModule(LightningDataModule):
             raise ClipError("\n".join(problems[:LISTED_ERRORS] + more))
         self.entries = chosen
 
+    def read_context(self, entry: ClipEntry, start: int) -> Excerpt:
+        """The window of ``entry`` that begins at its frame ``start``: where play begins.
+
+        Raises:
+            ClipError: if the clip is too short, damaged or of another shape than the model's.
+        """
+        window = self.shape.window
+        if not 0 <= start <= entry.frames - window:
+            raise ClipError(
+                f"{entry.origin}: has {entry.frames} frames and the model's window {window}, so start={start} must "
+                f"lie between 0 and {entry.frames - window}"
+            )
+        return self._read(entry, start, window)
+
     def _read_checked(self, entry: ClipEntry) -> Excerpt:
         conf, shape = self.conf, self.shape
         needed = conf.start + shape.window + conf.future_frames
@@ -173,7 +187,11 @@ class ClipDataModule(LightningDataModule):
                 f"{entry.origin}: has {entry.frames} frames, but start {conf.start} + window {shape.window} + "
                 f"{conf.future_frames} future frames need {needed}; use a shorter window or fewer future_frames"
             )
-        excerpt = self.source.read(entry, conf.start, shape.window + conf.future_frames)
+        return self._read(entry, conf.start, shape.window + conf.future_frames)
+
+    def _read(self, entry: ClipEntry, first: int, count: int) -> Excerpt:
+        """These frames, checked to be of the model's shapes."""
+        shape, excerpt = self.shape, self.source.read(entry, first, count)
         found: dict[str, tuple[Sequence[int], Sequence[int] | None]] = {
             "buttons": (excerpt.btn.shape[1:], [shape.buttons]),
             "latents": (_shape(excerpt.latents), [shape.channels, shape.side, shape.side]),
@@ -214,7 +232,7 @@ class ClipDataModule(LightningDataModule):
             context, future = batch.latents[:, :window], batch.latents[:, window:]
             frames = None
         elif batch.frames is not None:
-            context, future = self._encode_frames(batch.frames[:, :window]), None
+            context, future = self.encode_frames(batch.frames[:, :window]), None
             frames = batch.frames[:, window:].float() / 255
         else:
             raise ValueError("a batch needs frames or latents; this one has neither")
@@ -230,8 +248,12 @@ class ClipDataModule(LightningDataModule):
         )
 
     @torch.no_grad()
-    def _encode_frames(self, frames: Tensor) -> Tensor:
-        """uint8 ``[B,W,3,h,w]`` to float32 ``[B,W,C,S,S]`` at the model's scale, on the frames' device."""
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """uint8 ``[B,W,3,h,w]`` to float32 ``[B,W,C,S,S]`` at the model's scale, on the frames' device.
+
+        Raises:
+            ValueError: without an encoder, or if its latents do not have the model's shape.
+        """
         if self.encoder is None:
             raise ValueError("recorded frames must be encoded; give an encoder")
         where, dtype = frames.device, torch.float32

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CONTEXT, FUTURE = "context", "future"
+"""What the noise of a frame is for: known frames, and those to be rolled out."""
+
 
 def clip_noise(seed: int, clip_id: str, window: int, future: int, channels: int, side: int) -> tuple[Tensor, Tensor]:
     """Standard normal noise of one clip, float32 on the CPU.
@@ -21,8 +24,8 @@ def clip_noise(seed: int, clip_id: str, window: int, future: int, channels: int,
         SHA-256(seed, clip id, part, frame index): a longer rollout begins with the noise of a shorter one.
     """
     shape = (channels, side, side)
-    context = [_normal(shape, seed, clip_id, "context", frame) for frame in range(window)]
-    frames = [_normal(shape, seed, clip_id, "future", frame) for frame in range(future)]
+    context = [frame_noise(seed, clip_id, CONTEXT, frame, shape) for frame in range(window)]
+    frames = [frame_noise(seed, clip_id, FUTURE, frame, shape) for frame in range(future)]
     return _stack(context, shape), _stack(frames, shape)
 
 
@@ -40,8 +43,9 @@ def seeded_generator(seed: int, *parts: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _normal(shape: tuple[int, int, int], seed: int, *parts: str | int) -> Tensor:
-    return torch.randn(shape, generator=seeded_generator(seed, *parts))
+def frame_noise(seed: int, clip_id: str, part: str, frame: int, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise of one frame, float32 ``shape`` on the CPU; ``part`` says what it is for."""
+    return torch.randn(shape, generator=seeded_generator(seed, clip_id, part, frame))
 
 
 def _stack(frames: list[Tensor], shape: tuple[int, int, int]) -> Tensor:

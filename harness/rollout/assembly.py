@@ -98,14 +98,27 @@ def assemble(
     Raises:
         ValueError: if the formats do not fit the model, or the kernel or the setup the device.
     """
+    summary, packed = put_into_formats(core, quant, setup, source)
+    meter = AllocationMeter(core.proj_in.weight.device)
+    rollout, warmup = warm_rollout(core, kv, setup)
+    return Assembled(rollout, summary, packed, warmup, meter.taken())
+
+
+def put_into_formats(
+    core: GameRFTCore, quant: MXConf, setup: RolloutSetup, source: WeightSource | None = None
+) -> tuple[TransformSummary, int]:
+    """The first half of :func:`assemble`: the weights, in place; returns what is MX and how many Linears are packed."""
     summary = apply_mx(core, quant, source)
     packed = pack_where_faster(core, setup.compile, setup.attention, setup.batch)
     widen(core)
-    meter = AllocationMeter(core.proj_in.weight.device)
+    return summary, packed
+
+
+def warm_rollout(core: GameRFTCore, kv: KVConf, setup: RolloutSetup) -> tuple[Rollout, Warmup]:
+    """The second half: a cache and a rollout over weights in their formats, which several rollouts may share."""
     cache = make_cache(core, setup.sampler, kv, setup.batch)
     rollout = Rollout(core, cache, setup.sampler, setup.attention, setup.compile)
-    warmup = rollout.warmup(setup.warmup_frames)
-    return Assembled(rollout, summary, packed, warmup, meter.taken())
+    return rollout, rollout.warmup(setup.warmup_frames)
 
 
 def load_core(arch: GameRFTConfig, checkpoint: str | Path | None, seed: int, device: torch.device) -> GameRFTCore:

@@ -1,0 +1,1 @@
+"""A world model played live in a browser: server, protocol, page."""

@@ -1,0 +1,56 @@
+"""From the words of a command line to an engine and a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from harness.config import ROOT, RunPlan, plan_run, register
+from harness.config.play import PlayRunConf, register_play, validate
+from harness.session.engine import Engine
+from harness.session.session import Session
+
+
+def plan_play(words: Sequence[str]) -> RunPlan:
+    """The checked config of play from Hydra's words, such as ``model=doom quant=mxfp4_mlp``; nothing is loaded.
+
+    Raises:
+        hydra.errors.HydraException: for a group, option or field that does not exist.
+        ValueError: listing everything in it that cannot be.
+    """
+    register()
+    register_play()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("play", list(words))
+    plan = plan_run(cfg)
+    validate(play_conf(plan).play)
+    return plan
+
+
+def play_conf(plan: RunPlan) -> PlayRunConf:
+    """The config of a plan that :func:`plan_play` made."""
+    return cast(PlayRunConf, plan.conf)
+
+
+def open_engine(*words: str, arms: Sequence[str] | None = None) -> Engine:
+    """Load a model by the words that a run takes: groups (``quant``, ``kv``, ``attention``, ``compile`` …) and fields.
+
+    Args:
+        words: as on the command line of a run; the config is ``conf/play.yaml``.
+        arms: which of ``bf16`` and ``candidate`` to load; both by default, if ``quant`` or ``kv`` ask for a candidate.
+
+    Raises:
+        hydra.errors.HydraException: for a word that names nothing.
+        ValueError: if the config cannot run here or its files do not fit.
+    """
+    plan = plan_play(words)
+    return Engine(plan, arms, play_conf(plan).play.keep_decoded)
+
+
+def open_session(*words: str, arm: str | None = None, batch: int | None = None) -> Session:
+    """:func:`open_engine`, and a session of its own; see :class:`Session`."""
+    return Session(open_engine(*words), arm, batch)
