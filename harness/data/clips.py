@@ -32,6 +32,7 @@ from torch import Tensor
 
 from harness.data.conf import BUTTON_NAMES, Tag
 from harness.data.yuv import BT601, BT709, rgb_to_yuv420, yuv420_to_rgb
+from harness.files.text import FileError, read_json
 
 FORMAT = "mx-world-harness clip"
 VERSION = 1
@@ -40,6 +41,14 @@ STILL_MOUSE = 0.05
 """Largest mouse movement on either axis, in the clip's own unit, of a clip that counts as standing still."""
 SMALL_SIDE = 256
 """Frames whose sides are at most this many pixels are stored enlarged by 2."""
+
+
+MAX_SIDE = 8192
+"""Pixels of a stored picture along a side, at most: H.264's own bound (level 6.2) is 8192 at 16:9."""
+MAX_FRAMES = 10**6
+MAX_BUTTONS = 256
+MAX_TEXT = 200
+"""Characters of a name in a clip's JSON."""
 
 
 MATRICES = {1: BT709, 2: BT601, 5: BT601, 6: BT601}
@@ -263,9 +272,9 @@ def probe_clip(path: str | Path) -> ClipInfo:
     """
     path = Path(path).with_suffix(".json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ClipError(f"{path}: not a readable JSON file: {error}") from error
+        content = read_json(path, "a clip's JSON")
+    except FileError as error:
+        raise ClipError(str(error)) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ClipError(f'{path}: not a clip; its "format" must be "{FORMAT}"')
     if content.get("version") != VERSION:
@@ -301,6 +310,22 @@ def _check_fields(path: Path, content: dict[str, Any]) -> None:
         for key in ("frames", "height", "width", "pixel_scale", "fps")
         if isinstance(content.get(key), int | float) and not 0 < content[key] < float("inf")
     ]
+    problems += [
+        f"{key} is {content[key]}; at most {most}"
+        for key, most in (("frames", MAX_FRAMES), ("height", MAX_SIDE), ("width", MAX_SIDE), ("pixel_scale", 16))
+        if isinstance(content.get(key), int) and content[key] > most
+    ]
+    if isinstance(names := content.get("button_names"), list):
+        if len(names) > MAX_BUTTONS or not all(isinstance(name, str) and len(name) <= MAX_TEXT for name in names):
+            problems.append(f"button_names must be at most {MAX_BUTTONS} texts of at most {MAX_TEXT} characters")
+        elif len(set(names)) < len(names):
+            problems.append("button_names holds a name twice")
+    if isinstance(content.get("scenario"), str) and len(content["scenario"]) > MAX_TEXT:
+        problems.append(f"scenario has more than {MAX_TEXT} characters")
+    if not isinstance(content.get("video_sha256"), str | None):
+        problems.append("video_sha256 must be a text")
+    if content.get("id", path.stem) != path.stem:
+        problems.append(f"id is {content['id']!r:.60}, but the file is {path.name}; rename one")
     if content.get("tag") not in TAGS:
         problems.append(f"tag must be one of {', '.join(TAGS)}")
     if problems:
@@ -310,7 +335,7 @@ def _check_fields(path: Path, content: dict[str, Any]) -> None:
 def _action_rows(path: Path, actions: list[Any], name: str, width: int) -> Tensor:
     for frame, action in enumerate(actions):
         row = action.get(name) if isinstance(action, dict) else None
-        if not isinstance(row, list) or len(row) != width or not all(isinstance(value, int | float) for value in row):
+        if not isinstance(row, list) or len(row) != width or not all(type(value) in (int, float) for value in row):
             raise ClipError(f"{path}: {name} of frame {frame} must be {width} numbers, given {row!r:.80}")
     return torch.tensor([action[name] for action in actions], dtype=torch.float32).view(len(actions), width)
 
@@ -329,16 +354,18 @@ def read_clip(path: str | Path, first: int = 0, count: int | None = None) -> Cli
         raise ClipError(f"{info.path}: has {info.frames} frames; frames {first} to {stop - 1} were asked for")
     video = info.path.with_suffix(".mp4")
     _check_sum(video, info)
-    kept = np.empty((stop - first, info.height, info.width, 3), np.uint8)
+    kept: list[NDArray[np.uint8]] = []  # grows with the pictures that are there, not with what the JSON says
     number = 0
     for number, picture in enumerate(_decode(video, info), start=1):
+        if number > info.frames:
+            raise ClipError(f"{video}: holds more than the {info.frames} frames that {info.path.name} says")
         if first < number <= stop:
-            kept[number - 1 - first] = _shrink(picture, info.pixel_scale)
+            kept.append(_shrink(picture, info.pixel_scale))
     if number != info.frames:
         raise ClipError(f"{video}: {number} frames could be decoded, but {info.path.name} says {info.frames}")
     return Clip(
         id=info.id,
-        frames=torch.from_numpy(kept).permute(0, 3, 1, 2).contiguous(),
+        frames=torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2).contiguous(),
         buttons=info.buttons[first:stop],
         mouse=info.mouse[first:stop],
         fps=info.fps,
@@ -366,12 +393,14 @@ def _decode(video: Path, info: ClipInfo) -> Iterable[NDArray[np.float32]]:
     """The stored pictures, RGB ``[h, w, 3]`` each, about 0 to 255."""
     try:
         with av.open(str(video)) as container:
-            if not container.streams.video:
-                raise ClipError(f"{video}: has no video stream")
+            if len(container.streams.video) != 1:
+                raise ClipError(f"{video}: has {len(container.streams.video)} video streams; a clip has one")
             stream = container.streams.video[0]
             _check_stream(video, stream, info)
             stream.codec_context.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
+            times: list[int] = []
             for frame in container.decode(stream):
+                _check_picture(video, frame, stream, times)
                 planes = frame.to_ndarray().astype(np.uint8, copy=False)
                 yield yuv420_to_rgb(planes, MATRICES[frame.colorspace])
     except (av.FFmpegError, OSError) as error:
@@ -385,6 +414,11 @@ def _check_stream(video: Path, stream: av.VideoStream, info: ClipInfo) -> None:
             f"{video}: pictures of {stream.height}×{stream.width}, but {info.path.name} says {info.height}×"
             f"{info.width} at pixel_scale {info.pixel_scale}"
         )
+    aspect = stream.sample_aspect_ratio
+    if aspect not in (None, 0, 1):
+        raise ClipError(f"{video}: pixels are to be shown {aspect} as wide as high; a clip has square ones: rescale it")
+    if stream.codec_context.name != "h264":
+        raise ClipError(f"{video}: is {stream.codec_context.name}; a clip is H.264: re-encode it")
     rate = float(stream.average_rate or 0)
     if abs(rate - info.fps) > 0.01 * info.fps:
         raise ClipError(f"{video}: {rate:g} frames a second, but {info.path.name} says {info.fps:g}")
@@ -394,6 +428,33 @@ def _check_stream(video: Path, stream: av.VideoStream, info: ClipInfo) -> None:
             f"{video}: pixel format {codec.pix_fmt}, range {codec.color_range}, matrix {codec.colorspace}; "
             "a clip is yuv420p of limited range (1) with matrix BT.601 (5, 6) or BT.709 (1): re-encode it so"
         )
+
+
+def _check_picture(video: Path, frame: av.VideoFrame, stream: av.VideoStream, times: list[int]) -> None:
+    """Is the picture what the header promised, and does it come when a constant rate has it?
+
+    ``times``: presentation times of the pictures before it, at most two; kept here.
+    """
+    if (frame.height, frame.width) != (stream.height, stream.width):
+        raise ClipError(f"{video}: a picture of {frame.height}×{frame.width} among {stream.height}×{stream.width}")
+    if frame.interlaced_frame:
+        raise ClipError(f"{video}: is interlaced; a clip is progressive: re-encode it (ffmpeg -vf yadif)")
+    if getattr(frame, "rotation", 0):
+        raise ClipError(f"{video}: is to be shown turned by {frame.rotation}°; turn the pictures themselves")
+    if frame.colorspace not in MATRICES:
+        raise ClipError(f"{video}: a picture with matrix {frame.colorspace}; BT.601 (5, 6) or BT.709 (1) are read")
+    if frame.pts is None:
+        raise ClipError(f"{video}: a picture without a time; a clip has a constant frame rate")
+    times.append(frame.pts)
+    if len(times) == 3:
+        first, second = times[1] - times[0], times[2] - times[1]
+        # A rate that the container's clock does not divide puts pictures up to one tick early or late.
+        if first <= 0 or abs(second - first) > 2:
+            raise ClipError(
+                f"{video}: its frame rate varies (pictures {first} and {second} ticks apart); a clip has a constant "
+                f"one, action by action: re-encode it (ffmpeg -vf fps={float(stream.average_rate or 0):g})"
+            )
+        del times[0]
 
 
 def _shrink(picture: NDArray[np.float32], scale: int) -> NDArray[np.uint8]:

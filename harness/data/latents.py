@@ -7,8 +7,6 @@ clip is its own decoded latents.
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 
 from harness.data.clips import TAGS, ClipError, check_actions, derive_tag
-from harness.models.checkpoint import refused_content
+from harness.files.tensors import read_pickle
+from harness.files.text import FileError, read_json
 
 KEYS = ("vid", "mouse", "button")
 
@@ -74,9 +73,12 @@ def _tag(path: Path, content: dict[str, Tensor]) -> str:
     if not sidecar.is_file():
         return derive_tag(content["button"], content["mouse"])
     try:
-        tag = json.loads(sidecar.read_text(encoding="utf-8"))["tag"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError) as error:
-        raise ClipError(f'{sidecar}: give a JSON object with a "tag": {error!r}') from error
+        described = read_json(sidecar, 'a JSON object with a "tag"')
+    except FileError as error:
+        raise ClipError(str(error)) from error
+    if not isinstance(described, dict) or "tag" not in described:
+        raise ClipError(f'{sidecar}: give a JSON object with a "tag"')
+    tag = described["tag"]
     if tag not in TAGS:
         raise ClipError(f"{sidecar}: tag is {tag!r}; give one of {', '.join(TAGS)}")
     return str(tag)
@@ -127,23 +129,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> Any:
-    if not path.is_file():
-        raise ClipError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise ClipError(
-            f"{path}: refused: it holds more than tensors, and loading it could run code ({refused_content(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        raise ClipError(f"{path}: not a readable PyTorch file, is it cut off? ({_first_line(error)})") from error
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether the file has the current, mappable layout (a zip archive), not that of torch before 1.6."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        return read_pickle(path)
+    except FileError as error:
+        raise ClipError(str(error)) from error

@@ -6,19 +6,21 @@ Accepted: ``.safetensors``; and ``.pt`` files (``weights_only=True``) holding a 
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.files.tensors import read_pickle, read_safetensors
+from harness.files.text import FileError
 from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
+
+Half = TypeVar("Half", DCAEDecoder, DCAEEncoder)
 
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of DDP and ``torch.compile``; stripped in any order and number, with a stray leading dot."""
@@ -33,65 +35,96 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit the model; the message names the file and what is wrong."""
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint into a flat state dict on the CPU, wrappers unwrapped.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A flat state dict on the CPU, wrappers unwrapped, and where it came from.
+
+    ``taken``: the key of the set of weights that was taken from a file that holds several, or what names it; empty
+    where there is but one. ``others``: the sets that were left.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    taken: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def choice(self) -> str | None:
+        """What was taken and what was left, in a sentence; ``None`` where there was nothing to choose."""
+        return f"weights of {self.taken!r}, not of {', '.join(map(repr, self.others))}" if self.others else None
+
+
+def read_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: ``.safetensors``, or anything that ``torch.save`` wrote.
+        weights: key of the set of weights to take where a file holds several. ``None`` takes the averaged (EMA) set
+            where there is exactly one, else the only set, else ``model``.
 
     Raises:
-        CheckpointError: if the file is missing, corrupt, holds anything but tensors, or would run code.
+        CheckpointError: if the file is missing, corrupt, holds anything but tensors, would run code, or holds several
+            sets of weights of which none is the one to take.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors or .pt file")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _unwrap(content, path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        if path.suffix == ".safetensors":
+            return _chosen(read_safetensors(path), path, weights)
+        return _chosen(read_pickle(path), path, weights)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused: it is not a plain file of tensors, and loading it could run code "
-            f"({refused_content(error)}). Save a state dict of tensors with torch.save, or convert it to .safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {_first_line(error)}") from error
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of :func:`read_checkpoint`."""
+    return read_checkpoint(path).state
 
 
-def refused_content(error: pickle.UnpicklingError) -> str:
-    """What ``torch.load(weights_only=True)`` would not unpickle; torch's own text advises to load it all the same."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it asks for {found[1]}" if found else "it holds other objects than tensors"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+def _chosen(content: Any, path: Path, weights: str | None) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, found {type(content).__name__}")
-    for key in ("ema", "model"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    sets = {str(key): value for key, value in content.items() if _is_state(value)}
+    if sets:
+        taken = _pick(sets, path, weights)
+        content = sets.pop(taken)
+    elif weights is not None:
+        raise CheckpointError(f"{path}: model.weights={weights}: the file holds one state dict; leave it out")
+    else:
+        taken = ""
     # An EMA wrapper keeps its own counters and the online model beside the averaged one.
     averaged = {key: value for key, value in content.items() if str(key).startswith("ema_model.")}
+    if averaged and any(str(key).startswith("online_model.") for key in content):
+        sets["online_model"], taken = {}, taken or "ema_model"
     state = {_strip(str(key)): value for key, value in (averaged or content).items()}
+    if len(state) < len(averaged or content):
+        raise CheckpointError(f"{path}: two of its keys are one once wrappers' prefixes are taken off")
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise CheckpointError(
             f"{path}: not a state dict: {_listed(other)} hold no tensors; "
             "a checkpoint is a state dict, {'ema': state dict} or {'model': state dict}"
         )
-    return state
+    return Checkpoint(path, state, taken, tuple(sets))
+
+
+def _is_state(value: Any) -> bool:
+    """Whether ``value`` is a set of weights: a mapping that holds tensors (an optimiser's holds mappings and lists)."""
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
+
+
+def _pick(sets: Mapping[str, Any], path: Path, weights: str | None) -> str:
+    if weights is not None:
+        if weights not in sets:
+            raise CheckpointError(f"{path}: model.weights={weights}: it holds {', '.join(map(repr, sets))}")
+        return weights
+    averaged = [key for key in sets if "ema" in key.lower().split("_")]
+    likely = averaged or list(sets)
+    named = [key for key in likely if key in ("ema", "model", "state_dict")]
+    if len(likely) == 1 or len(named) == 1:
+        return likely[0] if len(likely) == 1 else named[0]
+    raise CheckpointError(
+        f"{path}: holds several sets of weights, {', '.join(map(repr, sets))}; say which with model.weights={likely[0]}"
+    )
 
 
 def _strip(key: str) -> str:
@@ -119,19 +152,33 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = key.removesuffix(DIRECTION)
             if name + GAIN not in state:
                 raise CheckpointError(f"{key}: weight norm without its gain (original0)")
-            gain, direction = state[name + GAIN].float(), value.float()
-            folded[name + ".weight"] = gain * direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            folded[name + ".weight"] = _folded(name, state[name + GAIN], value)
         elif not key.endswith(GAIN):
             folded[key] = value
     return folded
 
 
+def _folded(name: str, gain: Tensor, direction: Tensor) -> Tensor:
+    if direction.ndim != 4 or gain.shape != (direction.shape[0], 1, 1, 1):
+        raise CheckpointError(f"{name}: weight norm of {_shape(direction)} with a gain of {_shape(gain)}")
+    if gain.dtype not in DTYPES or direction.dtype not in DTYPES:
+        raise CheckpointError(f"{name}: weight norm of {direction.dtype} and {gain.dtype}, which are no weights")
+    gain, direction = gain.float(), direction.float()
+    return gain * direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
 def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str | Path) -> None:
     """Copy ``state`` into ``module`` (dtype converted), or raise one ``CheckpointError`` listing all that is wrong.
 
-    Listed: missing, unexpected and misshapen keys, and tensors with NaN or infinite values.
+    Listed: missing, unexpected and misshapen keys, elements that are no floating-point numbers, and tensors with NaN or
+    infinite values.
     """
-    target = module.state_dict()
+    check_fits(module.state_dict(), state, origin, type(module).__name__)
+    module.load_state_dict(dict(state))
+
+
+def check_fits(target: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str | Path, what: str) -> None:
+    """Raise ``CheckpointError`` unless ``state`` can be loaded into ``target``, of which shapes alone are looked at."""
     missing = [key for key in target if key not in state]
     unexpected = [key for key in state if key not in target]
     shared = [key for key in target if key in state]
@@ -140,23 +187,54 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str | Path
         for key in shared
         if state[key].shape != target[key].shape
     ]
-    non_finite = [key for key in shared if not torch.isfinite(state[key].float()).all()]
-    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not finite": non_finite}
+    strange = [f"{key} is {state[key].dtype}" for key in shared if state[key].dtype not in DTYPES]
+    # Values are read only of what has the size that the config says.
+    readable = [key for key in shared if state[key].shape == target[key].shape and state[key].dtype in DTYPES]
+    non_finite = [key for key in readable if not torch.isfinite(state[key]).all()]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshapen": misshapen,
+        "not of real numbers": strange,
+        "not finite": non_finite,
+    }
     problems = [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
     if problems:
+        looks = _looks_like(state)
         raise CheckpointError(
-            f"{origin}: the checkpoint does not fit the model config:\n  "
+            f"{origin}: the checkpoint does not fit the {what} of this config"
+            + (f". It looks like {looks}" if looks and len(shared) < len(target) // 2 else "")
+            + ":\n  "
             + "\n  ".join(problems)
             + "\n  Check that the config belongs to this checkpoint (width, depth, channels, uncond)."
         )
-    module.load_state_dict(dict(state))
+
+
+def _looks_like(state: Mapping[str, Tensor]) -> str | None:
+    """What a state dict is, by its keys."""
+    for mark, what in _MARKS.items():
+        if any(re.match(mark, key) for key in state):
+            return what
+    return None
+
+
+_MARKS = {
+    r"(core\.)?transformer\.blocks\.": "a GameRFT model, which goes to model.checkpoint",
+    r"(encoder|decoder)\.": "a whole autoencoder, which goes to decoder.checkpoint",
+    r"blocks\.\d+\.up\.": "a decoder, which goes to decoder.checkpoint",
+    r"blocks\.\d+\.down\.": "an encoder, which goes to decoder.encoder",
+}
+"""By how some key begins."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Elements of weights that are loaded as numbers."""
 
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "scalar"
 
 
-def _listed(entries: list[str], limit: int = 200) -> str:
+def _listed(entries: list[str], limit: int = 60) -> str:
     """Entries that differ in the block's number alone are one, such as ``transformer.blocks.{0-11}.attn.out.bias``."""
     blocks: dict[tuple[str, ...], list[str]] = {}
     for entry in entries:
@@ -183,15 +261,23 @@ def load_gamerft(path: str | Path, cfg: GameRFTConfig) -> GameRFTCore:
     """Build the velocity model and load a full (``core.``) or core-only checkpoint into it, float32, eval mode.
 
     Raises:
-        CheckpointError: see :func:`read_state` and :func:`load_into`.
+        CheckpointError: see :func:`read_checkpoint` and :func:`load_into`.
         ValueError: if ``cfg`` cannot be built.
     """
-    state = read_state(path)
+    return gamerft_of(read_checkpoint(path), cfg)
+
+
+def gamerft_of(checkpoint: Checkpoint, cfg: GameRFTConfig) -> GameRFTCore:
+    """:func:`load_gamerft` of a checkpoint that has been read; built only if the checkpoint fits."""
+    state = checkpoint.state
     if any(key.startswith("core.") for key in state):
         # Keys outside core. would be parts of a full model that this one lacks: report them, do not drop them.
         state = {key.removeprefix("core."): value for key, value in state.items()}
+    with torch.device("meta"):
+        target = GameRFTCore(cfg).state_dict()
+    check_fits(target, state, checkpoint.path, "GameRFT model")
     core = GameRFTCore(cfg)
-    load_into(core, state, path)
+    core.load_state_dict(state)
     return core.eval().requires_grad_(False)
 
 
@@ -200,9 +286,7 @@ def load_decoder(path: str | Path, cfg: DCAEConfig) -> DCAEDecoder:
 
     Raises as :func:`load_gamerft`.
     """
-    decoder = DCAEDecoder(cfg)
-    load_into(decoder, fold_weight_norm(_part(read_state(path), "decoder.")), path)
-    return decoder.eval().requires_grad_(False)
+    return _load_half(path, DCAEDecoder, cfg, "decoder.")
 
 
 def load_encoder(path: str | Path, cfg: DCAEConfig) -> DCAEEncoder:
@@ -210,9 +294,17 @@ def load_encoder(path: str | Path, cfg: DCAEConfig) -> DCAEEncoder:
 
     Raises as :func:`load_gamerft`.
     """
-    encoder = DCAEEncoder(cfg)
-    load_into(encoder, fold_weight_norm(_part(read_state(path), "encoder.")), path)
-    return encoder.eval().requires_grad_(False)
+    return _load_half(path, DCAEEncoder, cfg, "encoder.")
+
+
+def _load_half(path: str | Path, kind: Callable[[DCAEConfig], Half], cfg: DCAEConfig, prefix: str) -> Half:
+    half = kind(cfg)
+    try:
+        state = fold_weight_norm(_part(read_state(path), prefix))
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    load_into(half, state, path)
+    return half.eval().requires_grad_(False)
 
 
 def random_gamerft(cfg: GameRFTConfig, seed: int) -> GameRFTCore:

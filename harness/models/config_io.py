@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.files import text as files
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig
 
@@ -22,18 +23,16 @@ class ConfigFileError(ValueError):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Parse a YAML mapping (safe loader, interpolations resolved).
+    """Parse a YAML mapping, within the bounds of :func:`harness.files.text.read_yaml`.
 
     Raises:
         ConfigFileError: if the file is missing, not YAML, or not a mapping.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigFileError(f"{path}: no such model config; give a YAML file with a `model:` section")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigFileError(f"{path}: not a readable YAML file: {error}") from error
+        content = files.read_yaml(path, "a YAML file with a `model:` section")
+    except files.FileError as error:
+        raise ConfigFileError(str(error)) from error
     if not isinstance(content, dict):
         raise ConfigFileError(f"{path}: expected a mapping with a `model:` section, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
@@ -55,6 +54,7 @@ def _build(cls: type[Config], fields: dict[str, Any], origin: str) -> Config:
         # Upstream files carry training-time fields too, so an unknown one is no error; but it is said, since a
         # field that changed the model would otherwise be dropped in silence.
         warnings.warn(f"{origin}: fields not used by {cls.__name__}: {', '.join(unknown)}", stacklevel=3)
+    _check_types(cls, fields, origin)
     schema = OmegaConf.structured(cls)
     try:
         # OmegaConf converts and type-checks every value (and turns YAML lists into lists).
@@ -68,6 +68,27 @@ def _build(cls: type[Config], fields: dict[str, Any], origin: str) -> Config:
     except ValueError as error:
         raise ConfigFileError(f"{origin}: {error}") from error
     return config
+
+
+def _check_types(cls: type, fields: dict[str, Any], origin: str) -> None:
+    """Refuse what OmegaConf would convert: YAML reads ``on`` as true, and true would become 1."""
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    problems = []
+    for name, kind in kinds.items():
+        value = fields.get(name)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool) and "bool" not in kind:
+                problems.append(
+                    f"{name} is {str(one).lower()} (YAML reads on, off, yes and no so); give a number or text"
+                )
+            elif isinstance(one, str) and "str" not in kind:
+                problems.append(f"{name} is the text {one!r:.60}; give a number")
+            elif isinstance(one, float) and not math.isfinite(one):
+                problems.append(f"{name} is {one}; give a finite number")
+            elif isinstance(one, int | float) and not isinstance(one, bool) and "bool" in kind:
+                problems.append(f"{name} is {one}; give true or false")
+    if problems:
+        raise ConfigFileError(f"{origin}: " + "; ".join(problems))
 
 
 def gamerft_config(fields: dict[str, Any], origin: str = "model config") -> GameRFTConfig:
@@ -129,6 +150,6 @@ def read_vae_scale(path: str | Path) -> float | None:
     scale = train.get("vae_scale") if isinstance(train, dict) else None
     if scale is None:
         return None
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise ConfigFileError(f"{path}: train.vae_scale={scale!r}: give a positive number")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ConfigFileError(f"{path}: train.vae_scale={scale!r:.60}: give a positive number")
     return float(scale)

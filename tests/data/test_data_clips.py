@@ -115,8 +115,8 @@ def test_one_flipped_bit_in_the_video_is_noticed(tmp_path):
         ({"actions": [{"buttons": [0] * 10, "mouse": [0, 0]}] * 6}, "buttons of frame 0 must be 11 numbers"),
         ({"actions": [{"buttons": [0] * 11, "mouse": [0, 0, 0]}] * 6}, "mouse of frame 0 must be 2 numbers"),
         ({"actions": [{"buttons": [0] * 10 + [0.5], "mouse": [0, 0]}] * 6}, "each must be 0 or 1"),
-        ({"actions": [{"buttons": [0] * 11, "mouse": [float("nan"), 0]}] * 6}, "mouse of frame 0 is NaN"),
-        ({"actions": [{"buttons": [0] * 11, "mouse": [float("inf"), 0]}] * 6}, "mouse of frame 0 is NaN or infinite"),
+        ({"actions": [{"buttons": [0] * 11, "mouse": [float("nan"), 0]}] * 6}, "NaN is no JSON number"),
+        ({"actions": [{"buttons": [0] * 11, "mouse": [float("inf"), 0]}] * 6}, "Infinity is no JSON number"),
     ],
 )
 def test_a_wrong_json_is_named_with_what_is_wrong(tmp_path, changes, message):

@@ -17,6 +17,7 @@ from harness.models.checkpoint import (
     load_gamerft,
     random_decoder,
     random_gamerft,
+    read_checkpoint,
 )
 from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder
 from harness.models.gamerft import GameRFTConfig
@@ -141,7 +142,7 @@ def test_a_truncated_file_is_named(state, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match="no such file; give a .safetensors"):
         load_gamerft(tmp_path / "absent.pt", CFG)
 
 
@@ -190,3 +191,43 @@ def test_random_weights_come_from_the_seed_alone():
     assert torch.equal(a.proj_in.weight, b.proj_in.weight)
     assert not torch.equal(a.proj_in.weight, c.proj_in.weight)
     assert random_decoder(DCAE, 1)(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 16, 16)
+
+
+def test_the_averaged_set_of_several_is_taken_and_said(state, tmp_path):
+    worse = {key: value + 1 for key, value in state.items()}
+    for key in ("ema", "model_ema", "ema_state_dict"):
+        torch.save({"model": worse, key: state, "optimizer": {"state": {}, "lr": 1.0}}, tmp_path / "model.pt")
+        found = read_checkpoint(tmp_path / "model.pt")
+        assert found.choice == f"weights of '{key}', not of 'model'"
+        assert torch.equal(found.state["proj_in.weight"], state["proj_in.weight"])
+    online = read_checkpoint(tmp_path / "model.pt", "model")
+    assert torch.equal(online.state["proj_in.weight"], worse["proj_in.weight"])
+
+
+def test_sets_of_which_none_stands_out_are_for_the_user_to_choose(state, tmp_path):
+    torch.save({"ema_0.99": state, "ema_0.9999": state, "model": state}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"several sets .*'ema_0.99', 'ema_0.9999', 'model'; say which with"):
+        read_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="model.weights=best: it holds 'ema_0.99'"):
+        read_checkpoint(tmp_path / "model.pt", "best")
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="the file holds one state dict"):
+        read_checkpoint(tmp_path / "model.pt", "ema")
+
+
+def test_elements_that_are_no_weights_are_named(state, tmp_path):
+    bad = {**state, "proj_in.weight": state["proj_in.weight"].to(torch.complex64)}
+    bad["transformer.blocks.0.attn.qkv.bias"] = torch.zeros(96, dtype=torch.int32)
+    torch.save(bad, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="2 not of real numbers: proj_in.weight is torch.complex64"):
+        load_gamerft(tmp_path / "model.pt", CFG)
+
+
+def test_another_kind_of_checkpoint_is_called_what_it_is(state, tmp_path):
+    save_file(DCAEDecoder(DCAE).state_dict(), tmp_path / "decoder.safetensors")
+    with pytest.raises(CheckpointError, match="It looks like a decoder, which goes to decoder.checkpoint") as error:
+        load_gamerft(tmp_path / "decoder.safetensors", CFG)
+    assert len(str(error.value)) < 5000
+    save_file(state, tmp_path / "dit.safetensors")
+    with pytest.raises(CheckpointError, match="It looks like a GameRFT model, which goes to model.checkpoint"):
+        load_decoder(tmp_path / "dit.safetensors", DCAE)

@@ -74,7 +74,7 @@ def test_files_that_are_no_model_config_are_named(text, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigFileError, match="no such model config"):
+    with pytest.raises(ConfigFileError, match="no such file; give a YAML file"):
         read_gamerft_config(tmp_path / "absent.yml")
 
 

@@ -1,0 +1,1 @@
+"""Files from strangers: bounded, strict readers that every other room reads through. Imports no other room."""
