@@ -4,6 +4,7 @@ import sqlite3
 import pytest
 import torch
 from game_clips import write_game_clip
+from safetensors.torch import load_file
 
 from harness.ab.module import pad_batch
 from harness.data.datamodule import ClipBatch
@@ -168,7 +169,7 @@ def test_a_video_per_clip_is_written(record, tmp_path):
     [
         ({"model.window": 8}, "has 10 frames, but start 0 + window 8 + 4 future frames need 12"),
         ({"data.paths": "[/no/such/folder]"}, "/no/such/folder"),
-        ({"+model.arch.d_model": 64}, "the checkpoint does not fit the model config"),
+        ({"+model.arch.d_model": 64}, "the checkpoint does not fit the GameRFT model"),
     ],
 )
 def test_what_does_not_fit_is_named(composed, game, overrides, change, said):
@@ -239,3 +240,15 @@ def test_a_compiled_gpu_run_measures_time_and_memory_on_the_device(record):
         assert 0 < arm.memory["transient"] < arm.memory["peak_allocated"] <= arm.memory["peak_reserved"]
         assert 0 < arm.speed["dit_ms"]["median"] < arm.speed["total_ms"]["median"]
     assert found.quality["all"]["fidelity"]["psnr"] > 20
+
+
+def test_which_of_several_sets_of_weights_ran_is_said(game, record, overrides, tmp_path):
+    state = load_file(game["model.checkpoint"])
+    several = {"model": {key: value + 1 for key, value in state.items()}, "model_ema": state}
+    torch.save(several, tmp_path / "both.pt")
+    words = overrides(game, **{"model.checkpoint": tmp_path / "both.pt", "data.limit": 1})
+    averaged, online = record(*words), record(*words, "model.weights=model")
+    plain = record(*overrides(game, **{"data.limit": 1}))
+    assert averaged.clips[0]["scores"] == plain.clips[0]["scores"] != online.clips[0]["scores"]
+    assert any("weights of 'model_ema', not of 'model'" in note for note in averaged.notes)
+    assert any("weights of 'model', not of 'model_ema'" in note for note in online.notes)

@@ -75,6 +75,7 @@ class RolloutModule(LightningModule):
         self.arms: dict[str, Arm] = {}
         self.guard = Guard(plan)
         self.parameters_total = 0
+        self.weights_choice: str | None = None
         self.decoder_cold_start_s = 0.0
         self.numerics: dict[str, Any] | None = None
         self.on_frame: Callable[[], None] = lambda: None
@@ -87,7 +88,9 @@ class RolloutModule(LightningModule):
             ValueError: if a checkpoint does not fit, or a Linear that is to be MX cannot be.
         """
         conf = self.plan.conf
-        core = load_core(self.plan.arch, conf.model.checkpoint, conf.model.seed, self.plan.device)
+        model = conf.model
+        core = load_core(self.plan.arch, model.checkpoint, model.seed, self.plan.device, model.weights)
+        self.weights_choice = core.weights_choice
         self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
         self._load_decoder()
         candidate = None if conf.is_baseline else copy.deepcopy(core)

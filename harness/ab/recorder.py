@@ -153,12 +153,14 @@ def _data(data: ClipDataModule, done: int) -> dict[str, Any]:
     }
 
 
-def _notes(plan: RunPlan, choices: dict[str, str], arms: dict[str, Arm]) -> list[str]:
+def _notes(plan: RunPlan, choices: dict[str, str], arms: dict[str, Arm], weights_choice: str | None) -> list[str]:
     notes = []
     if not plan.conf.model.checkpoint:
         notes.append(RANDOM_WEIGHTS)
     elif not plan.conf.decoder.checkpoint:
         notes.append("Random decoder weights: PSNR and SSIM mean nothing.")
+    if weights_choice is not None:
+        notes.append(f"{plan.conf.model.checkpoint}: {weights_choice}; model.weights chooses.")
     if plan.device.type == "cpu":
         notes.append("A CPU run: its times do not say which format is faster on a GPU.")
     if plan.conf.compile.overlap_decode:
@@ -250,7 +252,7 @@ def build_record(
         arms=arms,
         quality=summarise_quality(outputs.clips) if outputs.clips else None,
         clips=clips,
-        notes=_notes(plan, choices, module.arms),
+        notes=_notes(plan, choices, module.arms, module.weights_choice),
         incidents=[asdict(incident) for incident in module.guard.incidents],
         drift=summarise_drift(clips, plan.conf.drift) if clips else None,
         fallbacks=module.guard.taken,

@@ -61,6 +61,8 @@ class ModelConf:
         config_file: upstream YAML with ``model:`` and ``train:`` sections, or null.
         arch: fields of :class:`GameRFTConfig`; those of ``config_file`` are replaced by these.
         checkpoint: weights, in any form that :mod:`harness.models.checkpoint` reads; null = seeded random weights.
+        weights: key of the set of weights to take from a checkpoint that holds several, such as ``ema`` or ``model``;
+            null = the averaged (EMA) one where there is one.
         seed: of random weights.
         window: frames a new frame sees, itself included, if the sampler does not say otherwise.
     """
@@ -68,6 +70,7 @@ class ModelConf:
     config_file: str | None = None
     arch: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    weights: str | None = None
     seed: int = 0
     window: int = MISSING
 

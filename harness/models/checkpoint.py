@@ -198,16 +198,17 @@ def check_fits(target: Mapping[str, Tensor], state: Mapping[str, Tensor], origin
         "not of real numbers": strange,
         "not finite": non_finite,
     }
-    problems = [f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
-    if problems:
-        looks = _looks_like(state)
-        raise CheckpointError(
-            f"{origin}: the checkpoint does not fit the {what} of this config"
-            + (f". It looks like {looks}" if looks and len(shared) < len(target) // 2 else "")
-            + ":\n  "
-            + "\n  ".join(problems)
-            + "\n  Check that the config belongs to this checkpoint (width, depth, channels, uncond)."
-        )
+    if not any(kinds.values()):
+        return
+    looks = _looks_like(state) if len(shared) < len(target) // 2 else None
+    problems = [f"{len(keys)} {kind}: {_listed(keys, 6 if looks else 60)}" for kind, keys in kinds.items() if keys]
+    raise CheckpointError(
+        f"{origin}: the checkpoint does not fit the {what} of this config"
+        + (f". It looks like {looks}" if looks else "")
+        + ":\n  "
+        + "\n  ".join(problems)
+        + "\n  Check that the config belongs to this checkpoint (width, depth, channels, uncond)."
+    )
 
 
 def _looks_like(state: Mapping[str, Tensor]) -> str | None:
@@ -257,14 +258,14 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return part or state
 
 
-def load_gamerft(path: str | Path, cfg: GameRFTConfig) -> GameRFTCore:
+def load_gamerft(path: str | Path, cfg: GameRFTConfig, weights: str | None = None) -> GameRFTCore:
     """Build the velocity model and load a full (``core.``) or core-only checkpoint into it, float32, eval mode.
 
     Raises:
         CheckpointError: see :func:`read_checkpoint` and :func:`load_into`.
         ValueError: if ``cfg`` cannot be built.
     """
-    return gamerft_of(read_checkpoint(path), cfg)
+    return gamerft_of(read_checkpoint(path, weights), cfg)
 
 
 def gamerft_of(checkpoint: Checkpoint, cfg: GameRFTConfig) -> GameRFTCore:
@@ -278,6 +279,7 @@ def gamerft_of(checkpoint: Checkpoint, cfg: GameRFTConfig) -> GameRFTCore:
     check_fits(target, state, checkpoint.path, "GameRFT model")
     core = GameRFTCore(cfg)
     core.load_state_dict(state)
+    core.weights_choice = checkpoint.choice
     return core.eval().requires_grad_(False)
 
 

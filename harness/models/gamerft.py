@@ -247,6 +247,8 @@ def make_rotary(cfg: GameRFTConfig) -> MotionRotary | OrthoRotary:
 class GameRFTCore(nn.Module):
     """The velocity model.
 
+    ``weights_choice``: which of several sets of weights its checkpoint held it was given, in words; else ``None``.
+
     Raises:
         ValueError: if ``cfg`` describes a model that cannot be built (see :meth:`GameRFTConfig.validate`).
     """
@@ -255,6 +257,7 @@ class GameRFTCore(nn.Module):
         super().__init__()
         cfg.validate()
         self.cfg = cfg
+        self.weights_choice: str | None = None
         self.proj_in = nn.Linear(cfg.channels, cfg.d_model, bias=False)
         self.t_embed = TimestepEmbedding(cfg.d_model)
         if not cfg.uncond:

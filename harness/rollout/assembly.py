@@ -121,12 +121,14 @@ def warm_rollout(core: GameRFTCore, kv: KVConf, setup: RolloutSetup) -> tuple[Ro
     return rollout, rollout.warmup(setup.warmup_frames)
 
 
-def load_core(arch: GameRFTConfig, checkpoint: str | Path | None, seed: int, device: torch.device) -> GameRFTCore:
-    """The model in BF16 on ``device``: of ``checkpoint``, or with random weights of ``seed``.
+def load_core(
+    arch: GameRFTConfig, checkpoint: str | Path | None, seed: int, device: torch.device, weights: str | None = None
+) -> GameRFTCore:
+    """The model in BF16 on ``device``: of ``checkpoint`` (its set ``weights``), or with random weights of ``seed``.
 
     Raises :class:`~harness.models.checkpoint.CheckpointError` if the checkpoint cannot be read or does not fit.
     """
-    core = load_gamerft(checkpoint, arch) if checkpoint else random_gamerft(arch, seed)
+    core = load_gamerft(checkpoint, arch, weights) if checkpoint else random_gamerft(arch, seed)
     return core.to(device, torch.bfloat16)
 
 

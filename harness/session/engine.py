@@ -100,7 +100,7 @@ class Engine:
         if not wanted or any(name not in available for name in wanted):
             raise ValueError(f"arms={wanted}: this config (quant, kv) has {', '.join(available)}")
         formats = {BF16: (MXConf(), KVConf()), CANDIDATE: (conf.quant, conf.kv)}
-        core = load_core(plan.arch, conf.model.checkpoint, conf.model.seed, plan.device)
+        core = load_core(plan.arch, conf.model.checkpoint, conf.model.seed, plan.device, conf.model.weights)
         with torch.inference_mode(False):
             cores = {name: core if name == wanted[-1] else copy.deepcopy(core) for name in wanted}
             self.arms = {name: self._arm(name, cores[name], *formats[name], keep) for name in wanted}
