@@ -40,8 +40,9 @@ from omegaconf import open_dict
 
 from harness.config import ROOT, RunPlan, plan_run, register
 from harness.measure.environment import environment
+from harness.measure.figures import summarise
 from harness.measure.memory import PeakProbe, module_bytes
-from harness.measure.timing import FrameTimer, summarise
+from harness.measure.timing import FrameTimer
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import LatentDecoder, OverlappedDecoding, Rollout, assemble

@@ -6,13 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hydra.types import RunMode
 
 from harness.ab import processes as parallel
 from harness.ab.processes import ProcessError, ProcessParts, check_clips, check_processes
 from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
 from harness.measure.stability import OnInstability
 from harness.report.record import load_record
+from harness.report.sections import IncidentRecord
 from harness.run import run
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.limit=3", "measure.parts_frames=1"]
@@ -53,20 +53,20 @@ def test_two_processes_give_the_figures_of_one(composed, tmp_path):
     done = start(folder)
     assert done.returncode == 0, done.stderr
     both = load_record(folder / "run" / "record.json")
-    assert both.environment["processes"] == 2
-    assert alone.environment["processes"] == 1
-    assert [clip["clip_id"] for clip in both.clips] == [clip["clip_id"] for clip in alone.clips]
-    assert len({clip["clip_id"] for clip in both.clips}) == 3  # no clip twice though 3 is odd
+    assert both.environment.processes == 2
+    assert alone.environment.processes == 1
+    assert [clip.clip_id for clip in both.clips] == [clip.clip_id for clip in alone.clips]
+    assert len({clip.clip_id for clip in both.clips}) == 3  # no clip twice though 3 is odd
     for one, two in zip(alone.clips, both.clips, strict=True):
-        assert two["scores"]["fidelity"]["psnr"] == pytest.approx(one["scores"]["fidelity"]["psnr"], abs=0.02)
+        assert two.scores["fidelity"].psnr == pytest.approx(one.scores["fidelity"].psnr, abs=0.02)
     for metric in ("psnr", "ssim"):
-        expected = alone.quality["all"]["fidelity"][metric]
-        assert both.quality["all"]["fidelity"][metric] == pytest.approx(expected, abs=0.02)
+        expected = getattr(alone.quality.all.fidelity, metric)
+        assert getattr(both.quality.all.fidelity, metric) == pytest.approx(expected, abs=0.02)
     for name, arm in both.arms.items():
-        assert arm.speed["total_ms"]["n"] == alone.arms[name].speed["total_ms"]["n"] == 3
+        assert arm.speed.total_ms.n == alone.arms[name].speed.total_ms.n == 3
     rows = (folder / "run" / "frames.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 2 * 2
-    assert all((folder / "run" / clip["video"]).stat().st_size > 500 for clip in both.clips)
+    assert all((folder / "run" / clip.video).stat().st_size > 500 for clip in both.clips)
     assert done.stdout.count("fidelity, all clips (3)") == 1
     assert not (folder / "run" / "processes").exists()
     logged = (folder / "run" / "log" / "metrics.csv").read_text().splitlines()
@@ -80,8 +80,8 @@ def test_a_process_that_fails_ends_the_run_and_finished_clips_are_kept(tmp_path)
     assert "error: process 1: RuntimeError: injected" in done.stderr
     record = load_record(tmp_path / "run" / "record.json")
     assert record.status == "failed"
-    assert record.clips[0]["clip_id"] == "synthetic_0000"
-    assert record.incidents[0] == {"kind": "ProcessError", "message": "process 1: RuntimeError: injected"}
+    assert record.clips[0].clip_id == "synthetic_0000"
+    assert record.incidents[0] == IncidentRecord("ProcessError", "process 1: RuntimeError: injected")
 
 
 def test_a_killed_process_ends_the_run_soon_and_what_is_finished_stays(tmp_path):
@@ -92,7 +92,7 @@ def test_a_killed_process_ends_the_run_soon_and_what_is_finished_stays(tmp_path)
     assert len(kept) >= 2
     record = load_record(tmp_path / "run" / "record.json")
     assert record.status in ("running", "failed")  # whether Lightning ends this process or our own watch comes first
-    assert 1 <= len(record.clips) == len({clip["clip_id"] for clip in record.clips})
+    assert 1 <= len(record.clips) == len({clip.clip_id for clip in record.clips})
     assert (tmp_path / "run" / "frames.csv").exists()
 
 
@@ -134,12 +134,12 @@ def test_a_partners_failure_is_noticed_after_the_next_batch(first_process):
 
 def test_processes_that_cannot_be_are_refused_before_they_start():
     with pytest.raises(ValueError, match=r"trainer.devices=2 in a sweep .*docs/sweeps.md"):
-        check_processes(RunConf(trainer=TrainerConf(devices=2)), RunMode.MULTIRUN)
-    check_processes(RunConf(trainer=TrainerConf(devices=2)), RunMode.RUN)
-    check_processes(RunConf(), RunMode.MULTIRUN)
+        check_processes(RunConf(trainer=TrainerConf(devices=2)), True)
+    check_processes(RunConf(trainer=TrainerConf(devices=2)), False)
+    check_processes(RunConf(), True)
     alone = RunConf(trainer=TrainerConf(devices=2), on_instability=OnInstability["fallback"])
     with pytest.raises(ValueError, match="on_instability=fallback with trainer.devices=2"):
-        check_processes(alone, RunMode.RUN)
+        check_processes(alone, False)
     with pytest.raises(ValueError, match="2 processes for 1 clips: every process needs one; use trainer.devices=1"):
         check_clips(1, 2)
 

@@ -140,8 +140,8 @@ def test_the_old_commands_run_and_the_record_keeps_their_flags(composed, monkeyp
     run(composed(*ENV, *words))
     record = load_record(tmp_path / "run" / "record.json")
     assert record.config["flags"] == flags
-    assert record.arms["candidate"].transform["names"]
-    assert "W4A4" in record.arms["candidate"].numeric_path["linears"]
+    assert record.arms["candidate"].transform.names
+    assert "W4A4" in record.arms["candidate"].numeric_path.linears
     printed = capsys.readouterr().out
     assert "Linears in MX: 3 (3 mlp), W4A4" in printed
     assert "mlp        transformer.blocks.{0-1}.mlp.fc1" in printed

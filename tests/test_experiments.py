@@ -50,9 +50,9 @@ def test_every_format_runs(record, quant, kv):
     assert found.choices["quant"] == quant
     assert len(found.arms) == (1 if (quant, kv) == ("bf16", "bf16") else 2)
     if quant != "bf16":
-        assert found.arms["candidate"].transform["count"] > 0
+        assert found.arms["candidate"].transform.count > 0
     if (quant, kv) != ("bf16", "bf16"):
-        assert 15 < found.quality["all"]["fidelity"]["psnr"] <= 100
+        assert 15 < found.quality.all.fidelity.psnr <= 100
 
 
 @pytest.mark.parametrize("option", GROUPS["gates"])
@@ -112,7 +112,7 @@ def test_every_model_runs_narrowed_where_it_is_large(composed, tmp_path, option)
     run(composed(*words))
     found = load_record(tmp_path / "run" / "record.json")
     assert (found.status, found.choices["decoder"]) == ("complete", option)
-    assert found.data["source"] == ("clips" if option == "doom" else "synthetic")
+    assert found.data.source == ("clips" if option == "doom" else "synthetic")
 
 
 @pytest.mark.parametrize("option", sorted(set(GROUPS["data"]) - {"doom"}))
@@ -124,7 +124,7 @@ def test_every_data_option_runs(record, tmp_path, option):
         torch.save({"vid": torch.randn(6, 16, 4, 4), **actions}, tmp_path / "clip.pt")
         words.append(f"data.paths=[{tmp_path / 'clip.pt'}]")
     found = record(*words)
-    assert (found.status, found.data["source"], len(found.clips)) == ("complete", option, 1)
+    assert (found.status, found.data.source, len(found.clips)) == ("complete", option, 1)
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
@@ -140,7 +140,7 @@ def test_both_arms_run_under_the_same_compilation(record, compile):
         assert arm["enabled"] == (compile == "on") == (arm["graphs"] > 0)
         assert (arm["graph_breaks"], arm["recompiles_after_warmup"]) == (0, 0)
         assert arm["cold_start_s"] > 0
-    assert found.quality["all"]["fidelity"]["psnr"] < 80  # two models, not one
+    assert found.quality.all.fidelity.psnr < 80  # two models, not one
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_both_arms_run_under_the_same_compilation(record, compile):
 )
 def test_fields_of_a_format_follow_the_command_line(record, words, count, path):
     candidate = record(LAYERS, *words).arms["candidate"]
-    assert candidate.transform["count"] == count
-    assert path in candidate.numeric_path["linears"]
+    assert candidate.transform.count == count
+    assert path in candidate.numeric_path.linears
 
 
 def experiments():

@@ -81,7 +81,7 @@ def test_ctrl_c_keeps_the_finished_clips_and_ends_with_130(command, before_batch
     assert "Incident: Interrupted: stopped by the user; finished clips are kept" in said.out
     record = load_record(tmp_path / "run" / "record.json")
     assert (record.status, len(record.clips)) == ("failed", 2)
-    assert all((tmp_path / "run" / clip["video"]).is_file() for clip in record.clips)
+    assert all((tmp_path / "run" / clip.video).is_file() for clip in record.clips)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 6000])
@@ -92,8 +92,8 @@ def test_a_clip_cut_off_while_the_run_lasts_is_named(command, before_batch, tmp_
     assert code == 2
     assert said.err.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'cache' / 'clip_3.pt'}: not a readable")
     record = load_record(tmp_path / "run" / "record.json")
-    assert (record.status, [clip["clip_id"] for clip in record.clips]) == ("failed", ["clip_0", "clip_1", "clip_2"])
-    assert record.incidents[0]["kind"] == "ClipError"
+    assert (record.status, [clip.clip_id for clip in record.clips]) == ("failed", ["clip_0", "clip_1", "clip_2"])
+    assert record.incidents[0].kind == "ClipError"
 
 
 def test_what_is_finished_is_recorded_while_the_run_lasts(command, before_batch, tmp_path):
@@ -107,5 +107,5 @@ def test_what_is_finished_is_recorded_while_the_run_lasts(command, before_batch,
     before_batch(2, look)
     command("data.limit=4")
     assert (seen[0].status, len(seen[0].clips)) == ("running", 2)
-    assert seen[0].arms["candidate"].speed["total_ms"]["n"] == 2
-    assert all((tmp_path / "run" / clip["video"]).is_file() for clip in seen[0].clips)
+    assert seen[0].arms["candidate"].speed.total_ms.n == 2
+    assert all((tmp_path / "run" / clip.video).is_file() for clip in seen[0].clips)

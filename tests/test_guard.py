@@ -56,38 +56,38 @@ def test_nan_ends_the_run_and_names_arm_clip_frame_and_layer(composed, game, ove
     found = load_record(tmp_path / "run" / "record.json")
     assert found.status == "failed"
     (incident,) = found.incidents
-    assert (incident["kind"], incident["layer"], incident["action"]) == ("non_finite", LAYER, "run ended")
+    assert (incident.kind, incident.layer, incident.action) == ("non_finite", LAYER, "run ended")
 
 
 def test_fallback_rebuilds_the_candidate_and_says_what_each_clip_ran_with(record, game, overrides, broken_mxfp4):
     found = record(*overrides(game), "quant=mxfp4_mlp", "on_instability=fallback")
     assert found.status == "complete"
-    assert [clip["fallback"] for clip in found.clips] == ["MXFP4 off, 8 bits instead"] * 2
+    assert [clip.fallback for clip in found.clips] == ["MXFP4 off, 8 bits instead"] * 2
     (taken,) = found.fallbacks
-    assert (taken["clip"], taken["quant"]["bits"], taken["kv"]["storage"]) == ("clip_0", 8, "bf16")
+    assert (taken.clip, taken.quant["bits"], taken.kv["storage"]) == ("clip_0", 8, "bf16")
     (incident,) = found.incidents
-    assert incident["action"] == "fallback: MXFP4 off, 8 bits instead"
-    assert "E4M3" in found.candidate.numeric_path["linears"]
+    assert incident.action == "fallback: MXFP4 off, 8 bits instead"
+    assert "E4M3" in found.candidate.numeric_path.linears
     assert found.candidate.label == "mxfp4_mlp (MXFP4 off, 8 bits instead)"
-    assert found.quality["all"]["fidelity"]["psnr"] > 20
+    assert found.quality.all.fidelity.psnr > 20
 
 
 def test_finished_clips_keep_what_they_ran_with(record, game, overrides, black_candidate):
     black_candidate("clip_3")
     found = record(*overrides(game), "kv=mx_v_only", "on_instability=fallback", "quant=mxfp8_mlp")
-    assert [clip["fallback"] for clip in found.clips] == [None, "KV cache back to BF16"]
-    assert [taken["step"] for taken in found.fallbacks] == [
+    assert [clip.fallback for clip in found.clips] == [None, "KV cache back to BF16"]
+    assert [taken.step for taken in found.fallbacks] == [
         "only the last 1 layers of the KV cache",
         "KV cache back to BF16",
     ]
-    assert [incident["clip"] for incident in found.incidents] == ["clip_3"] * 2
+    assert [incident.clip for incident in found.incidents] == ["clip_3"] * 2
 
 
 def test_record_goes_on_and_the_gate_fails(record, game, overrides, black_candidate, tmp_path):
     black_candidate("clip_0")
     found = record(*overrides(game), "kv=mx_v_only", "on_instability=record", "gates=d", "gates.min_clips=1")
     assert len(found.clips) == 2
-    assert [(one["kind"], one["frame"], one["action"]) for one in found.incidents] == [("black", 1, "recorded")]
+    assert [(one.kind, one.frame, one.action) for one in found.incidents] == [("black", 1, "recorded")]
     assert found.gates["verdict"] == "do not ship"
     log = (tmp_path / "incidents.log").read_text()
     for text in ("Hardware/Software:", "Transform summary:", "Metrics:", "Quality:", "black frames"):
@@ -108,10 +108,10 @@ def test_a_clip_with_nan_is_left_out_and_the_others_of_its_batch_kept(record, ga
 
     monkeypatch.setattr(Rollout, "next_frame", poisoned)
     found = record(*overrides(game), "kv=mx_v_only", "on_instability=record", "data.batch_size=2")
-    assert [clip["clip_id"] for clip in found.clips] == ["clip_3"]
+    assert [clip.clip_id for clip in found.clips] == ["clip_3"]
     (incident,) = found.incidents
-    assert (incident["clip"], incident["frame"], incident["layer"]) == ("clip_0", 1, None)
-    assert "no layer shows it" in incident["message"]
+    assert (incident.clip, incident.frame, incident.layer) == ("clip_0", 1, None)
+    assert "no layer shows it" in incident.message
 
 
 def test_bf16_itself_has_nothing_to_fall_back_to(composed, game, overrides, monkeypatch):

@@ -22,30 +22,28 @@ def test_every_mx_linear_has_its_error_against_float64(record):
     found = record("quant=mxfp8_all", "quant.activation=mx", "measure.numerics_rows=8")
     candidate, numerics = found.arms["candidate"], found.arms["candidate"].numerics
     assert found.arms["bf16"].numerics is None
-    assert list(numerics["layers"]) == candidate.transform["names"]
-    for layer in numerics["layers"].values():
-        assert 0 < layer["mae"] < layer["max"]
-        assert 3 * layer["bf16"]["rel"] < layer["rel"] < 0.08
-        assert layer["weight"]["scale_min"] <= layer["weight"]["scale_mean"] <= layer["weight"]["scale_max"]
-        assert layer["activation"]["nan_blocks"] == 0
-        assert 1 <= layer["rows"] <= 8
-    assert {kind: counts["layers"] for kind, counts in numerics["categories"].items()} == candidate.transform[
-        "categories"
-    ]
-    worst = numerics["layers"][numerics["worst"]]
-    assert worst["rel"] == max(counts["rel_max"] for counts in numerics["categories"].values())
-    assert numerics["clip"] == found.clips[0]["clip_id"]
-    assert f"worst {numerics['worst']}: relative" in render(found).replace("\n", " ")
+    assert list(numerics.layers) == candidate.transform.names
+    for layer in numerics.layers.values():
+        assert 0 < layer.mae < layer.max
+        assert 3 * layer.bf16.rel < layer.rel < 0.08
+        assert layer.weight.scale_min <= layer.weight.scale_mean <= layer.weight.scale_max
+        assert layer.activation.nan_blocks == 0
+        assert 1 <= layer.rows <= 8
+    assert {kind: counts.layers for kind, counts in numerics.categories.items()} == candidate.transform.categories
+    worst = numerics.layers[numerics.worst]
+    assert worst.rel == max(counts.rel_max for counts in numerics.categories.values())
+    assert numerics.clip == found.clips[0].clip_id
+    assert f"worst {numerics.worst}: relative" in render(found).replace("\n", " ")
 
 
 def test_fewer_bits_mean_more_error_on_the_same_inputs(record):
     words = ("quant.enabled=true", "quant.scope=attn", "quant.include=['*.1.attn.out']")
-    errors = [record(*words, f"quant.bits={bits}").arms["candidate"].numerics["layers"] for bits in (8, 4)]
+    errors = [record(*words, f"quant.bits={bits}").arms["candidate"].numerics.layers for bits in (8, 4)]
     eight, four = errors
     assert set(eight) == set(four)
     for name in eight:
-        assert four[name]["rel"] > 2 * eight[name]["rel"]
-        assert four[name]["bf16"] == eight[name]["bf16"]  # the same inputs, sampled from the BF16 arm
+        assert four[name].rel > 2 * eight[name].rel
+        assert four[name].bf16 == eight[name].bf16  # the same inputs, sampled from the BF16 arm
 
 
 def test_it_is_not_measured_where_there_is_nothing_or_it_is_not_wanted(record):

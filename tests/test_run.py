@@ -40,7 +40,7 @@ def test_one_command_leaves_table_record_figures_and_videos(tmp_path):
     assert "clips 2/2" in done.stdout
     assert "Traceback" not in done.stderr
     for clip in record.clips:
-        with av.open(str(folder / clip["video"])) as video:
+        with av.open(str(folder / clip.video)) as video:
             assert video.streams.video[0].codec_context.name == "h264"
     assert {file.name for file in folder.iterdir()} >= {"frames.csv", "log", "videos", ".hydra"}
 
@@ -98,7 +98,7 @@ def test_a_gate_that_cannot_be_evaluated_keeps_the_finished_run(command, monkeyp
     def broken(*_):
         raise GateError("gates: no figure")
 
-    monkeypatch.setattr("harness.run.evaluate", broken)
+    monkeypatch.setattr("harness.ab.conclude.evaluate", broken)
     words = [*QUICK, "measure.videos=false", "quant=mxfp8_mlp", "gates=d", "hydra.run.dir=run"]
     code, err = command(*words)
     assert (code, err.strip().splitlines()[-1]) == (2, "error: gates: no figure")

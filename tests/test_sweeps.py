@@ -33,10 +33,10 @@ def test_a_sweep_runs_its_grid_and_writes_one_page(tmp_path, launcher):
     records = [load_record(path) for path in sorted((tmp_path / "sweep").glob("*/record.json"))]
     assert [record.choices["quant"] for record in records] == ["mxfp8_mlp", "mxfp4_mlp"]
     assert all(record.status == "complete" for record in records)
-    better, worse = (record.quality["all"]["fidelity"]["psnr"] for record in records)
+    better, worse = (record.quality.all.fidelity.psnr for record in records)
     assert better > worse
     if launcher != "joblib":  # which shares the cores out by itself
-        assert [record.environment["torch_threads"] for record in records] == [1, 1]
+        assert [record.environment.torch_threads for record in records] == [1, 1]
     assert (tmp_path / "sweep" / "report.html").stat().st_size > 1000
 
 

@@ -19,13 +19,14 @@ from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
 from harness.models.gamerft import GameRFTCore
 from harness.mx.conf import MXConf
+from harness.report.sections import PARTS, FrameTimes
 from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
+
+DIGITS = 4
+"""Decimals of a time in milliseconds: a tenth of a microsecond."""
 
 Decode = Callable[[Tensor], Tensor]
 """Model latents ``[B, C, S, S]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
-
-PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
-"""Parts of a frame in the instrumented pass; ``other`` is what remains of the frame."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Rolled:
     """What an arm made of a batch, on the CPU.
 
     ``latents`` float32 ``[B, F, C, S, S]``; ``rgb`` ``[B, F, 3, h, w]`` in [-1, 1], in the decoder's dtype;
-    ``times``: milliseconds of ``dit``, ``decoder`` and ``total`` per frame. ``non_finite``: clips (index in the batch)
-    with NaN or Inf, and the first frame of it; a rollout that was not patient ends there.
+    ``times``: of every frame. ``non_finite``: clips (index in the batch) with NaN or Inf, and the first frame of it; a
+    rollout that was not patient ends there.
     """
 
     latents: Tensor
     rgb: Tensor
-    times: list[dict[str, float]]
+    times: FrameTimes
     non_finite: dict[int, int]
 
 
@@ -70,16 +71,13 @@ class Arm:
     """
 
     def __init__(self, core: GameRFTCore, quant: MXConf, kv: KVConf, plan: RunPlan, decode: Decode) -> None:
-        self.device, self.decode = plan.device, decode
-        self.kv, self.skip_frames = kv, plan.conf.measure.skip_frames
+        self.device, self.decode, self.kv = plan.device, decode, kv
         self.assembled = assemble(core, quant, kv, plan.setup)
         self.core, self.cache, self.rollout = core, self.assembled.cache, self.assembled.rollout
         self.probe = PeakProbe(self.device)
         self.kv_stats = KVStats(self.cache)
         self.frame_timer = FrameTimer(self.device, ("dit", "decoder"))
         self.prefill_timer = FrameTimer(self.device, ("prefill",))
-        self.prefill_ms: list[float] = []
-        self.timed: list[dict[str, float]] = []
         self.recompiles = self.graph_breaks = 0
         self.parts: list[dict[str, float]] = []
         self.overlap: Overlap | None = None
@@ -88,7 +86,7 @@ class Arm:
     def roll(
         self, batch: ClipBatch, noise: tuple[Tensor, Tensor], on_frame: Callable[[], None], patient: bool = False
     ) -> Rolled:
-        """Roll the clips out and time every frame; the first ``skip_frames`` of each clip are not kept.
+        """Roll the clips out and time every frame.
 
         Args:
             batch: as many clips as the cache was made for.
@@ -102,7 +100,7 @@ class Arm:
         latents, rgb = [], []
         non_finite: dict[int, int] = {}
         with self.probe:
-            self._prefill(batch, context_noise)
+            prefill_ms = self._prefill(batch, context_noise)
             for index in range(frame_noise.shape[1]):
                 frame = window + index
                 self.frame_timer.start()
@@ -120,16 +118,19 @@ class Arm:
                     break
         self.recompiles += counted.graphs
         self.graph_breaks += counted.graph_breaks
-        times = self.frame_timer.take()
-        self.timed += times[min(self.skip_frames, len(times) - 1) :]
+        rows = self.frame_timer.take()
+        dit, decoder = ([round(row[span], DIGITS) for row in rows] for span in ("dit", "decoder"))
+        times = FrameTimes(dit, decoder, prefill_ms)
         return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times, non_finite)
 
-    def _prefill(self, batch: ClipBatch, noise: Tensor) -> None:
+    def _prefill(self, batch: ClipBatch, noise: Tensor) -> float:
+        """Fill the window. Returns the milliseconds it took."""
         window = noise.shape[1]
         self.prefill_timer.start()
         self.rollout.prefill(batch.latents_context, batch.mouse[:, :window], batch.btn[:, :window], noise)
         self.prefill_timer.lap()
-        self.prefill_ms += [row["total"] for row in self.prefill_timer.take()]
+        (row,) = self.prefill_timer.take()
+        return round(row["total"], DIGITS)
 
     @torch.inference_mode()
     def measure_parts(self, batch: ClipBatch, noise: tuple[Tensor, Tensor], frames: int) -> None:

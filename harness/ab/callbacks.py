@@ -12,9 +12,11 @@ from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from harness.ab.module import ClipOutcome, RolloutModule
-from harness.measure.quality import ClipQuality, FrameScores, drop
+from harness.ab.arm import DIGITS
+from harness.ab.module import BatchOutcome, ClipOutcome, RolloutModule
+from harness.measure.figures import FrameScores
 from harness.report.record import write_atomically
+from harness.report.sections import BatchTimes, ClipRecord
 from harness.report.video import Frames, Panel, write_comparison
 
 REDRAW_S = 0.2
@@ -85,12 +87,14 @@ class ClipOutputs(Callback):
         videos: whether to write A/B videos.
         labels: caption of each arm.
 
-    ``clips`` holds the scores of all finished clips, ``rows`` the lines of ``frames.csv``.
+    ``clips`` holds all finished clips, ``times`` the frame times of all finished batches, ``rows`` the lines of
+    ``frames.csv``.
     """
 
     def __init__(self, folder: Path, videos: bool, labels: dict[str, str]) -> None:
         self.folder, self.videos, self.labels = folder, videos, labels
-        self.clips: list[ClipQuality] = []
+        self.clips: list[ClipRecord] = []
+        self.times: list[BatchTimes] = []
         self.rows: list[dict[str, Any]] = []
 
     def video_path(self, clip_id: str) -> Path:
@@ -101,11 +105,16 @@ class ClipOutputs(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Write what the batch's clips produced."""
-        for outcome in outputs:
+        assert isinstance(outputs, BatchOutcome)
+        self.times.append(outputs.times)
+        for outcome in outputs.clips:
+            clip = outcome.record
             if self.videos:
-                write_comparison(self.video_path(outcome.quality.clip_id), self._panels(outcome), outcome.fps)
-            self.clips.append(outcome.quality)
-            self.rows += _frame_rows(outcome)
+                path = self.video_path(clip.clip_id)
+                write_comparison(path, self._panels(outcome), outcome.fps)
+                clip.video = str(path.relative_to(self.folder))
+            self.clips.append(clip)
+            self.rows += _frame_rows(clip, outputs.times)
             if trainer.world_size == 1:
                 self._log(trainer, len(self.clips) - 1)
         if trainer.is_global_zero:
@@ -129,27 +138,27 @@ class ClipOutputs(Callback):
         for name in ("recording", "bf16", "candidate"):
             if name not in outcome.frames:
                 continue
-            scores = outcome.quality.scores.get(name)
-            notes = [f"{value:.1f} dB" for value in scores.psnr] if scores else []
+            scores = outcome.record.scores.get(name)
+            notes = [f"{value:.1f} dB" for value in scores.frames.psnr] if scores else []
             label = self.labels.get(name, name)
-            if name == "candidate" and outcome.quality.fallback:
-                label += f" ({outcome.quality.fallback})"
+            if name == "candidate" and outcome.record.fallback:
+                label += f" ({outcome.record.fallback})"
             panels.append(Panel(label, to_uint8(outcome.frames[name]), notes))
         return panels
 
 
-def _frame_rows(outcome: ClipOutcome) -> list[dict[str, Any]]:
+def _frame_rows(clip: ClipRecord, times: BatchTimes) -> list[dict[str, Any]]:
     """One row per arm and frame: its times and scores."""
     rows: list[dict[str, Any]] = []
-    for arm, times in outcome.times.items():
-        scored = {"": outcome.quality.scores.get(arm)}
+    for arm, spans in times.arms.items():
+        scored = {"": clip.scores.get(arm)}
         if arm == "candidate":
-            scored["fidelity_"] = outcome.quality.scores.get("fidelity")
-        for frame, spans in enumerate(times):
-            row = {"clip_id": outcome.quality.clip_id, "tag": outcome.quality.tag, "arm": arm, "frame": frame}
-            row |= {f"{span}_ms": round(value, 4) for span, value in spans.items()}
+            scored["fidelity_"] = clip.scores.get("fidelity")
+        for frame, (dit, decoder) in enumerate(zip(spans.dit_ms, spans.decoder_ms, strict=True)):
+            row = {"clip_id": clip.clip_id, "tag": clip.tag, "arm": arm, "frame": frame}
+            row |= {"dit_ms": dit, "decoder_ms": decoder, "total_ms": round(dit + decoder, DIGITS)}
             for prefix, scores in scored.items():
-                row |= _scores_at(scores, frame, prefix)
+                row |= _scores_at(None if scores is None else scores.frames, frame, prefix)
             rows.append(row)
     return rows
 
@@ -169,10 +178,8 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _logged(quality: ClipQuality) -> dict[str, float]:
+def _logged(clip: ClipRecord) -> dict[str, float]:
     """One clip's figures for the logger."""
-    figures = {
-        f"{name}/{metric}": value for name, scores in quality.scores.items() for metric, value in scores.mean().items()
-    }
-    dropped = drop(quality) or {}
-    return figures | {f"drop/{metric}": value for metric, value in dropped.items()}
+    figures = {f"{name}/psnr": scores.psnr for name, scores in clip.scores.items()}
+    figures |= {f"{name}/ssim": scores.ssim for name, scores in clip.scores.items()}
+    return figures | ({} if clip.drop is None else {"drop/psnr": clip.drop.psnr, "drop/ssim": clip.drop.ssim})

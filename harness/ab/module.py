@@ -19,10 +19,12 @@ from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.data.noise import batch_noise
 from harness.kv import KVConf
-from harness.measure.quality import ClipQuality, FrameScores, score_frames
+from harness.measure.figures import FrameScores
+from harness.measure.quality import score_frames
 from harness.measure.stability import frame_change
 from harness.models.dcae import to_frames
 from harness.mx.conf import MXConf
+from harness.report.sections import BatchTimes, ClipRecord
 from harness.rollout import LatentDecoder, load_core, load_dcae
 from harness.rollout.linears import unpack
 
@@ -37,10 +39,17 @@ class ClipOutcome:
     ``frames`` by arm, and ``recording`` where there is one: ``[F, 3, h, w]`` float in [0, 1] on the CPU.
     """
 
-    quality: ClipQuality
+    record: ClipRecord
     fps: float
     frames: dict[str, Tensor]
-    times: dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """A batch that was rolled out: its clips that could be scored, and the times of all its frames."""
+
+    clips: list[ClipOutcome]
+    times: BatchTimes
 
 
 def pad_batch(batch: ClipBatch, size: int) -> ClipBatch:
@@ -114,7 +123,7 @@ class RolloutModule(LightningModule):
         conf, shape = self.plan.conf.sampler, self.plan.clip_shape
         return batch_noise(conf.seed, clip_ids, conf.window, future, shape.channels, shape.side)
 
-    def predict_step(self, batch: ClipBatch, batch_idx: int) -> list[ClipOutcome]:
+    def predict_step(self, batch: ClipBatch, batch_idx: int) -> BatchOutcome:
         """Roll a batch out through each arm and score its frames.
 
         Raises:
@@ -138,7 +147,9 @@ class RolloutModule(LightningModule):
                 rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame)
         # A clip with NaN (only if the run was told to go on) has no score to give.
         scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
-        return [self._outcome(batch, clip, rolled, recording) for clip in scored]
+        arms = {name: rolled[name].times for name in self.arms}
+        times = BatchTimes(batch.clip_ids[:clips], order, arms, self.guard.fallback)
+        return BatchOutcome([self._outcome(batch, clip, rolled, recording) for clip in scored], times)
 
     def _rebuild(self, fallback: Fallback) -> None:
         """Set the candidate up again, from the BF16 arm's weights."""
@@ -164,8 +175,9 @@ class RolloutModule(LightningModule):
         if "candidate" in self.arms:
             scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
         change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
-        quality = ClipQuality(batch.clip_ids[clip], batch.tags[clip], scores, change, self.guard.fallback)
-        return ClipOutcome(quality, batch.fps[clip], frames, {name: rolled[name].times for name in self.arms})
+        clip_id, fallback = batch.clip_ids[clip], self.guard.fallback
+        record = ClipRecord.of(clip_id, batch.tags[clip], scores, change=change, fallback=fallback)
+        return ClipOutcome(record, batch.fps[clip], frames)
 
     def on_predict_epoch_end(self) -> None:
         """After all timed work: split a few frames into their parts, and measure the error of each MX Linear."""

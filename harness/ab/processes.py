@@ -15,15 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra.types import RunMode
 from lightning import Callback, LightningModule, Trainer
 
 from harness.ab.callbacks import ClipOutputs
 from harness.ab.module import RolloutModule
 from harness.config import RunConf
-from harness.measure.quality import ClipQuality, FrameScores
 from harness.measure.stability import Incident, OnInstability
+from harness.report import codec
 from harness.report.record import write_atomically
+from harness.report.sections import BatchTimes, ClipRecord
 
 POLL_S = 0.1
 """Seconds between two looks at the other processes' files."""
@@ -32,8 +32,7 @@ PATIENCE_S = 1800.0
 """Seconds without a finished batch after which a process counts as hung; as long as torch's collectives wait."""
 
 SUMMED = ("recompiles", "graph_breaks")
-JOINED = ("timed", "prefill_ms")
-"""Attributes of an arm that are counts, and lists, over all processes."""
+"""Attributes of an arm that are counts over all processes."""
 
 
 class ProcessError(RuntimeError):
@@ -90,13 +89,12 @@ class ProcessParts(Callback):
             "status": status,
             "error": None if error is None else f"{type(error).__name__}: {error}",
             "clips": [asdict(clip) for clip in self.outputs.clips],
+            "times": [asdict(times) for times in self.outputs.times],
             "rows": self.outputs.rows,
             "incidents": [asdict(incident) for incident in module.guard.incidents],
-            "arms": {
-                name: {field: getattr(arm, field) for field in (*JOINED, *SUMMED)} for name, arm in module.arms.items()
-            },
+            "arms": {name: {field: getattr(arm, field) for field in SUMMED} for name, arm in module.arms.items()},
         }
-        write_atomically(self._path(trainer.global_rank), json.dumps(part))
+        write_atomically(self._path(trainer.global_rank), codec.encode(part))
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         path = self._path(rank)
@@ -138,16 +136,18 @@ class ProcessParts(Callback):
             if part is None:
                 continue
             self._merged.add(rank)
-            self.outputs.clips += [_clip(clip) for clip in part["clips"]]
+            self.outputs.clips += codec.read(list[ClipRecord], part["clips"])
+            self.outputs.times += codec.read(list[BatchTimes], part["times"])
             self.outputs.rows += part["rows"]
             module.guard.incidents += [Incident(**incident) for incident in part["incidents"]]
             for name, figures in part["arms"].items():
                 arm = module.arms[name]
-                for field in (*JOINED, *SUMMED):
+                for field in SUMMED:
                     setattr(arm, field, getattr(arm, field) + figures[field])
         entries = getattr(trainer, "datamodule").entries  # noqa: B009  (Lightning's types do not know it)
         position = {entry.id: index for index, entry in enumerate(entries)}
         self.outputs.clips.sort(key=lambda clip: position[clip.clip_id])
+        self.outputs.times.sort(key=lambda times: position[times.clips[0]])
         self.outputs.rows.sort(key=lambda row: position[row["clip_id"]])
         self.outputs.write_rows()
 
@@ -157,11 +157,6 @@ class ProcessParts(Callback):
             path.unlink()
         if self.folder.is_dir():
             self.folder.rmdir()
-
-
-def _clip(fields: dict[str, Any]) -> ClipQuality:
-    scores = {name: FrameScores(**score) for name, score in fields.pop("scores").items()}
-    return ClipQuality(**fields, scores=scores)
 
 
 def _children(trainer: Trainer) -> list[Any]:
@@ -181,7 +176,7 @@ def stop_others(trainer: Trainer) -> None:
             child.send_signal(signal.SIGTERM)
 
 
-def check_processes(conf: RunConf, mode: RunMode | None) -> None:
+def check_processes(conf: RunConf, multirun: bool) -> None:
     """Check what several processes can do together, before they are started.
 
     Raises:
@@ -190,7 +185,7 @@ def check_processes(conf: RunConf, mode: RunMode | None) -> None:
     devices = conf.trainer.devices
     if devices * conf.trainer.num_nodes == 1:
         return
-    if mode is RunMode.MULTIRUN:
+    if multirun:
         raise ValueError(
             f"trainer.devices={devices} in a sweep (-m): Lightning starts its processes by repeating the command, "
             "which is the whole sweep. Give each job one device and let a launcher run jobs side by side, "

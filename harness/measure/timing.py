@@ -10,31 +10,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Summary of a sample of times in milliseconds; percentiles are linearly interpolated."""
-
-    median: float
-    p10: float
-    p90: float
-    mean: float
-    n: int
-
-
-def summarise(values: Sequence[float]) -> Stats | None:
-    """Median, 10th and 90th percentile, mean and count of ``values``; ``None`` for an empty sample."""
-    if not len(values):
-        return None
-    p10, median, p90 = np.percentile(np.asarray(values, dtype=np.float64), (10, 50, 90))
-    return Stats(float(median), float(p10), float(p90), float(np.mean(values)), len(values))
 
 
 class Clock:

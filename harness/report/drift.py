@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any
+
+from harness.report.sections import ClipRecord, Drift, StandStill
 
 STAND_STILL = "stand_still"
 
@@ -49,47 +50,48 @@ def decoherence_horizon(psnr: Sequence[float], bound: float, frames: int | None 
     return None
 
 
-def summarise_drift(clips: Sequence[Mapping[str, Any]], conf: DriftConf) -> dict[str, Any]:
-    """The drift section of a run record, from its clips' rows.
+def summarise_drift(clips: Sequence[ClipRecord], conf: DriftConf) -> Drift:
+    """The drift section of a run record, from its clips.
 
-    ``horizons``: per clip, ``null`` where the rollouts stay together; ``decohered``: how many do not, and the first
+    ``horizons``: per clip, ``None`` where the rollouts stay together; ``decohered``: how many do not, and the first
     and median horizon of those. ``stand_still``: mean change from frame to frame, in [0, 1], of the recording and of
-    each arm, over the clips in which the player stands still; ``null`` without such clips.
+    each arm, over the clips in which the player stands still; ``None`` without such clips.
     """
-    fidelity = {clip["clip_id"]: clip["scores"].get("fidelity") for clip in clips}
     horizons = {
-        clip: decoherence_horizon(scores["frames"]["psnr"], conf.fidelity_psnr, conf.frames)
-        for clip, scores in fidelity.items()
-        if scores is not None
+        clip.clip_id: decoherence_horizon(clip.scores["fidelity"].frames.psnr, conf.fidelity_psnr, conf.frames)
+        for clip in clips
+        if "fidelity" in clip.scores
     }
     reached = sorted(horizon for horizon in horizons.values() if horizon is not None)
-    return {
-        "fidelity_psnr": conf.fidelity_psnr,
-        "frames": conf.frames,
-        "horizons": horizons,
-        "decohered": len(reached),
-        "first_horizon": reached[0] if reached else None,
-        "median_horizon": median(reached) if reached else None,
-        "stand_still": _stand_still([clip for clip in clips if clip["tag"] == STAND_STILL and clip["change"]]),
-    }
+    return Drift(
+        fidelity_psnr=conf.fidelity_psnr,
+        frames=conf.frames,
+        horizons=horizons,
+        decohered=len(reached),
+        first_horizon=reached[0] if reached else None,
+        median_horizon=median(reached) if reached else None,
+        stand_still=_stand_still([clip for clip in clips if clip.tag == STAND_STILL and clip.change]),
+    )
 
 
-def _stand_still(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _stand_still(clips: Sequence[ClipRecord]) -> StandStill | None:
     if not clips:
         return None
-    names = clips[0]["change"]
-    return {"clips": len(clips), "change": {name: mean(mean(clip["change"][name]) for clip in clips) for name in names}}
+    names = clips[0].change
+    return StandStill(len(clips), {name: mean(mean(clip.change[name]) for clip in clips) for name in names})
 
 
-def sentences(drift: Mapping[str, Any]) -> Iterator[str]:
+def sentences(drift: Drift) -> Iterator[str]:
     """The section for a person."""
-    clips, decohered = len(drift["horizons"]), drift["decohered"]
+    clips = len(drift.horizons)
     if clips:
-        lasting = "to the end" if drift["frames"] is None else f"for {drift['frames']} frames"
-        where = f", first at frame {drift['first_horizon']}, median {drift['median_horizon']:g}" if decohered else ""
-        bound = f"fidelity below {drift['fidelity_psnr']:g} dB {lasting}"
-        yield f"Decoherence ({bound}): {decohered} of {clips} clips{where}."
-    still = drift["stand_still"]
+        lasting = "to the end" if drift.frames is None else f"for {drift.frames} frames"
+        where = ""
+        if drift.decohered:
+            where = f", first at frame {drift.first_horizon}, median {drift.median_horizon:g}"
+        bound = f"fidelity below {drift.fidelity_psnr:g} dB {lasting}"
+        yield f"Decoherence ({bound}): {drift.decohered} of {clips} clips{where}."
+    still = drift.stand_still
     if still:
-        changes = ", ".join(f"{name} {value:.4f}" for name, value in still["change"].items())
-        yield f"Change per frame while standing still ({still['clips']} clips, scale 0 to 1): {changes}."
+        changes = ", ".join(f"{name} {value:.4f}" for name, value in still.change.items())
+        yield f"Change per frame while standing still ({still.clips} clips, scale 0 to 1): {changes}."

@@ -1,19 +1,39 @@
 """The run record: one JSON file that holds everything a report, a gate or a comparison needs.
 
 ``SCHEMA_VERSION`` changes when a field is renamed, removed or changes meaning; adding a field does not
-change it. Times are milliseconds, sizes bytes, PSNR dB; what was not measured is ``null``.
+change it. Times are milliseconds, sizes bytes, PSNR dB; what was not measured is ``null``. Its sections are the types
+of :mod:`harness.report.sections`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.report.codec import CodecError, decode, encode, read
+from harness.report.sections import (
+    ArmRecord,
+    BatchTimes,
+    ClipRecord,
+    Data,
+    Drift,
+    Environment,
+    FallbackRecord,
+    IncidentRecord,
+    Model,
+    Quality,
+)
+
 SCHEMA_VERSION = 1
+COMPLETE, FAILED, INTERRUPTED, RUNNING = "complete", "failed", "interrupted", "running"
+"""What a record's ``status`` may be."""
+
+
+LARGEST = 1 << 30
+"""Bytes of a record that is read at all: thousands of clips stay far below."""
 
 
 class RecordError(ValueError):
@@ -21,43 +41,15 @@ class RecordError(ValueError):
 
 
 @dataclass
-class ArmRecord:
-    """One arm (``bf16`` or ``candidate``).
-
-    Attributes:
-        label: what a person calls it, such as ``mxfp8_all + mx_v_only``. numeric_path: weight, activation
-        and KV formats, scale mode, kernel and architecture that really ran. speed_is_meaningful: false where
-        a kernel is emulated: its times say nothing about the format. transform: which Linears were replaced;
-        ``None`` where none were meant to be. speed: per-frame ``Stats`` of ``dit_ms``, ``decoder_ms`` and
-        ``total_ms``, ``prefill_ms``, the two FPS. parts: ``Stats`` per part from the instrumented eager
-        pass; ``None`` if it was not asked for. memory: bytes of weights and KV window, allocator figures.
-        compile: set-up times and counters of compilation. kv_stats: what the KV cache stored, frame by frame, as
-        :meth:`harness.kv.KVStats.report` gives it. numerics: error of each MX Linear on sampled inputs, as
-        :func:`harness.ab.numerics.layer_numerics` gives it.
-    """
-
-    label: str
-    numeric_path: dict[str, Any]
-    speed_is_meaningful: bool
-    transform: dict[str, Any] | None
-    speed: dict[str, Any]
-    parts: dict[str, Any] | None
-    memory: dict[str, Any]
-    compile: dict[str, Any]
-    kv_stats: dict[str, Any] | None = None
-    numerics: dict[str, Any] | None = None
-
-
-@dataclass
 class RunRecord:
-    """Everything about one run. ``arms`` has ``bf16`` and, unless the candidate is the baseline,
-    ``candidate``.
+    """Everything about one run.
 
-    ``status`` is ``complete``, or ``failed`` where clips were finished before an error that ``incidents``
-    names, or ``running``: saved after a batch by a run that goes on, or was killed.
-    ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged.
-    ``drift``: see :func:`harness.report.drift.summarise_drift`. ``fallbacks``: formats the candidate was rebuilt in
-    after an instability, in order; a clip's ``fallback`` names the step in force when it was rolled.
+    ``arms`` has ``bf16`` and, unless the candidate is the baseline, ``candidate``. ``status`` is ``complete``;
+    ``failed`` where clips were finished before an error that ``incidents`` names; ``interrupted`` where a signal ended
+    it; or ``running``: saved by a run that goes on, or was killed.
+    ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged. ``fallbacks``:
+    formats the candidate was rebuilt in after an instability, in order; a clip's ``fallback`` names the step in force
+    when it was rolled. ``timings``: every frame's times, batch after batch.
     """
 
     run_id: str
@@ -68,17 +60,18 @@ class RunRecord:
     overrides: list[str]
     choices: dict[str, str]
     config: dict[str, Any]
-    environment: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
+    environment: Environment
+    model: Model
+    data: Data
     arms: dict[str, ArmRecord]
-    quality: dict[str, Any] | None
-    clips: list[dict[str, Any]]
+    quality: Quality | None
+    clips: list[ClipRecord]
     notes: list[str] = field(default_factory=list)
-    incidents: list[dict[str, Any]] = field(default_factory=list)
+    incidents: list[IncidentRecord] = field(default_factory=list)
     gates: dict[str, Any] | None = None
-    drift: dict[str, Any] | None = None
-    fallbacks: list[dict[str, Any]] = field(default_factory=list)
+    drift: Drift | None = None
+    fallbacks: list[FallbackRecord] = field(default_factory=list)
+    timings: list[BatchTimes] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -116,30 +109,33 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def save_record(record: RunRecord, path: Path) -> None:
-    """Write ``record`` as JSON, atomically.
+    """Write ``record`` as strict JSON, atomically; see :mod:`harness.report.codec` for floats that JSON cannot hold.
 
     Raises:
-        ValueError: if it holds NaN or Inf, which JSON has no words for.
         OSError: see :func:`write_atomically`.
     """
-    write_atomically(path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, encode(record, indent=1) + "\n")
 
 
 def load_record(path: Path) -> RunRecord:
-    """Read a record back.
+    """Read a record back, every value of the type its field has.
 
     Raises:
-        RecordError: if the file is missing, not a run record, or of another schema version.
+        RecordError: naming the file and the first thing wrong: missing, too large, no run record, another schema
+            version, a field that is missing, unknown or of another type.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > LARGEST:
+            raise RecordError(f"{path}: {size} bytes; a run record has at most {LARGEST}")
+        content = decode(path.read_text(encoding="utf-8"))
+    except RecordError:
+        raise
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: not a readable run record: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
-        raise RecordError(f"{path}: schema_version {version!r}; this version reads {SCHEMA_VERSION}")
+        raise RecordError(f"{path}: schema_version {str(version)[:40]}; this version reads {SCHEMA_VERSION}")
     try:
-        arms = {name: ArmRecord(**arm) for name, arm in content.pop("arms").items()}
-        return RunRecord(arms=arms, **content)
-    except (TypeError, KeyError, AttributeError) as error:
+        return read(RunRecord, content)
+    except CodecError as error:
         raise RecordError(f"{path}: not a run record: {error}") from error

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from io import StringIO
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.measure.figures import Stats
 from harness.report import drift
 from harness.report.gates import build_table
-from harness.report.record import ArmRecord, RunRecord
+from harness.report.record import RunRecord
+from harness.report.sections import ArmRecord, Memory, Numerics
 
 WIDTH = 100
 ABSENT = "-"
@@ -54,124 +54,127 @@ def _difference(digits: int) -> Change:
     return show
 
 
-def _pick(section: Any, path: str) -> Any:
-    """The value at a dotted ``path``; ``None`` where a step of it is ``None``."""
-    for key in path.split("."):
-        if section is None:
-            return None
-        section = section[key]
-    return section
+def _median(stats: Stats | None) -> float | None:
+    return None if stats is None else stats.median
 
 
 class _Rows:
     """Builds rows that show the same figure of both arms."""
 
-    def __init__(self, arms: dict[str, Any]) -> None:
-        self.bf16 = arms["bf16"]
-        self.candidate = arms.get("candidate")
+    def __init__(self, record: RunRecord) -> None:
+        self.bf16, self.candidate = record.arms["bf16"], record.candidate
 
-    def row(self, name: str, path: str, show: Show, change: Change) -> Row:
-        bf16 = _pick(self.bf16, path)
+    def row(self, name: str, figure: Callable[[ArmRecord], float | None], show: Show, change: Change) -> Row:
+        bf16 = figure(self.bf16)
         if self.candidate is None:
             return name, show(bf16), "", ""
-        candidate = _pick(self.candidate, path)
+        candidate = figure(self.candidate)
         return name, show(bf16), show(candidate), change(bf16, candidate)
 
 
-def _arms(record: RunRecord) -> dict[str, Any]:
-    return {name: asdict(arm) for name, arm in record.arms.items()}
-
-
 def _speed_rows(record: RunRecord) -> Iterator[Row]:
-    rows, show = _Rows(_arms(record)), _number(2)
-    for name, path in (
-        ("FPS, pipeline (DiT)", "speed.pipeline_fps"),
-        ("FPS, total (with decode)", "speed.total_fps"),
-        ("DiT ms/frame, median", "speed.dit_ms.median"),
-        ("decoder ms/frame, median", "speed.decoder_ms.median"),
-        ("total ms/frame, median", "speed.total_ms.median"),
-        ("total ms/frame, p90", "speed.total_ms.p90"),
-        ("prefill ms, median", "speed.prefill_ms.median"),
-        ("cold start s (compile, warm-up)", "compile.cold_start_s"),
-    ):
-        yield rows.row(name, path, show, _ratio)
-    if rows.bf16["speed"].get("overlapped") is not None:
-        yield rows.row("FPS, decoding overlapped", "speed.overlapped.fps", show, _ratio)
+    rows, show = _Rows(record), _number(2)
+    figures: list[tuple[str, Callable[[ArmRecord], float | None]]] = [
+        ("FPS, pipeline (DiT)", lambda arm: arm.speed.pipeline_fps),
+        ("FPS, total (with decode)", lambda arm: arm.speed.total_fps),
+        ("DiT ms/frame, median", lambda arm: _median(arm.speed.dit_ms)),
+        ("decoder ms/frame, median", lambda arm: _median(arm.speed.decoder_ms)),
+        ("total ms/frame, median", lambda arm: _median(arm.speed.total_ms)),
+        ("total ms/frame, p90", lambda arm: None if arm.speed.total_ms is None else arm.speed.total_ms.p90),
+        ("prefill ms, median", lambda arm: _median(arm.speed.prefill_ms)),
+        ("cold start s (compile, warm-up)", lambda arm: arm.compile.cold_start_s),
+    ]
+    if record.arms["bf16"].speed.overlapped is not None:
+        figures.append(("FPS, decoding overlapped", _overlapped))
+    for name, figure in figures:
+        yield rows.row(name, figure, show, _ratio)
+
+
+def _overlapped(arm: ArmRecord) -> float | None:
+    return None if arm.speed.overlapped is None else arm.speed.overlapped.fps
 
 
 def _part_rows(record: RunRecord) -> Iterator[Row]:
     parts = record.arms["bf16"].parts
     if parts is None:
         return
-    rows = _Rows(_arms(record))
-    yield f"parts ms/frame ({parts['frames']} eager frames)", "", "", ""
-    for part in parts["ms"]:
-        yield rows.row(f"  {part}", f"parts.ms.{part}.median", _number(3), _ratio)
+    rows = _Rows(record)
+    yield f"parts ms/frame ({parts.frames} eager frames)", "", "", ""
+    for part in parts.ms:
+        yield rows.row(f"  {part}", lambda arm, part=part: _part(arm, part), _number(3), _ratio)  # type: ignore[misc]
+
+
+def _part(arm: ArmRecord, part: str) -> float | None:
+    return _median(arm.parts.ms.get(part)) if arm.parts else None
 
 
 def _memory_rows(record: RunRecord) -> Iterator[Row]:
-    rows = _Rows(_arms(record))
+    rows = _Rows(record)
+    figures: list[tuple[str, Callable[[Memory], int | None]]] = [
+        ("weights", lambda memory: memory.weight_bytes),
+        ("KV window", lambda memory: memory.kv_window_bytes),
+        ("KV window and room to read it", lambda memory: memory.kv_peak_bytes),
+        ("transient peak", lambda memory: memory.transient),
+        ("peak allocated (both arms in)", lambda memory: memory.peak_allocated),
+        ("peak reserved (both arms in)", lambda memory: memory.peak_reserved),
+    ]
     memory = record.arms["bf16"].memory
-    for key, name in (
-        ("weight_bytes", "weights"),
-        ("kv_window_bytes", "KV window"),
-        ("kv_peak_bytes", "KV window and room to read it"),
-        ("transient", "transient peak"),
-        ("peak_allocated", "peak allocated (both arms in)"),
-        ("peak_reserved", "peak reserved (both arms in)"),
-    ):
-        if memory.get(key) is not None:
-            yield rows.row(name, f"memory.{key}", bytes_text, _ratio)
-    if memory["peak_allocated"] is None:
-        yield "process peak RSS (everything)", bytes_text(memory["process_peak_rss"]), "", ""
+    for name, figure in figures:
+        if figure(memory) is not None:
+            yield rows.row(name, lambda arm, figure=figure: figure(arm.memory), bytes_text, _ratio)  # type: ignore[misc]
+    if memory.peak_allocated is None:
+        yield "process peak RSS (everything)", bytes_text(memory.process_peak_rss), "", ""
 
 
 def _quality_rows(record: RunRecord) -> Iterator[Row]:
     if record.quality is None:
         return
-    sections = {"all clips": record.quality["all"]}
-    if len(record.quality["by_tag"]) > 1:
-        sections |= record.quality["by_tag"]
+    sections = {"all clips": record.quality.all}
+    if len(record.quality.by_tag) > 1:
+        sections |= record.quality.by_tag
     for name, section in sections.items():
-        where = f"{name} ({section['clips']})"
-        if "bf16" in section:
-            rows = _Rows(section)
-            yield rows.row(f"PSNR dB, {where}", "psnr", _number(2), _difference(2))
-            yield rows.row(f"SSIM, {where}", "ssim", _number(4), _difference(4))
-        if "fidelity" in section:
-            fidelity, drop = section["fidelity"], section.get("drop")
-            shown = f"{fidelity['psnr']:.2f} dB / {fidelity['ssim']:.4f}"
-            yield f"fidelity, {where}", "", shown, f"drop {drop['psnr']:+.2f} dB" if drop else ""
+        where = f"{name} ({section.clips})"
+        bf16, candidate, drop = section.bf16, section.candidate, section.drop
+        if bf16 is not None:
+            for metric, digits, ours, theirs in (
+                ("PSNR dB", 2, bf16.psnr, None if candidate is None else candidate.psnr),
+                ("SSIM", 4, bf16.ssim, None if candidate is None else candidate.ssim),
+            ):
+                show, change = _number(digits), _difference(digits)
+                shown = "" if record.candidate is None else show(theirs)
+                yield f"{metric}, {where}", show(ours), shown, change(ours, theirs)
+        if section.fidelity is not None:
+            shown = f"{section.fidelity.psnr:.2f} dB / {section.fidelity.ssim:.4f}"
+            yield f"fidelity, {where}", "", shown, f"drop {drop.psnr:+.2f} dB" if drop else ""
 
 
 def _path_text(arm: ArmRecord) -> str:
     path = arm.numeric_path
-    return f"Linears {path['linears']}; KV {path['kv']}; attention {path['attention']}; on {path['architecture']}"
+    return f"Linears {path.linears}; KV {path.kv}; attention {path.attention}; on {path.architecture}"
 
 
 def _compile_text(arm: ArmRecord) -> str:
     found = arm.compile
-    graph = ", replayed as one CUDA graph" if found["cuda_graph"] else ""
-    count = found.get("packed_linears")  # not in older records
+    graph = ", replayed as one CUDA graph" if found.cuda_graph else ""
+    count = found.packed_linears
     packed = f"; {count} BF16 Linears by our kernel over packed weights" if count else ""
     return (
-        f"Compiled {arm.label}: {found['graphs']} graphs ({found['mode']}{graph}), {found['graph_breaks']} breaks, "
-        f"{found['recompiles_after_warmup']} recompiles after warm-up{packed}."
+        f"Compiled {arm.label}: {found.graphs} graphs ({found.mode}{graph}), {found.graph_breaks} breaks, "
+        f"{found.recompiles_after_warmup} recompiles after warm-up{packed}."
     )
 
 
-def _numerics_text(numerics: dict[str, Any]) -> str:
+def _numerics_text(numerics: Numerics) -> str:
     """The worst MX Linear, and each category."""
-    name = numerics["worst"]
-    layer = numerics["layers"][name]
+    layer = numerics.layers[numerics.worst]
     shares = ", ".join(
-        f"{kind} {_percent(found['rel_mean'])} (at most {_percent(found['rel_max'])})"
-        for kind, found in numerics["categories"].items()
+        f"{kind} {_percent(found.rel_mean)} (at most {_percent(found.rel_max)})"
+        for kind, found in numerics.categories.items()
     )
     return (
-        f"Error of the Linears on real inputs, against float64: {shares}; worst {name}: relative "
-        f"{_percent(layer['rel'])}, BF16 alone {_percent(layer['bf16']['rel'])}, MAE {_short(layer['mae'])}, "
-        f"max {_short(layer['max'])}."
+        f"Error of the Linears on real inputs, against float64: {shares}; worst {numerics.worst}: relative "
+        f"{_percent(layer.rel)}, BF16 alone {_percent(layer.bf16.rel)}, MAE {_short(layer.mae)}, "
+        f"max {_short(layer.max)}."
     )
 
 
@@ -190,31 +193,32 @@ def _notes(record: RunRecord) -> Iterator[str]:
     if candidate is None:
         yield "The candidate is the baseline (quant=bf16 kv=bf16): one arm ran."
     elif candidate.transform:
-        categories = ", ".join(f"{count} {name}" for name, count in candidate.transform["categories"].items())
-        kept = f"; {len(candidate.transform['kept_bf16'])} in scope kept BF16" * bool(candidate.transform["kept_bf16"])
-        yield f"Linears in MX: {candidate.transform['count']} ({categories}){kept}."
+        transform = candidate.transform
+        categories = ", ".join(f"{count} {name}" for name, count in transform.categories.items())
+        kept = f"; {len(transform.kept_bf16)} in scope kept BF16" * bool(transform.kept_bf16)
+        yield f"Linears in MX: {transform.count} ({categories}){kept}."
         if candidate.numerics is not None:
             yield _numerics_text(candidate.numerics)
     for arm in record.arms.values():
-        if arm.compile["enabled"]:
+        if arm.compile.enabled:
             yield _compile_text(arm)
     parts = record.arms["bf16"].parts
     if parts:
-        yield f"Parts: {parts['method']}."
+        yield f"Parts: {parts.method}."
     if candidate is not None:
         yield "Drop = BF16 - candidate, paired clip by clip; fidelity = candidate against BF16."
     if record.drift is not None:
         yield from drift.sentences(record.drift)
     for fallback in record.fallbacks:
-        yield f"Fallback from clip {fallback['clip']} on: {fallback['step']}."
+        yield f"Fallback from clip {fallback.clip} on: {fallback.step}."
     yield from record.notes
     for incident in record.incidents:
-        yield f"Incident: {incident['kind']}: {incident['message']}"
+        yield f"Incident: {incident.kind}: {incident.message}"
 
 
 def build(record: RunRecord) -> RenderableType:
     """The table and its notes as something ``rich`` can print."""
-    title = f"{record.choices.get('model', 'model')} on {record.data['name']}: {record.data['summary']}"
+    title = f"{record.choices.get('model', 'model')} on {record.data.name}: {record.data.summary}"
     if record.status != "complete":
         title += f" ({record.status})"
     table = Table(title=title, title_justify="left")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness.measure.timing import FrameTimer, PartTimer, summarise
+from harness.measure.figures import summarise
+from harness.measure.timing import FrameTimer, PartTimer
 
 CPU = torch.device("cpu")
 

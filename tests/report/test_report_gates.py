@@ -1,6 +1,5 @@
 """Gates are judged from plain dicts: a record needs no run."""
 
-import copy
 import json
 
 import numpy as np
@@ -25,6 +24,7 @@ from harness.report.gates import (
 from harness.report.record import load_record
 from scripts.gates import main as judge
 
+GPU = {"name": "GPU", "count": 1, "compute_capability": "9.0", "memory_bytes": 1 << 36}
 GATES = {path.stem: path for path in (ROOT / "conf" / "gates").glob("*.yaml")}
 
 
@@ -47,7 +47,7 @@ def record(drops=(0.1, 0.1, 0.1), fps=100.0, meaningful=True, kv=1000, status="c
             "clip_id": f"clip_{number}",
             "tag": "motion",
             "drop": {"psnr": drop, "ssim": drop / 100},
-            "scores": {"fidelity": {"psnr": 40.0, "ssim": 0.9}},
+            "scores": {"fidelity": {"psnr": 40.0, "ssim": 0.9, "frames": {"psnr": [40.0], "ssim": [0.9]}}},
         }
         for number, drop in enumerate(drops)
     ]
@@ -58,7 +58,7 @@ def record(drops=(0.1, 0.1, 0.1), fps=100.0, meaningful=True, kv=1000, status="c
         "arms": {"bf16": arm("BF16"), "candidate": arm("mx", fps, meaningful, kv)},
         "clips": clips,
         "incidents": list(incidents),
-        "environment": {"gpu": {"name": "GPU"}, "cpu": "CPU"},
+        "environment": {"gpu": GPU, "cpu": "CPU"},
         "model": {"weights": "checkpoint"},
         "config": {"model": {"window": 4}, **sections},
     }
@@ -240,13 +240,7 @@ def test_a_verdict_is_json_and_a_table():
 
 def full(**changes):
     """A record that the loader takes."""
-    section = {"clips": 3}
-    extra = {"transform": None, "numeric_path": {}, "parts": None, "compile": {}}
-    found = copy.deepcopy(record(**changes))
-    for one in found["arms"].values():
-        one.update(extra)
-    empty = {"started": "", "seconds": 0.0, "command": [], "overrides": [], "choices": {}, "data": {}}
-    return {**found, **empty, "quality": {"all": section}, "schema_version": 1}
+    return report_cases.completed({**record(**changes), "quality": {"all": {"clips": 3}}})
 
 
 def test_a_run_judged_again_gets_the_verdict_in_record_table_and_page(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Pages of single runs, read as text; test_report_html_browser.py looks at them in a browser."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 from report_cases import NASTY, arm, clip, quality, record, write
@@ -134,10 +134,13 @@ def test_errors_of_linears_and_kv_statistics_are_shown_where_the_record_has_them
     assert "did not sample" in page(record(), tmp_path)
     layers = [
         {"layer": layer, "tensor": "v", "format": "e4m3", "saturated_share": 0.001, "log2_scale_min": -9.0}
-        | {"log2_scale_mean": -8.0, "log2_scale_max": None, "over_time": {"saturated_share": [0.001, None]}}
+        | {"log2_scale_mean": -8.0, "log2_scale_max": None, "elements": 1000, "saturated": 1, "nonfinite": 0}
+        | {"over_time": {f"log2_scale_{what}": [None, None] for what in ("min", "mean", "max")}}
         for layer in (0, 2)
     ]
-    candidate = replace(arm("mx_v_only"), kv_stats={"frames": [6, 7], "layers": layers, "nonfinite": []})
+    for one in layers:
+        one["over_time"]["saturated_share"] = [0.001, 0.0]
+    candidate = arm("mx_v_only") | {"kv_stats": {"frames": [6, 7], "layers": layers, "nonfinite": []}}
     text = page(record(arms={"bf16": arm("BF16"), "candidate": candidate}), tmp_path)
     assert "Saturated elements, share by layer" in text
     assert "layer 2 V" in text

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness.report.gates import GatesConf, evaluate
-from harness.report.record import ArmRecord, RunRecord, load_record
+from harness.report.record import RunRecord, load_record
+from harness.report.sections import ArmRecord
 from harness.run import run
 
 DOC = Path(__file__).parents[2] / "docs" / "record.md"

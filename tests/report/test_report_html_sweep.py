@@ -133,13 +133,13 @@ def test_a_folder_without_runs_is_an_error(tmp_path, capsys):
 )
 def test_a_multirun_ends_with_its_page_whatever_becomes_of_its_jobs(tmp_path, jobs, failed):
     (tmp_path / "job.py").write_text(JOB)
-    cases = Path(__file__).parent
+    cases = Path(__file__).parents[1]
     words = [f"+what={jobs}", "hydra.sweep.dir=out", "hydra.sweep.subdir=${hydra:job.num}"]
     words += ["+hydra.callbacks.sweep_page._target_=harness.report.sweep.SweepPage"]
     done = subprocess.run(
         [sys.executable, "job.py", "-m", *words],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{cases.parents[1]}:{cases}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{cases.parent}:{cases}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=120,

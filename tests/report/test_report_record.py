@@ -1,23 +1,35 @@
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
 
 import pytest
 
-from harness.report.record import ArmRecord, RecordError, RunRecord, load_record, save_record
+from harness.measure.figures import FrameScores
+from harness.report.codec import read
+from harness.report.record import RecordError, RunRecord, load_record, save_record
+from harness.report.sections import ClipRecord
 from harness.report.table import bytes_text, render
 
 STATS = {"median": 10.0, "p10": 9.0, "p90": 12.0, "mean": 10.5, "n": 8}
 
 
 def arm(label, factor=1.0, meaningful=True, transform=None):
-    stats = {key: value * factor for key, value in STATS.items()}
-    return ArmRecord(
-        label=label,
-        numeric_path={"linears": "BF16", "kv": "K bf16, V bf16", "attention": "sdpa", "architecture": "cpu"},
-        speed_is_meaningful=meaningful,
-        transform=transform,
-        speed={
+    stats = {key: value if key == "n" else value * factor for key, value in STATS.items()}
+    content = {
+        "label": label,
+        "numeric_path": {
+            "linears": "BF16",
+            "kv": "K bf16, V bf16",
+            "attention": "sdpa",
+            "architecture": "cpu",
+            "emulated": not meaningful,
+        },
+        "speed_is_meaningful": meaningful,
+        "transform": transform,
+        "speed": {
             "pipeline_fps": 100 / factor,
             "total_fps": 80 / factor,
             "dit_ms": stats,
@@ -25,8 +37,8 @@ def arm(label, factor=1.0, meaningful=True, transform=None):
             "total_ms": stats,
             "prefill_ms": None,
         },
-        parts={"method": "instrumented eager pass, 3 frames", "frames": 3, "ms": {"attention": stats}},
-        memory={
+        "parts": {"method": "instrumented eager pass, 3 frames", "frames": 3, "ms": {"attention": stats}},
+        "memory": {
             "weight_bytes": int(4096 * factor),
             "kv_window_bytes": 1 << 21,
             "transient": None,
@@ -34,7 +46,7 @@ def arm(label, factor=1.0, meaningful=True, transform=None):
             "peak_reserved": None,
             "process_peak_rss": 1 << 30,
         },
-        compile={
+        "compile": {
             "enabled": meaningful,
             "mode": "default",
             "cuda_graph": True,
@@ -43,7 +55,8 @@ def arm(label, factor=1.0, meaningful=True, transform=None):
             "graph_breaks": 0,
             "recompiles_after_warmup": 1,
         },
-    )
+    }
+    return content
 
 
 def record(candidate=None):
@@ -56,23 +69,25 @@ def record(candidate=None):
             "drop": {"psnr": 0.5, "ssim": 0.01},
             "fidelity": {"psnr": 38.25, "ssim": 0.98},
         }
-    return RunRecord(
-        run_id="r",
-        started="2026-01-01T00:00:00+00:00",
-        seconds=1.5,
-        status="complete",
-        command=["run.py"],
-        overrides=["quant=mxfp8_all"],
-        choices={"model": "smoke"},
-        config={"seed": 0},
-        environment={"gpu": None},
-        model={"name": "smoke"},
-        data={"name": "synthetic", "summary": "2 clips"},
-        arms=arms,
-        quality={"all": section, "by_tag": {"motion": section}},
-        clips=[],
-        notes=["random weights: speed is real, quality is not"],
-    )
+    content = {
+        "run_id": "r",
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 1.5,
+        "status": "complete",
+        "command": ["run.py"],
+        "overrides": ["quant=mxfp8_all"],
+        "choices": {"model": "smoke"},
+        "config": {"seed": 0},
+        "environment": {"gpu": None},
+        "model": {"parameters": 1, "weights": "random"},
+        "data": {"name": "synthetic", "summary": "2 clips"},
+        "arms": arms,
+        "quality": {"all": section, "by_tag": {"motion": section}},
+        "clips": [],
+        "notes": ["random weights: speed is real, quality is not"],
+        "schema_version": 1,
+    }
+    return read(RunRecord, content)
 
 
 def test_a_record_survives_the_disk(tmp_path):
@@ -85,13 +100,61 @@ def test_a_record_survives_the_disk(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
-def test_a_failed_write_keeps_the_old_record(tmp_path):
+def test_a_failed_write_keeps_the_old_record(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     save_record(record(), path)
-    broken = dataclasses.replace(record(), seconds=math.nan)
-    with pytest.raises(ValueError, match="JSON"):
-        save_record(broken, path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write: No space left on device: .*record.json"):
+        save_record(dataclasses.replace(record(), seconds=2.5), path)
     assert load_record(path).seconds == 1.5
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_record_holds_every_float_in_strict_json(tmp_path):
+    clip = ClipRecord.of("a", "motion", {"bf16": FrameScores([math.nan, math.inf, -math.inf, 0.1], [1.0] * 4)})
+    save_record(dataclasses.replace(record(), clips=[clip]), tmp_path / "record.json")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (tmp_path / "record.json").read_text()
+    content = json.loads(text, parse_constant=refuse)
+    assert content["clips"][0]["scores"]["bf16"]["frames"]["psnr"] == ["NaN", "Infinity", "-Infinity", 0.1]
+    nan, *others = load_record(tmp_path / "record.json").clips[0].scores["bf16"].frames.psnr
+    assert math.isnan(nan)
+    assert others == [math.inf, -math.inf, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arms": {"bf16": {}}}, "arms.bf16 lacks compile, label"),
+        ({"seconds": None}, "seconds: 'None' is no float"),
+        ({"seconds": "1.5"}, "seconds: '1.5' is no float"),
+        ({"clips": {}}, "clips: '{}' is no list"),
+        ({"clips": [{"clip_id": 1, "tag": "motion"}]}, "clips[0].clip_id: '1' is no str"),
+        ({"quality": {"all": {"clips": True}}}, "quality.all.clips: 'True' is no int"),
+        ({"qualities": {}}, "the record has unknown qualities"),
+    ],
+)
+def test_what_has_another_type_is_refused_by_name(tmp_path, change, said):
+    path = tmp_path / "record.json"
+    save_record(record(), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RecordError, match=re.escape(said)):
+        load_record(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 10_000, '{"schema_version": NaN}', "[]", '"record"', "\x00"])
+def test_what_is_no_record_is_one_error_in_no_time(tmp_path, text):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=r"record.json: (not a|schema_version)"):
+        load_record(path)
 
 
 def test_a_record_of_another_schema_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from report_cases import completed
 from rich.console import Console
 
 from harness.config import ROOT, register
@@ -88,30 +89,27 @@ class World:
 
         def arm(label, weights, kv):
             memory = {"weight_bytes": weights, "kv_window_bytes": kv, "kv_peak_bytes": kv}
-            rest = {"numeric_path": {}, "transform": None, "speed": {}, "parts": None, "compile": {}}
-            return {"label": label, "speed_is_meaningful": False, "memory": memory, **rest}
+            return {"label": label, "speed_is_meaningful": False, "memory": memory}
 
         arms = {"bf16": arm("BF16", 2000, 500)}
         if not conf.is_baseline:
             arms["candidate"] = arm("candidate", self.size(conf), 380 if conf.kv.enabled else 500)
         scored = {"psnr": drop, "ssim": 0.0} if self.scored and not conf.is_baseline else None
-        clips = [{"clip_id": str(number), "drop": scored, "scores": {}} for number in range(3)]
+        clips = [{"clip_id": str(number), "tag": "motion", "drop": scored, "scores": {}} for number in range(3)]
         incident = {"kind": "non_finite", "arm": "candidate", "message": "NaN in blocks.0"}
-        empty = {"started": "", "seconds": 0.0, "command": [], "overrides": [], "choices": {}, "data": {}}
-        return {
+        content = {
             "run_id": name,
             "status": "failed" if broken else "complete",
             "config": config,
             "arms": arms,
             "clips": [] if broken else clips,
-            "quality": {"all": {"drop": scored} if scored else {}},
+            "quality": {"all": {"drop": scored}},
             "environment": {"gpu": None, "cpu": "CPU"},
             "model": {"weights": "checkpoint"},
             "incidents": [incident] if broken else [],
             "gates": None,
-            "schema_version": 1,
-            **empty,
         }
+        return completed(content)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.report.page.figures import ARMS, Record, number, pick, ratio, size, times
+from harness.report.sections import PARTS
 
-PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
 MEMORY = (
     ("Weights", "weight_bytes"),
     ("KV window", "kv_window_bytes"),

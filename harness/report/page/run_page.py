@@ -13,6 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from harness.report import drift
+from harness.report.codec import read
 from harness.report.page.charts import Series, line_chart
 from harness.report.page.costs import fps_bars, memory_bars, part_bars, span_bars
 from harness.report.page.figures import (
@@ -35,6 +36,7 @@ from harness.report.page.figures import (
 )
 from harness.report.page.numerics import numerics_blocks
 from harness.report.record import load_record, write_atomically
+from harness.report.sections import Drift
 
 PAGE = "report.html"
 EMBED_LIMIT = 25 * 1024 * 1024
@@ -75,7 +77,7 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
         parts=part_bars(record),
         memory=memory_bars(record),
         curves=_curves(record),
-        drift=list(drift.sentences(record["drift"])) if record.get("drift") else [],
+        drift=list(drift.sentences(read(Drift, record["drift"]))) if record.get("drift") else [],
         clips=_clips(record),
         videos=videos,
         numerics=numerics_blocks(record),

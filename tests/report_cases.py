@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 
-from harness.report.record import ArmRecord, RunRecord
+from harness.report.codec import read
+from harness.report.record import RunRecord
 from harness.report.video import Panel, write_comparison
 
 FRAMES = 8
 NASTY = "<script>window.hacked = 1</script>\"'&"
 SPREAD = {"median": 10.0, "p10": 9.0, "p90": 12.0, "mean": 10.5, "n": 8}
 
+TRANSFORM = {"count": 2, "categories": {"mlp": 2}, "names": ["blocks.0.mlp.fc1"], "kept_bf16": {"fc2": "4 bit"}}
+
 
 def arm(label, factor=1.0, emulated=False):
-    stats = {key: value * factor for key, value in SPREAD.items()}
+    stats = {key: value if key == "n" else value * factor for key, value in SPREAD.items()}
     quantised = label != "BF16"
-    return ArmRecord(
-        label=label,
-        numeric_path={
+    return {
+        "label": label,
+        "numeric_path": {
             "linears": "W8A16 E4M3" if quantised else "BF16",
             "kv": "K bf16, V bf16",
             "attention": "sdpa",
             "architecture": "cpu",
             "emulated": emulated,
         },
-        speed_is_meaningful=not emulated,
-        transform={"count": 2, "categories": {"mlp": 2}, "names": ["blocks.0.mlp.fc1"], "kept_bf16": {"fc2": "4 bit"}}
+        "speed_is_meaningful": not emulated,
+        "transform": {
+            "count": 2,
+            "categories": {"mlp": 2},
+            "names": ["blocks.0.mlp.fc1"],
+            "kept_bf16": {"fc2": "4 bit"},
+        }
         if quantised
         else None,
-        speed={
+        "speed": {
             "pipeline_fps": 100 / factor,
             "total_fps": 80 / factor,
             "dit_ms": stats,
@@ -39,8 +47,8 @@ def arm(label, factor=1.0, emulated=False):
             "total_ms": stats,
             "prefill_ms": None,
         },
-        parts={"method": "instrumented eager pass", "frames": 3, "ms": {"attention": stats, "mlp": stats}},
-        memory={
+        "parts": {"method": "instrumented eager pass", "frames": 3, "ms": {"attention": stats, "mlp": stats}},
+        "memory": {
             "weight_bytes": int((1 << 24) / factor),
             "kv_window_bytes": 1 << 21,
             "kv_scratch_bytes": 0,
@@ -49,8 +57,8 @@ def arm(label, factor=1.0, emulated=False):
             "peak_reserved": None,
             "process_peak_rss": 1 << 30,
         },
-        compile={"enabled": False, "mode": "default", "cuda_graph": False, "cold_start_s": 0.5},
-    )
+        "compile": {"enabled": False, "mode": "default", "cuda_graph": False, "cold_start_s": 0.5},
+    }
 
 
 def _section(scores, clips):
@@ -87,24 +95,43 @@ def record(candidate="mxfp8_all", emulated=False, factor=2.0, **changes):
     arms = {"bf16": arm("BF16")}
     if candidate:
         arms["candidate"] = arm(candidate, factor, emulated)
-    whole = RunRecord(
-        run_id="r1",
-        started="2026-01-01T00:00:00+00:00",
-        seconds=12.5,
-        status="complete",
-        command=["run.py", "quant=mxfp8_all"],
-        overrides=["quant=mxfp8_all"],
-        choices={"model": "smoke"},
-        config={"seed": 0, "data": {"paths": ["clips"]}},
-        environment={"gpu": None, "cpu": "a CPU", "packages": {"torch": "2.13"}},
-        model={"weights": "checkpoint", "parameters": 1234567, "arch": {"n_layers": 2}},
-        data={"name": "clips", "summary": "2 of 2 clips", "future_frames": FRAMES, "clips": []},
-        arms=arms,
-        quality=quality(one_arm=not candidate),
-        clips=[clip("walk", "motion", not candidate), clip("wait", "stand_still", not candidate, drop=0.2)],
-        notes=["A CPU run."],
-    )
-    return replace(whole, **changes)
+    whole = {
+        "run_id": "r1",
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 12.5,
+        "status": "complete",
+        "command": ["run.py", "quant=mxfp8_all"],
+        "overrides": ["quant=mxfp8_all"],
+        "choices": {"model": "smoke"},
+        "config": {"seed": 0, "data": {"paths": ["clips"]}},
+        "environment": {"gpu": None, "cpu": "a CPU", "packages": {"torch": "2.13"}},
+        "model": {"weights": "checkpoint", "parameters": 1234567, "arch": {"n_layers": 2}},
+        "data": {"name": "clips", "summary": "2 of 2 clips", "future_frames": FRAMES, "clips": []},
+        "arms": arms,
+        "quality": quality(one_arm=not candidate),
+        "clips": [clip("walk", "motion", not candidate), clip("wait", "stand_still", not candidate, drop=0.2)],
+        "notes": ["A CPU run."],
+        "schema_version": 1,
+    }
+    return read(RunRecord, whole | changes)
+
+
+def completed(content):
+    """A record of which a test gives but some fields; the others are those of ``record()``."""
+    return _merged(asdict(record()), content)
+
+
+def _merged(base, changes):
+    """``changes`` over ``base``, section by section; arms that are not in ``changes`` are left out."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if key == "arms":
+            merged[key] = {name: _merged(base[key]["bf16"], one) for name, one in value.items()}
+        elif isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _merged(base[key], value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def write(folder, run_record, videos=False):
@@ -114,5 +141,5 @@ def write(folder, run_record, videos=False):
     for found in run_record.clips if videos else []:
         shades = np.linspace(40, 200, FRAMES, dtype=np.uint8)
         frames = np.broadcast_to(shades[:, None, None, None], (FRAMES, 32, 48, 3))
-        write_comparison(folder / found["video"], [Panel("BF16", frames), Panel("candidate", frames)], fps=10.0)
+        write_comparison(folder / found.video, [Panel("BF16", frames), Panel("candidate", frames)], fps=10.0)
     return folder
