@@ -2,6 +2,11 @@
 
 import os
 
+# One thread a test process, and in what it starts: the tensors are tiny, and threads would spin waiting for one another
+# on cores that other test processes use. Before torch is imported, whose thread pool reads it then.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import torch
 
 if not torch.cuda.is_available():
@@ -28,7 +33,7 @@ from harness.report.record import load_record
 from harness.run import run
 
 register()
-torch.set_num_threads(1)  # the tests' tensors are tiny: threads would only wait for one another
+torch.set_num_threads(1)
 TINY_MODEL = {
     "n_layers": 2,
     "n_heads": 1,

@@ -1,23 +1,11 @@
 """The shipped demo model earns its name, computed from the shipped weights and clips."""
 
-import os
-
 import pytest
-import torch
 
 from scripts.check_world_model import MARGIN_DB, WorldModelFigures, main, world_model_figures
 
 
-@pytest.fixture
-def every_core():
-    """The other tests' tensors are tiny and use one thread; here pictures of 9 clips are encoded and decoded."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("every_core")
+@pytest.mark.slow
 def test_the_demo_model_predicts_play_and_listens_to_the_player():
     figures = world_model_figures(frames=16)
     assert len(figures.clip_ids) >= 6
