@@ -199,11 +199,12 @@ def floor_ms(rollout: Rollout, bandwidth: float) -> float:
     steps = len(rollout.sampler.timesteps)
     each_step = rollout.cache.nbytes().allocated
     once = 0
-    for block in rollout.core.blocks:
-        each_step += module_bytes(block.attn) + module_bytes(block.mlp)
-        # Where modulation is stacked its weights are views of one storage: count parameters, not storages.
-        parts = (block.adaln1, block.gate1, block.adaln2, block.gate2)
-        once += sum(x.nbytes for part in parts for x in (*part.parameters(), *part.buffers()))
+    for _, _, spec, linear in rollout.core.linears():
+        if spec.per_frame:
+            # Where these are stacked their weights are views of one storage: count parameters, not storages.
+            once += sum(x.nbytes for x in (*linear.parameters(), *linear.buffers()))
+        else:
+            each_step += module_bytes(linear)
     return (steps * each_step + once) / (bandwidth * 1e9)
 
 

@@ -47,7 +47,7 @@ from harness.kv.conf import KVConf, KVFormat, KVStorage
 from harness.measure.environment import environment
 from harness.models.attention import LayerAttend
 from harness.models.config_io import gamerft_config, model_section
-from harness.models.gamerft import GameRFTConfig, attend_from_projection, rms_norm
+from harness.models.gamerft import GameRFTConfig, GameRFTCore, attend_from_projection, rms_norm
 from harness.models.rope import apply_rotary
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import KERNELS, available_kernels
@@ -205,16 +205,18 @@ def read_model(name: str) -> tuple[GameRFTConfig, int]:
 
 def products(arch: GameRFTConfig, batch: int, steps: int = 2) -> list[Product]:
     """Every shape of Linear in the blocks; modulation rows are those of a frame's steps, for one layer and for all."""
-    d, rows, mod = arch.d_model, batch * arch.tokens_per_frame, batch * steps
-    return [
-        Product("attn.qkv", rows, 3 * d, d),
-        Product("attn.out", rows, d, d),
-        Product("mlp.fc1", rows, 4 * d, d),
-        Product("mlp.fc2", rows, d, 4 * d),
-        Product("adaln.fc", mod, 2 * d, d),
-        Product("gate.fc_c", mod, d, d),
-        Product("modulation, all layers", mod, 6 * d * arch.n_layers, d),
-    ]
+    with torch.device("meta"):
+        core = GameRFTCore(arch)
+    rows = {False: batch * arch.tokens_per_frame, True: batch * steps}
+    found: dict[tuple[int, int, int], Product] = {}
+    for _, layer, spec, linear in core.linears():
+        assert isinstance(linear, nn.Linear)
+        if layer == 0:
+            sizes = rows[spec.per_frame], linear.out_features, linear.in_features
+            found.setdefault(sizes, Product(spec.name, *sizes))
+    stacked = [linear for _, _, spec, linear in core.linears() if spec.per_frame]
+    outputs = sum(linear.out_features for linear in stacked if isinstance(linear, nn.Linear))
+    return [*found.values(), Product("modulation, all layers", rows[True], outputs, arch.d_model)]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

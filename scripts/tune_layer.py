@@ -64,12 +64,10 @@ class Layers:
         cache.advance()
         self.attend = frame_attention(cache, AttentionKind.fused, store=False)
         name, dim = FORMAT_OF_BITS[bits], arch.d_model
-        pack(
-            core,
-            CudaLinear.from_linear
-            if name is None
-            else lambda linear: cuda_linear.build(nearest(linear, FORMATS[name])),
-        )
+        if name is None:
+            pack(core)
+        else:
+            pack(core, lambda linear: cuda_linear.build(nearest(linear, FORMATS[name])))
         self.blocks = core.blocks
         self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
         self.mods = [
@@ -111,7 +109,7 @@ class Layers:
         return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / len(self.blocks)
 
 
-NAMES = ("mlp.fc1", "mlp.fc2", "attn.qkv", "attn.out")
+NAMES = [spec.name for spec in GameRFTCore.block_linears if not spec.per_frame]
 
 
 class Tuner:

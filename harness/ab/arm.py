@@ -17,7 +17,7 @@ from harness.kv import KVConf, KVStats
 from harness.measure.memory import PeakProbe
 from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
-from harness.models.gamerft import GameRFTCore
+from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.report.sections import PARTS, FrameTimes
 from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
@@ -70,7 +70,7 @@ class Arm:
         ValueError: if the formats do not fit the model, or the kernel the device.
     """
 
-    def __init__(self, core: GameRFTCore, quant: MXConf, kv: KVConf, plan: RunPlan, decode: Decode) -> None:
+    def __init__(self, core: WorldModel, quant: MXConf, kv: KVConf, plan: RunPlan, decode: Decode) -> None:
         self.device, self.decode, self.kv = plan.device, decode, kv
         self.assembled = assemble(core, quant, kv, plan.setup)
         self.core, self.cache, self.rollout = core, self.assembled.cache, self.assembled.rollout
@@ -196,8 +196,8 @@ class Arm:
         return Rollout(self.core, self.cache, sampler, attention, CompileConf(cuda_graph=False))
 
     def _instruments(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
-        names = {"attention": "attn", "mlp": "mlp"}
-        modules = [(part, getattr(block, name)) for block in self.core.blocks for part, name in names.items()]
+        parts = self.core.block_parts.items()
+        modules = [(part, block.get_submodule(name)) for block in self.core.blocks for part, name in parts]
         methods = [
             ("modulation", self.core, "add_controls"),
             ("modulation", self.core, "modulation"),

@@ -15,7 +15,6 @@ from harness.data.datamodule import ClipBatch
 from harness.mx.linears.base import MXModule
 from harness.mx.linears.cuda import CudaLinear
 from harness.mx.numerics import linear_error
-from harness.mx.select import category, place
 
 FRAMES = 2
 """Generated frames whose inputs are sampled, at most; every denoising step of them."""
@@ -93,7 +92,7 @@ def layer_numerics(
         assert isinstance(mx, MXModule)
         x = inputs[name]
         layers[name] = {
-            "category": category(place(name)[1]),
+            "category": candidate.assembled.summary.places[name][0],
             "rows": len(x),
             "in_features": linear.in_features,
             "out_features": linear.out_features,

@@ -7,8 +7,9 @@ a block is an ``nn.Linear`` that may be swapped from outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from harness.models.attention import BlockCausalAttention, LayerAttend
 from harness.models.embeddings import MLP, ControlEmbedding, TimestepEmbedding
 from harness.models.rope import MotionRotary, OrthoRotary, apply_rotary
+from harness.models.world import LinearSpec, WorldModel
 
 RMS_EPS = 1.1920928955078125e-07
 """float32 eps. ``F.rms_norm`` uses it by default for BF16 input too; explicit, so that fused kernels can match."""
@@ -137,28 +139,19 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
 
 
 class AdaLN(nn.Module):
-    """Produces the scale and shift of a modulated norm."""
+    """Holds what produces the scale and shift of a modulated norm: ``fc`` maps ``silu(cond)`` to both."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.fc = nn.Linear(d_model, 2 * d_model)
 
-    def forward(self, silu_cond: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``silu(cond) [B, N, D]`` to ``(scale, shift)``, each ``[B, N, D]``."""
-        scale, shift = self.fc(silu_cond).chunk(2, dim=-1)
-        return scale, shift
-
 
 class Gate(nn.Module):
-    """Produces the gate of a residual branch."""
+    """Holds what produces the gate of a residual branch: ``fc_c`` maps ``silu(cond)`` to it."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.fc_c = nn.Linear(d_model, d_model)
-
-    def forward(self, silu_cond: Tensor) -> Tensor:
-        """Map ``silu(cond) [B, N, D]`` to the gate ``[B, N, D]``."""
-        return self.fc_c(silu_cond)
 
 
 def attend_from_projection(
@@ -196,12 +189,6 @@ class Block(nn.Module):
         self.attn = Attention(layer, d_model, n_heads)
         self.adaln2, self.gate2 = AdaLN(d_model), Gate(d_model)
         self.mlp = MLP(d_model, 4 * d_model, d_model)
-
-    def modulation(self, silu_cond: Tensor) -> BlockModulation:
-        """This block's conditioning vectors from ``silu(cond) [B, N, D]``."""
-        scale1, shift1 = self.adaln1(silu_cond)
-        scale2, shift2 = self.adaln2(silu_cond)
-        return BlockModulation(scale1, shift1, self.gate1(silu_cond), scale2, shift2, self.gate2(silu_cond))
 
     def forward(self, x: Tensor, mod: BlockModulation, rotary: tuple[Tensor, Tensor], attend: LayerAttend) -> Tensor:
         """Map tokens ``x [B, N*P, D]`` to the same shape."""
@@ -244,7 +231,7 @@ def make_rotary(cfg: GameRFTConfig) -> MotionRotary | OrthoRotary:
     return OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
 
 
-class GameRFTCore(nn.Module):
+class GameRFTCore(WorldModel):
     """The velocity model.
 
     ``weights_choice``: which of several sets of weights its checkpoint held it was given, in words; else ``None``.
@@ -252,6 +239,20 @@ class GameRFTCore(nn.Module):
     Raises:
         ValueError: if ``cfg`` describes a model that cannot be built (see :meth:`GameRFTConfig.validate`).
     """
+
+    blocks_path = "transformer.blocks"
+    block_linears = (
+        LinearSpec("adaln1.fc", "modulation", per_frame=True),
+        LinearSpec("gate1.fc_c", "modulation", per_frame=True),
+        LinearSpec("attn.qkv", "attn"),
+        LinearSpec("attn.out", "attn", final=True),
+        LinearSpec("adaln2.fc", "modulation", per_frame=True),
+        LinearSpec("gate2.fc_c", "modulation", per_frame=True),
+        LinearSpec("mlp.fc1", "mlp", activation="mlp.act"),
+        LinearSpec("mlp.fc2", "mlp", final=True),
+    )
+    block_parts: ClassVar[dict[str, str]] = {"attention": "attn", "mlp": "mlp"}
+    cfg: GameRFTConfig  # type: ignore[assignment]  # a plain attribute
 
     def __init__(self, cfg: GameRFTConfig) -> None:
         super().__init__()
@@ -287,6 +288,11 @@ class GameRFTCore(nn.Module):
         """Compute dtype: that of the input projection, which is never quantised."""
         return self.proj_in.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the input projection is."""
+        return self.proj_in.weight.device
+
     def layer_window(self, layer: int) -> int | None:
         """Window of ``layer`` in frames, the current one included; ``None`` = unlimited.
 
@@ -294,26 +300,31 @@ class GameRFTCore(nn.Module):
         """
         return self.cfg.local_window if layer % self.cfg.local_idx else self.cfg.global_window
 
-    def conditioning(self, t: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
-        """Embed time ``t [B, N]`` and controls ``mouse [B, N, 2]``, ``btn [B, N, n_buttons]`` to ``[B, N, D]``.
+    def add_controls(self, cond: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
+        """:meth:`conditioning` from the time's embedding ``cond [B, N, D]`` on.
 
         An unconditional model ignores the controls; any other raises ``ValueError`` without them.
         """
-        return self.add_controls(self.t_embed(t), mouse, btn)
-
-    def add_controls(self, cond: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
-        """:meth:`conditioning` from the time's embedding ``cond [B, N, D]`` on."""
         if self.cfg.uncond:
             return cond
         if mouse is None or btn is None:
             raise ValueError("this model is conditioned on controls: pass mouse and btn (or use uncond: true)")
         return cond + self.control_embed(mouse, btn)
 
-    def modulation(self, cond: Tensor) -> Modulation:
-        """Every block's and the output's conditioning vectors from ``cond [B, N, D]``."""
-        silu_cond = F.silu(cond)
-        blocks = tuple(block.modulation(silu_cond) for block in self.blocks)
-        return Modulation(blocks, *self.proj_out.norm(silu_cond))
+    def modulation_linears(self) -> list[nn.Module]:
+        """Four of each block, the output's last."""
+        blocks = [[block.adaln1.fc, block.gate1.fc_c, block.adaln2.fc, block.gate2.fc_c] for block in self.blocks]
+        return [*(linear for block in blocks for linear in block), self.proj_out.norm.fc]
+
+    def modulation_of(self, outputs: Sequence[Tensor]) -> Modulation:
+        """See :class:`~harness.models.world.WorldModel`."""
+        *vectors, out = outputs
+        blocks = []
+        for adaln1, gate1, adaln2, gate2 in zip(*(vectors[i::4] for i in range(4)), strict=True):
+            scale1, shift1 = adaln1.chunk(2, dim=-1)
+            scale2, shift2 = adaln2.chunk(2, dim=-1)
+            blocks.append(BlockModulation(scale1, shift1, gate1, scale2, shift2, gate2))
+        return Modulation(tuple(blocks), *out.chunk(2, dim=-1))
 
     def denoise(self, x: Tensor, mod: Modulation, rotary: tuple[Tensor, Tensor], attend: LayerAttend) -> Tensor:
         """Velocity of noisy latents.

@@ -1,37 +1,27 @@
 """Which Linears of a model become MX: categories, scope, late layers, include and exclude patterns.
 
-Only Linears inside the transformer blocks (`transformer.blocks.{i}.…`, under any prefix such as `core.`) are ever
-candidates; `proj_in`, `proj_out` and the embeddings stay BF16. A candidate is chosen when
+Only Linears inside the transformer blocks are ever candidates; input and output projections and embeddings stay BF16.
+The model says what they are (`harness.models.world.LinearSpec`). A candidate is chosen when
 
     (its category is in `scope` and its block among the last `late_layers`, or an `include` pattern matches it)
     and no `exclude` pattern matches it.
 
 So `include` extends the choice (an early layer beside `late_layers`, `attn.out` beside `scope=mlp`) and `exclude`
-narrows it and wins. Patterns are shell globs (`*` also crosses dots, `[0-3]` works) over the whole module name; a
-prefix before `transformer.` may be left out. A pattern that matches no candidate is an error.
+narrows it and wins. Patterns are shell globs (`*` also crosses dots, `[0-3]` works) over the whole module name; the
+prefix of a model that holds the world model (`core.`) may be left out. A pattern that matches no candidate is an error.
 
-At 4 bits the final output projections, `attn.out` and `mlp.fc2` of the last block, stay BF16 unless `include` matches
-them: nothing after them but the output head can absorb their error.
+At 4 bits the final output projections of the last block (`LinearSpec.final`: `attn.out` and `mlp.fc2`) stay BF16 unless
+`include` matches them: nothing after them but the output head can absorb their error.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from harness.models.world import OTHER, LinearSpec, find_world
 from harness.mx.conf import MXConf, Scope
-
-CATEGORIES: dict[str, str] = {
-    "mlp": r"mlp\.fc[12]",
-    "attn": r"attn\.(qkv|out)",
-    "modulation": r"(adaln\d+\.fc|gate\d+\.fc_c)",
-}
-"""Category of a block's Linear by its name within the block. Any other Linear there is `other`: in scope `all`."""
-
-_BLOCK = re.compile(r"(?:^|\.)(transformer\.blocks\.(\d+)\.(.+))$")
-_FINAL_PROJECTIONS = ("attn.out", "mlp.fc2")
 
 
 class MXTransformError(ValueError):
@@ -40,13 +30,18 @@ class MXTransformError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module of a transformer block that can be asked for: `name` in the model, `path` from `transformer.` on."""
+    """A module of a transformer block that can be asked for: `name` in the model, `path` in the world model itself."""
 
     name: str
     path: str
     layer: int
-    category: str
+    spec: LinearSpec
     module: nn.Module
+
+    @property
+    def category(self) -> str:
+        """By which a config chooses it."""
+        return self.spec.category
 
 
 @dataclass(frozen=True)
@@ -58,33 +53,24 @@ class Selection:
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
-    """Every Linear of the transformer blocks, and every module named like one, in model order.
+    """Every Linear of the transformer blocks, and every module in the place of one, in model order.
 
-    A module reached under two names is listed twice.
+    A module reached under two names is listed twice. Empty where `model` is no world model and holds none.
     """
-    found = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        match = _BLOCK.search(name)
-        if match is None:
+    found = find_world(model)
+    if found is None:
+        return []
+    prefix, world = found
+    specs = {spec.name: spec for spec in world.block_linears}
+    places = []
+    for path, module in world.named_modules(remove_duplicate=False):
+        if not path.startswith(f"{world.blocks_path}."):
             continue
-        path, layer, within = match.groups()
-        kind = category(within)
-        if kind != "other" or isinstance(module, nn.Linear):
-            found.append(Candidate(name, path, int(layer), kind, module))
-    return found
-
-
-def category(within: str) -> str:
-    """Category of a Linear by its name within its block, such as `mlp.fc1`."""
-    return next((c for c, pattern in CATEGORIES.items() if re.fullmatch(pattern, within)), "other")
-
-
-def place(name: str) -> tuple[int, str]:
-    """Layer, and name within it, of a module of a transformer block. Raises ValueError for any other module."""
-    match = _BLOCK.search(name)
-    if match is None:
-        raise ValueError(f"{name} is not in a transformer block (transformer.blocks.*)")
-    return int(match[2]), match[3]
+        layer, _, within = path.removeprefix(f"{world.blocks_path}.").partition(".")
+        spec = specs.get(within)
+        if spec is not None or isinstance(module, nn.Linear):
+            places.append(Candidate(prefix + path, path, int(layer), spec or LinearSpec(within, OTHER), module))
+    return places
 
 
 def select(model: nn.Module, conf: MXConf) -> Selection:
@@ -96,8 +82,9 @@ def select(model: nn.Module, conf: MXConf) -> Selection:
     everything = candidates(model)
     if not everything:
         raise MXTransformError(
-            f"{type(model).__name__} has no Linears under transformer.blocks.*, the only ones MX transforms; pass the "
-            f"GameRFT core or the full model. Its modules are {', '.join(n for n, _ in model.named_children())}"
+            f"{type(model).__name__} is no world model and holds none with Linears in its blocks, the only ones MX "
+            f"transforms; pass the model's core or the full model. Its modules are "
+            f"{', '.join(n for n, _ in model.named_children())}"
         )
     _check_patterns(conf, everything)
     last = max(c.layer for c in everything)
@@ -110,7 +97,7 @@ def select(model: nn.Module, conf: MXConf) -> Selection:
             continue
         if _matches(c, conf.exclude):
             kept[c.name] = "excluded"
-        elif conf.bits_of(c.category) == 4 and not included and c.layer == last and c.path.endswith(_FINAL_PROJECTIONS):
+        elif conf.bits_of(c.category) == 4 and not included and c.layer == last and c.spec.final:
             kept[c.name] = "kept BF16 as a final output projection of a 4-bit model; name it in include to transform it"
         else:
             chosen.append(c)

@@ -24,11 +24,8 @@ from harness.models.bf16 import is_plain
 from harness.mx.conf import MXConf, validate
 from harness.mx.dispatch import Kernel, describe_device, resolve_kernel
 from harness.mx.linears.base import LinearFormat, MXModule
-from harness.mx.select import Candidate, MXTransformError, Selection, category, place, select
+from harness.mx.select import Candidate, MXTransformError, Selection, select
 from harness.mx.weights import NearestRounding, WeightSource
-
-_BEHIND = {"mlp.fc1": "act"}
-"""By a Linear's name within its block, the module beside it that takes all of its output, and that alone."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,8 @@ class TransformSummary:
     `kernel` cannot take to what computes them, and why. `fused_activations` maps transformed Linears whose kernel
     applies the activation behind them to its name. Bytes count weights, scales and biases of the transformed
     Linears. `bits_by_category` has every category that was transformed; `bits` and `element` are those
-    of a category that the config does not name.
+    of a category that the config does not name. `places` maps the transformed Linears to their category and layer; it
+    is not in `to_dict()`.
     """
 
     enabled: bool
@@ -64,10 +62,11 @@ class TransformSummary:
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
     bits_by_category: dict[str, int] = field(default_factory=dict)
+    places: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "places"}
 
     def listing(self) -> str:
         """For a person: every transformed Linear by category, layers folded together, and each kept one's reason."""
@@ -75,11 +74,11 @@ class TransformSummary:
             return "Linears in MX: none (quant.enabled=false)"
         counts = ", ".join(f"{number} {name}" for name, number in self.categories.items())
         lines = [f"Linears in MX: {self.count} ({counts}), {self.numeric_path}"]
-        lines += [f"  {kind:<10} {name}" for kind, name in _folded(self.names)]
+        lines += [f"  {kind:<10} {name}" for kind, name in _folded(self.names, self.places)]
         lines += [f"  {name}: {note}" for name, note in self.other_kernels.items()]
         for activation in dict.fromkeys(self.fused_activations.values()):
             names = [name for name, fused in self.fused_activations.items() if fused == activation]
-            lines += [f"  {activation} in the kernel of {name}" for _, name in _folded(names)]
+            lines += [f"  {activation} in the kernel of {name}" for _, name in _folded(names, self.places)]
         lines += [f"In scope, kept BF16: {len(self.kept_bf16)}"]
         lines += [f"  {name}: {reason}" for name, reason in self.kept_bf16.items()]
         return "\n".join(lines)
@@ -133,10 +132,11 @@ def apply_mx(
         names=names,
         kept_bf16=selection.kept_bf16,
         other_kernels=other_kernels,
-        fused_activations=_fuse_activations(model, names),
+        fused_activations=_fuse_activations(model, selection.chosen),
         weight_bytes_before=before,
         weight_bytes_after=after,
         bits_by_category={category: way.fmt.element.bits for category, way in ways.items()},
+        places={c.name: (c.category, c.layer) for c in selection.chosen},
     )
 
 
@@ -179,12 +179,12 @@ def _numeric_path(ways: dict[str, _Way]) -> str:
     return "; ".join(f"{' and '.join(names)} {path}" for path, names in categories.items())
 
 
-def _folded(names: list[str]) -> list[tuple[str, str]]:
+def _folded(names: list[str], places: dict[str, tuple[str, int]]) -> list[tuple[str, str]]:
     """Category and name of Linears, those of several layers as one pattern, sorted."""
     layers: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        layer, within = place(name)
-        layers.setdefault((category(within), name.replace(f".{layer}.", ".{}.", 1)), []).append(layer)
+        kind, layer = places[name]
+        layers.setdefault((kind, name.replace(f".{layer}.", ".{}.", 1)), []).append(layer)
     return [(kind, name.format(_span(found))) for (kind, name), found in sorted(layers.items())]
 
 
@@ -238,21 +238,20 @@ def _unsuitable(candidate: Candidate, way: _Way, source: WeightSource) -> str | 
     return source.unsuitable(candidate.name, module, way.fmt) or way.kernel.unfit(module)
 
 
-def _fuse_activations(model: nn.Module, names: list[str]) -> dict[str, str]:
+def _fuse_activations(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
     """Move the activation behind an MX Linear into it where its kernel can, an Identity in its place.
 
     Returns the names of such Linears with the activation's.
     """
     fused = {}
-    for name in names:
-        behind = _BEHIND.get(place(name)[1])
-        if behind is None:
+    for candidate in chosen:
+        if candidate.spec.activation is None:
             continue
-        linear, mlp = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-        activation = mlp.get_submodule(behind)
+        behind = candidate.name.removesuffix(candidate.spec.name) + candidate.spec.activation
+        linear, activation = model.get_submodule(candidate.name), model.get_submodule(behind)
         if isinstance(linear, MXModule) and linear.absorb(activation):
-            setattr(mlp, behind, nn.Identity())
-            fused[name] = type(activation).__name__
+            _replace(model, behind, nn.Identity())
+            fused[candidate.name] = type(activation).__name__
     return fused
 
 

@@ -19,6 +19,7 @@ from harness.models.bf16 import widen
 from harness.models.checkpoint import load_decoder, load_gamerft, random_decoder, random_gamerft
 from harness.models.dcae import DCAEConfig, DCAEDecoder
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
+from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.transform import TransformSummary, apply_mx
 from harness.mx.weights import WeightSource
@@ -68,7 +69,7 @@ class Assembled:
     allocated_bytes: int | None
 
     @property
-    def core(self) -> GameRFTCore:
+    def core(self) -> WorldModel:
         """The model, in its formats."""
         return self.rollout.core
 
@@ -84,7 +85,7 @@ class Assembled:
 
 
 def assemble(
-    core: GameRFTCore, quant: MXConf, kv: KVConf, setup: RolloutSetup, source: WeightSource | None = None
+    core: WorldModel, quant: MXConf, kv: KVConf, setup: RolloutSetup, source: WeightSource | None = None
 ) -> Assembled:
     """Put a rollout of ``core`` together, and warm it up.
 
@@ -99,13 +100,13 @@ def assemble(
         ValueError: if the formats do not fit the model, or the kernel or the setup the device.
     """
     summary, packed = put_into_formats(core, quant, setup, source)
-    meter = AllocationMeter(core.proj_in.weight.device)
+    meter = AllocationMeter(core.device)
     rollout, warmup = warm_rollout(core, kv, setup)
     return Assembled(rollout, summary, packed, warmup, meter.taken())
 
 
 def put_into_formats(
-    core: GameRFTCore, quant: MXConf, setup: RolloutSetup, source: WeightSource | None = None
+    core: WorldModel, quant: MXConf, setup: RolloutSetup, source: WeightSource | None = None
 ) -> tuple[TransformSummary, int]:
     """The first half of :func:`assemble`: the weights, in place; returns what is MX and how many Linears are packed."""
     summary = apply_mx(core, quant, source)
@@ -114,7 +115,7 @@ def put_into_formats(
     return summary, packed
 
 
-def warm_rollout(core: GameRFTCore, kv: KVConf, setup: RolloutSetup) -> tuple[Rollout, Warmup]:
+def warm_rollout(core: WorldModel, kv: KVConf, setup: RolloutSetup) -> tuple[Rollout, Warmup]:
     """The second half: a cache and a rollout over weights in their formats, which several rollouts may share."""
     cache = make_cache(core, setup.sampler, kv, setup.batch)
     rollout = Rollout(core, cache, setup.sampler, setup.attention, setup.compile)

@@ -7,13 +7,13 @@ faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from harness.models.gamerft import GameRFTCore
+from harness.models.world import WorldModel
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
 from harness.rollout.attention import AttentionKind
@@ -25,11 +25,6 @@ WIDEST = {64: 2560, 128: 1536}
 At 64 rows it is much faster at a width of 1536 and equal at 2560, at 128 faster at 1536, at 256 slower. Other widths
 have not been measured."""
 
-_NAMES = (
-    *(("attn", "qkv"), ("attn", "out"), ("mlp", "fc1"), ("mlp", "fc2")),
-    *(("adaln1", "fc"), ("gate1", "fc_c"), ("adaln2", "fc"), ("gate2", "fc_c")),
-)
-
 
 def validate(conf: CompileConf, device: torch.device) -> None:
     """Raise ``ValueError`` if ``conf`` asks for packed Linears and ``device`` cannot run them."""
@@ -38,13 +33,13 @@ def validate(conf: CompileConf, device: torch.device) -> None:
         raise ValueError(f"compile.linears=packed: {reason}; use compile.linears=auto")
 
 
-def pack_where_faster(core: GameRFTCore, conf: CompileConf, attention: AttentionKind, batch: int) -> int:
+def pack_where_faster(core: WorldModel, conf: CompileConf, attention: AttentionKind, batch: int) -> int:
     """Pack what BF16 Linears the blocks have, in place, as ``conf.linears`` says; returns how many.
 
     ``auto``: where frames are captured, attention is ours, the GPU is one of the kernel's and rows are few. For after
     all that asks for plain Linears: MX transforms, loading.
     """
-    device, rows = core.proj_in.weight.device, batch * core.cfg.tokens_per_frame
+    device, rows = core.device, batch * core.cfg.tokens_per_frame
     if conf.linears == "auto":
         captured = conf.captures(device) and attention is AttentionKind.fused
         few = any(rows <= most and core.cfg.d_model <= width for most, width in WIDEST.items())
@@ -54,40 +49,35 @@ def pack_where_faster(core: GameRFTCore, conf: CompileConf, attention: Attention
     return pack(core) if wanted else 0
 
 
-def pack(core: GameRFTCore, make: Callable[[nn.Linear], nn.Module] = CudaLinear.from_linear) -> int:
+def pack(core: WorldModel, make: Callable[[nn.Linear], nn.Module] = CudaLinear.from_linear) -> int:
     """Pack BF16 Linears of the blocks, in place; returns how many. A SiLU behind one goes into its kernel.
 
     ``make``: what gives the kernel's form of a Linear, a :class:`CudaLinear` or, in a format, another module.
     """
     packed = 0
-    for parent, name in _places(core):
-        linear = getattr(parent, name)
+    for path, layer, spec, linear in list(core.linears()):
         if type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16:
             made = make(linear)
-            setattr(parent, name, made)
+            core.set_submodule(path, made)
             packed += 1
-            if name == "fc1" and isinstance(made, CudaLinear) and made.absorb(parent.act):
-                parent.act = nn.Identity()
+            if spec.activation is None or not isinstance(made, CudaLinear):
+                continue
+            block = core.blocks[layer]
+            if made.absorb(block.get_submodule(spec.activation)):
+                block.set_submodule(spec.activation, nn.Identity())
     return packed
 
 
-def unpack(core: GameRFTCore) -> GameRFTCore:
+def unpack(core: WorldModel) -> WorldModel:
     """Undo :func:`pack`, bit for bit, in place."""
-    for parent, name in _places(core):
-        packed = getattr(parent, name)
+    for path, layer, spec, packed in list(core.linears()):
         if is_packed(packed):
-            setattr(parent, name, packed.plain())
-            if packed.silu:
-                parent.act = nn.SiLU()
+            core.set_submodule(path, packed.plain())
+            if packed.silu and spec.activation is not None:
+                core.blocks[layer].set_submodule(spec.activation, nn.SiLU())
     return core
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_packed(module: nn.Module) -> TypeGuard[CudaLinear]:
     """Whether :func:`pack` made it."""
     return isinstance(module, CudaLinear) and not isinstance(module, CudaMXLinear)
-
-
-def _places(core: GameRFTCore) -> Iterator[tuple[Any, str]]:
-    for block in core.blocks:
-        for part, name in _NAMES:
-            yield getattr(block, part), name

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models import bf16
-from harness.models.gamerft import BlockModulation, GameRFTCore, Modulation
+from harness.models.world import FrameModulation, WorldModel
 
 Product = Callable[[Tensor], Tensor]
 
@@ -100,24 +100,15 @@ class StackedLinears:
 
 
 class StackedModulation:
-    """:meth:`GameRFTCore.modulation` with all layers' Linears stacked.
+    """:meth:`WorldModel.modulation` with all layers' Linears stacked.
 
     Args:
         core: the model, in its final formats and on its device; plain weights become views of stacked ones.
     """
 
-    def __init__(self, core: GameRFTCore) -> None:
-        linears: list[nn.Module] = []
-        for block in core.blocks:
-            linears += [block.adaln1.fc, block.gate1.fc_c, block.adaln2.fc, block.gate2.fc_c]
-        self.linears = StackedLinears([*linears, core.proj_out.norm.fc])
+    def __init__(self, core: WorldModel) -> None:
+        self.core, self.linears = core, StackedLinears(core.modulation_linears())
 
-    def __call__(self, cond: Tensor) -> Modulation:
+    def __call__(self, cond: Tensor) -> FrameModulation:
         """Every block's and the output's conditioning vectors from ``cond [B, N, D]``."""
-        *vectors, out = self.linears(F.silu(cond))
-        blocks = []
-        for adaln1, gate1, adaln2, gate2 in zip(*(vectors[i::4] for i in range(4)), strict=True):
-            scale1, shift1 = adaln1.chunk(2, dim=-1)
-            scale2, shift2 = adaln2.chunk(2, dim=-1)
-            blocks.append(BlockModulation(scale1, shift1, gate1, scale2, shift2, gate2))
-        return Modulation(tuple(blocks), *out.chunk(2, dim=-1))
+        return self.core.modulation_of(self.linears(F.silu(cond)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.kv import KVCache, KVConf
-from harness.models.gamerft import GameRFTCore, Modulation
+from harness.models.world import FrameModulation, WorldModel
 from harness.rollout.attention import AttentionKind, PrefillAttention, check_attention
 from harness.rollout.compile import (
     CapturedGraph,
@@ -77,7 +77,7 @@ class Warmup(NamedTuple):
     cuda_graph: bool
 
 
-def make_cache(core: GameRFTCore, sampler: SamplerConf, conf: KVConf, batch: int) -> KVCache:
+def make_cache(core: WorldModel, sampler: SamplerConf, conf: KVConf, batch: int) -> KVCache:
     """A cache for ``batch`` clips of ``core``, in its dtype and on its device.
 
     Layer l keeps R_l frames: the sampler's window, or the layer's own if that is shorter. Raises ``ValueError`` if
@@ -86,7 +86,7 @@ def make_cache(core: GameRFTCore, sampler: SamplerConf, conf: KVConf, batch: int
     cfg = core.cfg
     limits = [core.layer_window(layer) for layer in range(cfg.n_layers)]
     windows = [sampler.window if limit is None else min(sampler.window, limit) for limit in limits]
-    device = core.proj_in.weight.device
+    device = core.device
     sizes = (cfg.n_layers, batch, cfg.n_heads, cfg.head_dim, cfg.tokens_per_frame)
     return KVCache(*sizes, windows, conf, core.dtype, device)
 
@@ -116,7 +116,7 @@ class Rollout:
 
     def __init__(
         self,
-        core: GameRFTCore,
+        core: WorldModel,
         cache: KVCache,
         sampler: SamplerConf,
         attention: AttentionKind = AttentionKind.sdpa,
@@ -149,11 +149,11 @@ class Rollout:
             drops = [a - b for a, b in pairwise(times)]
             self._drops = [torch.tensor(drop, device=device) for drop in drops]
 
-    def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[Modulation], Rotary]]:
+    def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[FrameModulation], Rotary]]:
         core, cache, embedded, steps = self.core, self.cache, self._embedded_times, len(self._drops)
         modulate = StackedModulation(core) if self.compile.enabled else core.modulation
 
-        def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[Modulation], Rotary]:
+        def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[FrameModulation], Rotary]:
             cache.advance()
             mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
             modulation = modulate(core.add_controls(embedded, mouse, btn))
@@ -275,7 +275,7 @@ class Rollout:
         self._check("noise", noise, (*frames, *self._noise.shape[1:]))
         return known.to(device, torch.float32) * (1 - a) + a * noise.to(device, torch.float32)
 
-    def _known_modulation(self, x: Tensor, mouse: Tensor | None, btn: Tensor | None) -> Modulation:
+    def _known_modulation(self, x: Tensor, mouse: Tensor | None, btn: Tensor | None) -> FrameModulation:
         times = torch.full(x.shape[:2], self.sampler.context_noise, device=self.cache.device)
         return self.core.modulation(self.core.conditioning(times, mouse, btn))
 

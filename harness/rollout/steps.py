@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from harness.kv import KVCache
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
+from harness.models.world import WorldModel
 from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention
 from harness.rollout.compile import CompileConf, compile_function, keep_in_place
 from harness.rollout.norms import residual_norm
@@ -20,9 +21,14 @@ Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
 Layer = Callable[[Block, LayerAttend, Tensor, Tensor, Tensor, BlockModulation, Rotary], tuple[Tensor, Tensor]]
 
 
-def make_step(core: GameRFTCore, cache: KVCache, attention: AttentionKind, store: bool, conf: CompileConf) -> Step:
-    """A step of ``core`` over ``cache``, compiled as ``conf`` says; ``store``: the last one, whose K and V are kept."""
+def make_step(core: WorldModel, cache: KVCache, attention: AttentionKind, store: bool, conf: CompileConf) -> Step:
+    """A step of ``core`` over ``cache``, compiled as ``conf`` says; ``store``: the last one, whose K and V are kept.
+
+    Raises ``ValueError`` if it is to be compiled layer by layer and the model has none to be cut so.
+    """
     if conf.enabled and conf.scope_on(cache.device) == "block":
+        if not isinstance(core, GameRFTCore):
+            raise ValueError(f"compile.scope=block: {type(core).__name__} is not cut into layers; use scope=frame")
         return _step_by_layers(core, cache, attention, store, conf)
     attend = frame_attention(cache, attention, store)
     if isinstance(attend, FusedAttention):

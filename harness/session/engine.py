@@ -18,7 +18,7 @@ from harness.data.sources import ClipEntry
 from harness.kv import KVConf
 from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
-from harness.models.gamerft import GameRFTCore
+from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.linears.decoded import KeepDecoded, Kept, keep_decoded
 from harness.mx.transform import TransformSummary
@@ -35,7 +35,7 @@ class EngineArm:
     """A model in its formats: what every session that plays it shares. ``kept``: weights held decoded, if any are."""
 
     name: str
-    core: GameRFTCore
+    core: WorldModel
     kv: KVConf
     summary: TransformSummary
     kept: Kept
@@ -120,7 +120,7 @@ class Engine:
         count = self.shape.buttons
         return tuple(BUTTON_NAMES[:count]) + tuple(f"B{i}" for i in range(len(BUTTON_NAMES), count))
 
-    def _arm(self, name: str, core: GameRFTCore, quant: MXConf, kv: KVConf, keep: KeepDecoded) -> EngineArm:
+    def _arm(self, name: str, core: WorldModel, quant: MXConf, kv: KVConf, keep: KeepDecoded) -> EngineArm:
         summary, _ = put_into_formats(core, quant, self.plan.setup)
         return EngineArm(name, core, kv, summary, keep_decoded(core, keep))
 

@@ -87,5 +87,5 @@ def test_selecting_nothing_is_an_error(core):
 
 
 def test_a_model_without_transformer_blocks_is_an_error(core):
-    with pytest.raises(MXTransformError, match=r"Linear has no Linears under transformer\.blocks"):
+    with pytest.raises(MXTransformError, match=r"Linear is no world model and holds none"):
         select(nn.Linear(32, 32), MXConf(enabled=True))

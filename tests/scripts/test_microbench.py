@@ -44,7 +44,7 @@ def test_products_are_those_of_a_frame():
     shapes = {p.name: (p.m, p.k, p.n) for p in microbench.products(arch, batch=4)}
     assert shapes["attn.qkv"] == (256, 1536, 4608)
     assert shapes["mlp.fc2"] == (256, 6144, 1536)
-    assert shapes["adaln.fc"] == (8, 1536, 3072)
+    assert shapes["adaln1.fc"] == (8, 1536, 3072)
     assert shapes["modulation, all layers"] == (8, 1536, 16 * 6 * 1536)
 
 
