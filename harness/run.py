@@ -47,13 +47,14 @@ def run(cfg: DictConfig) -> str | None:
     """One of Hydra's jobs.
 
     Returns:
-        The gates' verdict; ``None`` without gates.
+        The verdict of the gate that was asked for; ``None`` where none was, or it was only implied.
 
     Raises:
         Exception: as :func:`harness.ab.job.execute` does.
     """
     record = execute(cfg, RunContext.of_hydra(HydraConfig.get()))
-    return record.gates["verdict"] if record and record.gates else None
+    asked = record is not None and record.gates is not None and not record.config["gates"]["implied"]
+    return record.gates["verdict"] if asked else None  # type: ignore[union-attr,index]
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")

@@ -106,6 +106,7 @@ def _memory(arm: Arm) -> Memory:
         kv_dequantised_bytes_per_step=cache.dequantised_per_step,
         cache_and_graph_allocated=arm.assembled.allocated_bytes,
         **asdict(arm.probe.result()),
+        peaks=arm.probe.peaks,
     )
 
 

@@ -373,7 +373,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     with _collect(problems):
         if conf.gates.enabled:
             gates_room.validate(conf.gates)
-    if conf.gates.enabled and conf.is_baseline:
+    if conf.gates.enabled and not conf.gates.implied and conf.is_baseline:
         problems.append("gates judge a candidate, and quant=bf16 kv=bf16 is the baseline; use gates=none")
     if conf.data.source == data_conf.Source.clips and not (conf.decoder.encoder or conf.decoder.checkpoint):
         problems.append("data.source=clips: recorded frames must be encoded; give decoder.encoder")

@@ -136,6 +136,7 @@ class ClipDataModule(LightningDataModule):
         self.conf, self.shape, self.encoder = conf, shape, encoder
         self.source = open_source(conf, shape)
         self.entries: list[ClipEntry] = []
+        self.available = 0
 
     def check(self) -> None:
         """List the clips and really read each one that will be used, so that a bad clip stops the run at its start.
@@ -144,7 +145,9 @@ class ClipDataModule(LightningDataModule):
             ClipError: naming every clip that is unusable, and why; or no clip is left by ``tag``.
         """
         entries = alternate_tags(self.source.entries())
-        chosen = [entry for entry in entries if self.conf.tag in (None, entry.tag)][: self.conf.limit]
+        fitting = [entry for entry in entries if self.conf.tag in (None, entry.tag)]
+        self.available = len(fitting)
+        chosen = fitting[: self.conf.limit]
         if not chosen:
             raise ClipError(f"tag={self.conf.tag}: none of {len(entries)} clips has it; use another tag, or null")
         problems = []
@@ -278,6 +281,7 @@ class ClipDataModule(LightningDataModule):
             "reference": self.source.reference,
             "quality_is_meaningful": self.conf.source != Source.synthetic,
             "clips": [{"id": entry.id, "tag": entry.tag} for entry in self.entries],
+            "available": self.available,
             "start": self.conf.start,
             "context_frames": self.shape.window,
             "future_frames": self.conf.future_frames,

@@ -64,11 +64,14 @@ def process_peak_rss() -> int:
 
 
 class PeakProbe:
-    """Tracks the peak over several stretches of one arm's work: ``with probe: ...`` around each."""
+    """Tracks the peak over several stretches of one arm's work: ``with probe: ...`` around each.
+
+    ``peaks``: those of each stretch, bytes, under the names of :class:`Transient`; empty on a CPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._peak = self._reserved = self._transient = 0
+        self.peaks: list[dict[str, int]] = []
         self._start = 0
 
     def __enter__(self) -> PeakProbe:
@@ -81,15 +84,16 @@ class PeakProbe:
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-            self._peak = max(self._peak, peak)
-            self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.device))
-            self._transient = max(self._transient, peak - self._start)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            self.peaks.append({"peak_allocated": peak, "peak_reserved": reserved, "transient": peak - self._start})
 
     def result(self) -> Transient:
         """The peaks so far."""
         if self.device.type != "cuda":
             return Transient(None, None, None, process_peak_rss())
-        return Transient(self._peak, self._reserved, self._transient, process_peak_rss())
+        names = ("peak_allocated", "peak_reserved", "transient")
+        most = {name: max((peaks[name] for peaks in self.peaks), default=0) for name in names}
+        return Transient(**most, process_peak_rss=process_peak_rss())
 
 
 class AllocationMeter:

@@ -79,7 +79,10 @@ class ClipName:
 
 @dataclass
 class Data:
-    """Which clips, and what rollouts are compared with. ``summary``: the same in a sentence."""
+    """Which clips, and what rollouts are compared with. ``summary``: the same in a sentence.
+
+    ``available``: clips there are of the tag that was asked for.
+    """
 
     name: str
     summary: str
@@ -90,6 +93,7 @@ class Data:
     start: int = 0
     context_frames: int | None = None
     future_frames: int | None = None
+    available: int | None = None
 
 
 @dataclass
@@ -168,7 +172,10 @@ class Parts:
 
 @dataclass
 class Memory:
-    """Bytes of weights and KV window, and the allocator's figures; ``None`` where a device keeps no such account."""
+    """Bytes of weights and KV window, and the allocator's figures; ``None`` where a device keeps no such account.
+
+    ``peaks``: of each batch, ``peak_allocated``, ``peak_reserved`` and ``transient``.
+    """
 
     weight_bytes: int
     kv_window_bytes: int
@@ -183,6 +190,7 @@ class Memory:
     peak_reserved: int | None = None
     transient: int | None = None
     process_peak_rss: int | None = None
+    peaks: list[dict[str, int]] = field(default_factory=list)
 
 
 @dataclass

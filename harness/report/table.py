@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from io import StringIO
 
 from rich.console import Console, Group, RenderableType
@@ -10,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.measure.figures import Stats
+from harness.measure.trust import distrust
 from harness.report import drift
-from harness.report.gates import build_table
-from harness.report.record import RunRecord
+from harness.report import gates as gates_room
+from harness.report.record import COMPLETE, RunRecord
 from harness.report.sections import ArmRecord, Memory, Numerics
 
 WIDTH = 100
@@ -212,12 +214,25 @@ def _notes(record: RunRecord) -> Iterator[str]:
     for fallback in record.fallbacks:
         yield f"Fallback from clip {fallback.clip} on: {fallback.step}."
     yield from record.notes
+    yield from distrust({name: asdict(arm) for name, arm in record.arms.items()})
     for incident in record.incidents:
         yield f"Incident: {incident.kind}: {incident.message}"
 
 
+def headline(record: RunRecord) -> list[RenderableType]:
+    """The first lines: the verdict and why, in one sentence, and the next command."""
+    if record.gates is not None:
+        return [
+            Text(gates_room.verdict_line(record.gates), style="bold"),
+            *map(Text, gates_room.next_lines(record.gates)),
+        ]
+    if record.status != COMPLETE:
+        return [Text(f"No verdict: the run is {record.status}.", style="bold")]
+    return []
+
+
 def build(record: RunRecord) -> RenderableType:
-    """The table and its notes as something ``rich`` can print."""
+    """The verdict, the table and its notes as something ``rich`` can print."""
     title = f"{record.choices.get('model', 'model')} on {record.data.name}: {record.data.summary}"
     if record.status != "complete":
         title += f" ({record.status})"
@@ -240,8 +255,8 @@ def build(record: RunRecord) -> RenderableType:
     if candidate is not None and not candidate.speed_is_meaningful:
         notes.insert(0, Text("* emulated kernel: its speed says nothing about MX on hardware that runs it."))
     if record.gates is not None:
-        notes += [build_table(record.gates), *map(Text, record.gates["notes"])]
-    return Group(table, *notes)
+        notes += [gates_room.build_table(record.gates), *map(Text, record.gates["notes"])]
+    return Group(*headline(record), table, *notes)
 
 
 def render(record: RunRecord) -> str:

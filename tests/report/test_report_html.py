@@ -37,7 +37,7 @@ def test_nothing_in_the_page_points_outside_of_it(tmp_path):
 
 def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
     run_record = record(emulated=True)
-    conf = GatesConf(enabled=True, title="Gate A", max_psnr_drop=0.3, max_ssim_drop=0.5, min_fps_ratio=0.97)
+    conf = GatesConf(enabled=True, title="Gate A", max_psnr_drop=-1.0, max_ssim_drop=0.5, min_fps_ratio=0.97)
     run_record.gates = evaluate(asdict(run_record), conf)
     text = page(run_record, tmp_path)
     assert "Do not ship" in text
@@ -46,14 +46,16 @@ def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
     assert rows["PSNR drop dB"] == "fail"
     assert rows["SSIM drop"] == "pass"
     assert rows["FPS ratio (pipeline_fps)"] == "not_measured"
-    assert "≤ 0.3" in text
-    assert '<td class="n">-0.05</td>' in text, "margin"
-    assert "0.2 … 0.5" in text, "bootstrap interval of the two clips' drops"
+    assert "≤ -1" in text
+    assert '<td class="n">-1.35</td>' in text, "margin"
+    assert "-0.597 … 1.3" in text, "Student's interval of the two clips' drops, 0.35 ± 6.314 · 0.15"
+    assert "PSNR drop 0.350 dB (-0.597 to 1.297), at most -1 dB allowed." in text, "why, in a sentence"
+    assert "Next: " in text
 
 
 @pytest.mark.parametrize(
     ("thresholds", "title", "kind"),
-    [({"max_psnr_drop": 1.0}, "May ship", "pass"), ({"max_psnr_drop": 1.0, "min_clips": 9}, "Undecided", "open")],
+    [({"max_psnr_drop": 2.0}, "May ship", "pass"), ({"max_psnr_drop": 1.0, "min_clips": 9}, "Undecided", "open")],
 )
 def test_the_verdict_of_the_gates_is_the_pages_headline(tmp_path, thresholds, title, kind):
     run_record = record()

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from harness.report.gates import terms
 from harness.report.table import bytes_text
 
 ABSENT = "–"
@@ -88,12 +89,22 @@ VERDICTS = {
 
 
 def verdict(record: Record) -> dict[str, Any]:
-    """The verdict as ``kind`` (pass, fail, open, none), ``title`` and ``notes``."""
+    """The verdict as ``kind`` (pass, fail, open, none), ``title``, ``gate`` and ``notes``.
+
+    Of a run that was judged also ``sentence``, what the verdict rests on, and ``next`` with ``text`` and ``command``.
+    """
     gates = record.get("gates")
     if gates:
         kind, title = VERDICTS.get(gates["verdict"], ("open", str(gates["verdict"]).capitalize()))
-        gate = f"{gates['title']}, against {gates['against']}" if gates.get("title") else f"against {gates['against']}"
-        return {"kind": kind, "title": title, "gate": gate, "notes": list(gates.get("notes", []))}
+        reason = str(gates.get("reason") or "")
+        return {
+            "kind": kind,
+            "title": title,
+            "gate": ", ".join(terms(gates)),
+            "sentence": f"{reason[:1].upper()}{reason[1:]}." if reason else "",
+            "next": gates.get("next"),
+            "notes": list(gates.get("notes", [])),
+        }
     if record["status"] != "complete":
         return {"kind": "fail", "title": f"Run {record['status']}", "gate": "no gate was judged", "notes": []}
     if "candidate" not in record["arms"]:

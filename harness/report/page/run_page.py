@@ -12,6 +12,7 @@ from urllib.parse import quote
 import yaml
 from markupsafe import Markup
 
+from harness.measure.trust import distrust
 from harness.report import drift
 from harness.report.codec import read
 from harness.report.page.charts import Series, line_chart
@@ -71,6 +72,7 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
         tiles=_tiles(record),
         checks=_checks(record),
         mild=record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"]),
+        doubts=distrust(record["arms"]),
         emulated=EMULATED if emulated(record) else "",
         fps=fps_bars(record),
         spans=span_bars(record),

@@ -1,0 +1,150 @@
+"""Records from anywhere: whatever is broken in one, it neither ships nor ends in a traceback."""
+
+import copy
+import json
+
+import pytest
+from gate_cases import full, gate, incident, record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.report.gates import DO_NOT_SHIP, SHIP, GateError, evaluate
+from scripts.gates import main as judge
+
+NONSENSE = [None, "fast", float("nan"), float("inf"), -float("inf"), True, [], {}, [None], {"psnr": "x"}, 10**400]
+ASKED = {"max_ssim_drop": 0.02, "min_fidelity_psnr": 30.0, "max_memory_ratio": 1.0}
+DECISIVE = [
+    ("status",),
+    ("clips",),
+    ("incidents",),
+    ("model",),
+    ("model", "weights"),
+    ("model", "decoder_weights"),
+    ("arms", "bf16"),
+    ("arms", "candidate", "speed_is_meaningful"),
+    ("arms", "candidate", "speed"),
+    ("arms", "candidate", "memory"),
+    ("arms", "candidate", "memory", "kv_peak_bytes"),
+    ("arms", "bf16", "memory", "kv_peak_bytes"),
+    ("clips", 1),
+    ("clips", 1, "clip_id"),
+    ("clips", 1, "drop"),
+    ("clips", 1, "drop", "psnr"),
+    ("clips", 1, "scores"),
+    ("clips", 1, "scores", "bf16"),
+    ("clips", 1, "scores", "candidate", "frames"),
+    ("clips", 1, "scores", "candidate", "frames", "psnr"),
+    ("clips", 1, "scores", "candidate", "frames", "psnr", 3),
+    ("clips", 1, "scores", "candidate", "frames", "ssim", 3),
+    ("clips", 1, "scores", "fidelity", "frames", "psnr", 3),
+    ("timings", 1, "arms", "candidate"),
+    ("timings", 1, "arms", "bf16", "dit_ms"),
+    ("timings", 1, "arms", "bf16", "dit_ms", 4),
+]
+
+
+def replaced(whole, path, value):
+    found = copy.deepcopy(whole)
+    place = found
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return found
+
+
+def without(whole, path):
+    found = copy.deepcopy(whole)
+    place = found
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return found
+
+
+def verdict(found):
+    try:
+        judged = evaluate(found, gate("a", **ASKED))
+    except GateError:
+        return None
+    json.dumps(judged, allow_nan=False)
+    return judged["verdict"]
+
+
+def test_the_record_that_is_forged_below_would_ship():
+    assert verdict(record()) == SHIP
+
+
+@pytest.mark.parametrize("path", DECISIVE, ids=lambda path: ".".join(map(str, path)))
+def test_what_is_broken_never_passes(path):
+    whole = record()
+    for value in NONSENSE:
+        if path == ("arms", "candidate", "speed_is_meaningful") and value is True:
+            continue
+        if (path, value) in ((("incidents",), []), (("clips", 1, "clip_id"), "fast")):
+            continue
+        if path == ("clips", 1) and value == {}:
+            value = {"clip_id": "clip_1"}
+        assert verdict(replaced(whole, path, value)) != SHIP, value
+    if not isinstance(path[-1], int):
+        assert verdict(without(whole, path)) != SHIP
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_single_value_put_anywhere_ends_in_a_traceback(data):
+    whole = record(incidents=[incident(arm="bf16", kind="structure"), incident(frame=20)])
+    place, path = whole, []
+    while isinstance(place, dict | list) and place:
+        keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        path.append(data.draw(st.sampled_from(list(keys))))
+        place = place[path[-1]]
+        if data.draw(st.booleans()):
+            break
+    forged = replaced(whole, path, data.draw(st.sampled_from(NONSENSE)))
+    verdict(forged)
+    with pytest.raises(GateError, match=".") if forged.get("status") != "complete" else _either():
+        evaluate(record(), gate("b", baseline="x"), forged)
+
+
+class _either:
+    """A judgement, or a ``GateError``: nothing else."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        return kind is None or issubclass(kind, GateError)
+
+
+def test_a_clip_told_twice_is_no_second_clip():
+    twice = record(drops=[0.1, 0.1])
+    twice["clips"].append(copy.deepcopy(twice["clips"][0]))
+    assert verdict(twice) != SHIP
+
+
+def test_a_drop_that_its_frames_contradict_does_not_count():
+    forged = record(drops=[0.9] * 3)
+    for clip in forged["clips"]:
+        clip["drop"]["psnr"] = 0.0
+    assert verdict(forged) not in (SHIP, DO_NOT_SHIP)
+
+
+@pytest.mark.parametrize("where", ["bf16", "candidate"])
+def test_negative_and_absurd_figures_do_not_pass(where):
+    for value in (-5, 0):
+        assert verdict(replaced(record(), ("arms", where, "memory", "kv_peak_bytes"), value)) != SHIP or (
+            where == "candidate" and value == 0
+        )
+    assert verdict(replaced(record(), ("timings", 0, "arms", where, "dit_ms", 2), -1.0)) != SHIP
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"fast"', "[1]", "{}"])
+def test_the_command_answers_a_forged_file_without_a_traceback(tmp_path, capsys, value):
+    text = json.dumps(full(drops=[0.125] * 3))
+    for name, old in (("drop", '"psnr": 0.125'), ("arms", '"arms": {'), ("status", '"complete"')):
+        new = {"drop": f'"psnr": {value}', "arms": f'"arms": {value}, "other": {{', "status": value}[name]
+        file = tmp_path / "record.json"
+        file.write_text(text.replace(old, new))
+        assert judge([str(file), "--gates", "a", "--print"]) in (2, 4)
+        assert judge([str(file), "--gates", "a"]) in (2, 4)
+        assert "Traceback" not in capsys.readouterr().err
