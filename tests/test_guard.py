@@ -124,9 +124,21 @@ def test_bf16_itself_has_nothing_to_fall_back_to(composed, game, overrides, monk
 
 @pytest.mark.parametrize("name", ["gate_a", "gate_d"])
 def test_a_gate_experiment_ends_with_a_verdict(record, game, overrides, name):
-    found = record(*overrides(game, **{"data.limit": 3}), f"experiment={name}")
-    assert found.gates["verdict"] in ("ship", "do not ship")
-    assert found.gates["title"] == f"gate {name[-1].upper()}"
+    words = overrides(game, **{"data.limit": 3})
+    found = record(*words, f"experiment={name}", "gates.max_psnr_drop=50").gates
+    missing = [check["criterion"] for check in found["checks"] if check["status"] == "not_measured"]
+    assert (found["verdict"], missing) == (("undecided", ["speed"]) if name == "gate_a" else ("ship", []))
+    assert found["title"] == f"gate {name[-1].upper()}"
+    assert record(*words, f"experiment={name}", "gates.max_psnr_drop=-50").gates["verdict"] == "do not ship"
+
+
+def test_a_run_that_names_no_gate_is_judged_by_the_default_one(record, game, overrides):
+    found = record(*overrides(game, **{"data.limit": 3}), "kv=mx_v_only")
+    assert found.gates["title"] == "default gate"
+    assert found.gates["left_out"] == ["speed"]
+    assert found.gates["verdict"] == "ship"  # of a cache that tiny rollouts hardly read
+    assert record(*overrides(game)).gates is None  # BF16 alone: nothing to judge
+    assert record(*overrides(game), "kv=mx_v_only", "gates=none").gates is None
 
 
 def test_gates_b_and_c_stand_on_the_record_before(record, game, overrides, tmp_path, composed):
@@ -135,11 +147,13 @@ def test_gates_b_and_c_stand_on_the_record_before(record, game, overrides, tmp_p
         run(composed(*words, "experiment=gate_b"))
     before = "bf16"
     record(*words, "experiment=gate_a")
-    for name, verdict in (("b", {"ship", "do not ship"}), ("c", {"ship", "do not ship"})):
+    for name in ("b", "c"):
         kept = tmp_path / f"before_{name}.json"
         shutil.copy(tmp_path / "run" / "record.json", kept)
-        found = record(*words, f"experiment=gate_{name}", f"gates.baseline={kept}")
-        assert found.gates["verdict"] in verdict
+        found = record(*words, f"experiment=gate_{name}", f"gates.baseline={kept}", "gates.without=[speed]")
+        checks = {check["criterion"]: check for check in found.gates["checks"]}
+        assert checks["psnr"]["interval"] is not None
+        assert ("memory" in checks) is (name == "c")
         assert found.gates["against"] != before
         before = found.gates["against"]
     with pytest.raises(ValueError, match=r"data.future_frames: 4 in the baseline, 3 here"):
