@@ -54,8 +54,10 @@ def run(cfg: DictConfig) -> str | None:
         Exception: as :func:`harness.ab.job.execute` does.
     """
     record = execute(cfg, RunContext.of_hydra(HydraConfig.get()))
-    asked = record is not None and record.gates is not None and not record.config["gates"]["implied"]
-    return record.gates["verdict"] if asked else None  # type: ignore[union-attr,index]
+    if record is None or record.gates is None:
+        return None
+    asked = not record.config["gates"]["implied"] or any(word.startswith("gates.") for word in record.overrides)
+    return record.gates["verdict"] if asked else None
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
