@@ -93,7 +93,7 @@ def test_a_slow_candidate_is_compiled_then_fused_then_given_another_kernel():
     slow["config"]["attention"] = {"kind": "fused"}
     slow["arms"]["candidate"]["transform"] = {"kernel": "triton"}
     text, command, _ = advised(slow, gate("a"))
-    assert "triton is the kernel that ran" in text
+    assert "the kernel that ran is triton" in text
     assert "quant.kernel=cuda" in words_of(command)
 
 

@@ -64,7 +64,8 @@ def _words(record: Record) -> list[str]:
 
 def _after_ship(record: Record, found: Mapping[str, Any]) -> Advice:
     words = _words(record)
-    if "speed" in found["not_asked"] and pick(record, "arms.candidate.speed_is_meaningful") is not True:
+    alone = found["baseline"] is None  # a record to stand on is of its own machine
+    if alone and "speed" in found["not_asked"] and pick(record, "arms.candidate.speed_is_meaningful") is not True:
         words = changed([word for word in words if _key(word) != "gates.without"], "trainer=gpu", "compile=on")
         words = words if any(_key(word) in ("gates", "experiment") for word in words) else [*words, "gates=a"]
         return {"text": "measure its speed on the GPU it is for", "command": command(words)}
