@@ -28,6 +28,7 @@ from harness.ab.job import execute
 from harness.ab.processes import ProcessError
 from harness.config import ROOT
 from harness.config.extras import missing_launcher
+from harness.kernels.cache import place_compilers
 from harness.measure.stability import InstabilityError
 from harness.report.gates import EXIT_CODES
 
@@ -91,6 +92,7 @@ def cli() -> None:
     Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
     3: do not ship; 4: undecided; 130: Ctrl-C. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
     """
+    place_compilers()
     if (missing := missing_launcher(sys.argv[1:])) is not None:
         print(f"error: {missing}", file=sys.stderr)
         sys.exit(2)
