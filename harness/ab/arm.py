@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.calib.source import CalibratedWeights
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.kv import KVConf, KVStats
@@ -65,14 +66,23 @@ class Arm:
         kv: formats of its cache.
         plan: everything both arms share.
         decode: the decoder, already warm.
+        calibrated: weights chosen beforehand for its MX Linears; None rounds to nearest.
 
     Raises:
         ValueError: if the formats do not fit the model, or the kernel the device.
     """
 
-    def __init__(self, core: WorldModel, quant: MXConf, kv: KVConf, plan: RunPlan, decode: Decode) -> None:
-        self.device, self.decode, self.kv = plan.device, decode, kv
-        self.assembled = assemble(core, quant, kv, plan.setup)
+    def __init__(
+        self,
+        core: WorldModel,
+        quant: MXConf,
+        kv: KVConf,
+        plan: RunPlan,
+        decode: Decode,
+        calibrated: CalibratedWeights | None = None,
+    ) -> None:
+        self.device, self.decode, self.kv, self.calibrated = plan.device, decode, kv, calibrated
+        self.assembled = assemble(core, quant, kv, plan.setup, calibrated)
         self.core, self.cache, self.rollout = core, self.assembled.cache, self.assembled.rollout
         self.probe = PeakProbe(self.device)
         self.kv_stats = KVStats(self.cache)

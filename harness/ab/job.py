@@ -21,12 +21,12 @@ from harness.ab.ending import Ending
 from harness.ab.module import RolloutModule
 from harness.ab.processes import ProcessParts, check_clips, check_processes
 from harness.ab.recorder import Recorder, arm_labels
+from harness.calib.clips import check_disjoint, open_clips
+from harness.calib.plan import make_encoder
 from harness.config import RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
-from harness.models.checkpoint import load_encoder
 from harness.report.gates import check_comparable
 from harness.report.record import RunRecord, load_record
-from harness.threads import usable_cores
 
 
 def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
@@ -43,7 +43,8 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
     """
     started = datetime.now(UTC)
     plan = plan_run(cfg)
-    torch.set_num_threads(plan.conf.threads or min(torch.get_num_threads(), usable_cores()))
+    if plan.conf.threads is not None:
+        torch.set_num_threads(plan.conf.threads)
     check_processes(plan.conf, context.multirun)
     baseline = load_baseline(plan, cfg)
     outputs = ClipOutputs(context.folder, plan.conf.measure.videos, arm_labels(plan, context.choices))
@@ -51,6 +52,8 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
     trainer = build_trainer(plan, context.folder, [outputs, recorder, parts, RolloutProgress()])
     plan = replace(plan, device=trainer.strategy.root_device)  # this process's own GPU
     data = build_data(plan)
+    if plan.conf.calib.enabled:
+        check_disjoint(open_clips(plan.conf.calib, plan.clip_shape, make_encoder(plan)), data)
     check_clips(len(data.entries), trainer.world_size)
     module = RolloutModule(plan)
 
@@ -69,10 +72,7 @@ def build_data(plan: RunPlan) -> ClipDataModule:
     Raises:
         ValueError: naming each clip that cannot be used, or the encoder's checkpoint.
     """
-    encoder = None
-    if plan.conf.data.source == "clips":
-        assert plan.encoder_file is not None
-        encoder = load_encoder(plan.encoder_file, plan.dcae).to(plan.device)
+    encoder = make_encoder(plan) if plan.conf.data.source == "clips" else None
     data = ClipDataModule(plan.conf.data, plan.clip_shape, encoder)
     data.check()
     return data

@@ -15,6 +15,7 @@ from harness.ab.arm import Arm, Rolled
 from harness.ab.fallback import Fallback
 from harness.ab.guard import Guard
 from harness.ab.numerics import FRAMES, layer_numerics
+from harness.calib.plan import plan_weights
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.data.noise import batch_noise
@@ -91,7 +92,7 @@ class RolloutModule(LightningModule):
         self._first: ClipBatch | None = None
 
     def setup(self, stage: str) -> None:
-        """Load the model; then per arm: MX Linears, KV cache, compile.
+        """Load the model and calibrate the candidate's weights; then per arm: MX Linears, KV cache, compile.
 
         Raises:
             ValueError: if a checkpoint does not fit, or a Linear that is to be MX cannot be.
@@ -103,9 +104,10 @@ class RolloutModule(LightningModule):
         self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
         self._load_decoder()
         candidate = None if conf.is_baseline else copy.deepcopy(core)
+        calibrated = None if candidate is None else plan_weights(self.plan, candidate)
         arms = {"bf16": Arm(core, MXConf(), KVConf(), self.plan, self.decode)}
         if candidate is not None:
-            arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode)
+            arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode, calibrated)
         if conf.quant.list and self.trainer.is_global_zero:
             print(arms.get("candidate", arms["bf16"]).assembled.summary.listing())
         self.arms = arms
@@ -152,10 +154,11 @@ class RolloutModule(LightningModule):
         return BatchOutcome([self._outcome(batch, clip, rolled, recording) for clip in scored], times)
 
     def _rebuild(self, fallback: Fallback) -> None:
-        """Set the candidate up again, from the BF16 arm's weights."""
+        """Set the candidate up again, from the BF16 arm's weights; other formats than calibrated ones are rounded."""
+        calibrated = self.arms["candidate"].calibrated if fallback.quant == self.plan.conf.quant else None
         with torch.inference_mode(False):  # what is built here outlives this step
             core = unpack(copy.deepcopy(self.arms["bf16"].core))
-            self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode)
+            self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode, calibrated)
 
     def _recording(self, batch: ClipBatch) -> Tensor | None:
         """What rollouts are compared with, ``[B, F, 3, h, w]`` in [0, 1]: recorded frames, or decoded latents."""

@@ -29,6 +29,7 @@ from harness.report.sections import (
     PARTS,
     ArmRecord,
     BatchTimes,
+    Calibration,
     Compilation,
     Data,
     Environment,
@@ -130,7 +131,7 @@ def arm_record(name: str, arm: Arm, label: str, plan: RunPlan, blocks: Sequence[
     return ArmRecord(
         label=label,
         numeric_path=NumericPath(
-            linears=summary.numeric_path,
+            linears=summary.numeric_path + (f"; weights by {arm.calibrated.facts.method}" if arm.calibrated else ""),
             kv=describe_kv(arm.kv, arm.cache.layers),
             attention=conf.attention.kind.value,
             architecture=summary.architecture,
@@ -143,7 +144,14 @@ def arm_record(name: str, arm: Arm, label: str, plan: RunPlan, blocks: Sequence[
         memory=_memory(arm),
         kv_stats=read(KVStored, arm.kv_stats.report()),
         compile=_compilation(arm, conf.compile),
+        calibration=_calibration(arm),
     )
+
+
+def _calibration(arm: Arm) -> Calibration | None:
+    if (made := arm.calibrated) is None:
+        return None
+    return Calibration(**asdict(made.facts), fingerprint=made.fingerprint, found=made.found)
 
 
 def _model(module: RolloutModule, plan: RunPlan) -> Model:

@@ -20,6 +20,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import kv as kv_room
+from harness.calib import conf as calib_conf
+from harness.calib.conf import CalibConf
 from harness.config.extras import missing_logger
 from harness.config.flags import FlagError, register_flags
 from harness.data import conf as data_conf
@@ -163,7 +165,7 @@ class RunConf:
 
     ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
     ``flags``: the old environment flags that are set, see :mod:`harness.config.flags`. ``threads``: CPU threads of
-    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use.
+    torch, for jobs that share a machine; null = torch's own choice, all cores.
     """
 
     model: ModelConf = field(default_factory=ModelConf)
@@ -171,6 +173,7 @@ class RunConf:
     data: DataConf = field(default_factory=DataConf)
     quant: MXConf = field(default_factory=MXConf)
     kv: KVConf = field(default_factory=KVConf)
+    calib: CalibConf = field(default_factory=CalibConf)
     attention: AttentionConf = field(default_factory=AttentionConf)
     compile: CompileConf = field(default_factory=CompileConf)
     sampler: SamplerConf = field(default_factory=SamplerConf)
@@ -367,6 +370,10 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         else:
             mx_conf.validate(conf.quant)
     with _collect(problems):
+        calib_conf.validate(conf.calib)
+    if conf.calib.enabled and not conf.quant.enabled:
+        problems.append(f"calib={conf.calib.method} chooses MX weights, and quant=bf16 has none; use calib=none")
+    with _collect(problems):
         stability_room.validate(conf.stability)
     with _collect(problems):
         drift_room.validate(conf.drift)
@@ -375,8 +382,13 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
             gates_room.validate(conf.gates)
     if conf.gates.enabled and not conf.gates.implied and conf.is_baseline:
         problems.append("gates judge a candidate, and quant=bf16 kv=bf16 is the baseline; use gates=none")
-    if conf.data.source == data_conf.Source.clips and not (conf.decoder.encoder or conf.decoder.checkpoint):
-        problems.append("data.source=clips: recorded frames must be encoded; give decoder.encoder")
+    sources = {"data": conf.data.source} | ({"calib.clips": conf.calib.clips.source} if conf.calib.enabled else {})
+    if not (conf.decoder.encoder or conf.decoder.checkpoint):
+        problems += [
+            f"{name}.source=clips: recorded frames must be encoded; give decoder.encoder"
+            for name, source in sources.items()
+            if source == data_conf.Source.clips
+        ]
     if (missing := missing_logger(conf.logger.get("_target_", ""))) is not None:
         problems.append(missing)
     problems += [

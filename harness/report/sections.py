@@ -311,12 +311,32 @@ class Numerics:
 
 
 @dataclass
+class Calibration:
+    """How the weights of MX Linears were chosen; see ``docs/calibration.md``.
+
+    ``peak_bytes``: the allocator's peak on a GPU, the process's resident peak on a CPU. ``found``: made by an earlier
+    run, and kept; ``seconds`` and ``peak_bytes`` are then of that one.
+    """
+
+    method: str
+    clips: list[str]
+    frames: int
+    seconds: float
+    peak_bytes: int
+    device: str
+    linears: int
+    fingerprint: str
+    found: bool
+
+
+@dataclass
 class ArmRecord:
     """One arm (``bf16`` or ``candidate``).
 
     ``label``: what a person calls it, such as ``mxfp8_all + mx_v_only``. ``speed_is_meaningful``: false where a kernel
     is emulated: its times say nothing about the format. ``transform``: ``None`` where no Linear was meant to be MX.
-    ``parts``, ``kv_stats``, ``numerics``: ``None`` if not asked for.
+    ``parts``, ``kv_stats``, ``numerics``: ``None`` if not asked for. ``calibration``: ``None`` where weights were
+    rounded to nearest.
     """
 
     label: str
@@ -329,6 +349,7 @@ class ArmRecord:
     compile: Compilation
     kv_stats: KVStored | None = None
     numerics: Numerics | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass

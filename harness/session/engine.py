@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from harness.calib.plan import make_encoder, plan_weights
 from harness.config import RunPlan
 from harness.data.clips import ClipError
 from harness.data.conf import BUTTON_NAMES, Source
 from harness.data.datamodule import ClipDataModule, collate
 from harness.data.sources import ClipEntry
 from harness.kv import KVConf
-from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
 from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
@@ -121,14 +121,12 @@ class Engine:
         return tuple(BUTTON_NAMES[:count]) + tuple(f"B{i}" for i in range(len(BUTTON_NAMES), count))
 
     def _arm(self, name: str, core: WorldModel, quant: MXConf, kv: KVConf, keep: KeepDecoded) -> EngineArm:
-        summary, _ = put_into_formats(core, quant, self.plan.setup)
+        calibrated = plan_weights(self.plan, core) if name == CANDIDATE else None
+        summary, _ = put_into_formats(core, quant, self.plan.setup, calibrated)
         return EngineArm(name, core, kv, summary, keep_decoded(core, keep))
 
     def _open_data(self) -> ClipDataModule:
-        encoder = None
-        if self.plan.encoder_file is not None:
-            encoder = load_encoder(self.plan.encoder_file, self.plan.dcae).to(self.device)
-        return ClipDataModule(self.plan.conf.data, self.shape, encoder)
+        return ClipDataModule(self.plan.conf.data, self.shape, make_encoder(self.plan))
 
     def rollout(self, arm: str, batch: int) -> Rollout:
         """A rollout of ``batch`` worlds over an arm's weights, with a cache of its own, compiled and warm."""

@@ -1,0 +1,1 @@
+"""Calibration: weights in MX chosen for the inputs they will meet, rather than rounded to nearest."""
