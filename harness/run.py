@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import harness  # noqa: F401  (how threads wait is settled before torch is imported)
 
 import hydra
 import torch
@@ -27,6 +28,7 @@ from harness.ab.job import execute
 from harness.ab.processes import ProcessError
 from harness.config import ROOT
 from harness.config.extras import missing_launcher
+from harness.kernels.cache import place_compilers
 from harness.measure.stability import InstabilityError
 from harness.report.gates import EXIT_CODES
 
@@ -53,8 +55,10 @@ def run(cfg: DictConfig) -> str | None:
         Exception: as :func:`harness.ab.job.execute` does.
     """
     record = execute(cfg, RunContext.of_hydra(HydraConfig.get()))
-    asked = record is not None and record.gates is not None and not record.config["gates"]["implied"]
-    return record.gates["verdict"] if asked else None  # type: ignore[union-attr,index]
+    if record is None or record.gates is None:
+        return None
+    asked = not record.config["gates"]["implied"] or any(word.startswith("gates.") for word in record.overrides)
+    return record.gates["verdict"] if asked else None
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
@@ -88,6 +92,7 @@ def cli() -> None:
     Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
     3: do not ship; 4: undecided; 130: Ctrl-C. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
     """
+    place_compilers()
     if (missing := missing_launcher(sys.argv[1:])) is not None:
         print(f"error: {missing}", file=sys.stderr)
         sys.exit(2)

@@ -2,7 +2,7 @@
 """Measure rollouts side by side: formats, attention and batch sizes on one machine in one process.
 
     python scripts/bench_rollout.py                                  # dit_v4, everything
-    python scripts/bench_rollout.py --models dit_v4_5b --only 'B1/.*/fused'
+    python scripts/bench_rollout.py --models dit_v4_5b --match 'B1/.*/fused'
     python scripts/bench_rollout.py --models smoke --device cpu --compile off --frames 4
 
 Weights are random (seeded): speed is real, quality is not. Arms of one model and batch size stand ready together and
@@ -20,6 +20,7 @@ import itertools
 import json
 import re
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,8 @@ class Result:
     fps_overlapped: float | None = None
     of_bf16: float | None = None
     floor_ms: float | None = None
+    prefill_ms: float | None = None
+    host_us: float | None = None
     decoder_floor_ms: float | None = None
     weight_bytes: int | None = None
     cache_bytes: int | None = None
@@ -104,7 +107,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", default="dit_v4", help="comma-separated configs of conf/model")
     parser.add_argument("--batches", default="1,4,16", help="comma-separated numbers of clips")
     parser.add_argument("--attention", default="sdpa,flex,fused", help="comma-separated configs of conf/attention")
-    parser.add_argument("--only", default="", help="regular expression; rows whose name it finds are measured")
+    # Not --only: Inductor takes the value of an option of that name into the names of its kernels.
+    parser.add_argument("--match", default="", help="regular expression; rows whose name it finds are measured")
     parser.add_argument("--compile", default="on", help="config of conf/compile")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=int, default=200, help="timed frames of each row")
@@ -118,7 +122,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--frames: at least 1")
     for override in args.overrides:
         if override.split("=")[0].lstrip("+~") in NAMED:
-            parser.error(f"{override}: rows are named by this and set it; choose rows with --models, --batches, --only")
+            parser.error(
+                f"{override}: rows are named by this and set it; choose rows with --models, --batches, --match"
+            )
     return args
 
 
@@ -134,7 +140,7 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     for model, batch, formats, attention in product:
         both = formats == ("bf16", "bf16") and attention == "fused" and args.device == "cuda"
         rows += [Row(model, batch, *formats, attention, way) for way in (("library", "packed") if both else ("auto",))]
-    return [row for row in rows if re.search(args.only, row.name)]
+    return [row for row in rows if re.search(args.match, row.name)]
 
 
 def compose_plan(overrides: list[str], out: Path) -> RunPlan:
@@ -237,8 +243,8 @@ class Stand:
         self.plan, self.decode = plan, decode
         assembled = assemble(copy.deepcopy(core), plan.conf.quant, plan.conf.kv, plan.setup)
         self.rollout, summary = assembled.rollout, assembled.summary
-        context, self.frame = random_inputs(plan, row.batch)
-        self.rollout.prefill(*context)
+        self.context, self.frame = random_inputs(plan, row.batch)
+        self.rollout.prefill(*self.context)
         self.timer = FrameTimer(plan.device, ("dit", "decoder"))
         self.probe = PeakProbe(plan.device)
         self.result = Result(row.name, clips=row.batch, numeric_path=summary.numeric_path, emulated=summary.emulated)
@@ -271,6 +277,26 @@ class Stand:
                 pipeline.next_frame(*self.frame)
             torch.cuda.synchronize()
         return frames * self.result.clips / (time.perf_counter() - start)
+
+    def _prefill_ms(self, runs: int = 5) -> float:
+        """Median ms of a prefill, waited for."""
+        timer = FrameTimer(self.plan.device, ("prefill",))
+        for _ in range(runs):
+            timer.start()
+            self.rollout.prefill(*self.context)
+            timer.lap()
+        return statistics.median(row["prefill"] for row in timer.rows)
+
+    def _replay_ms(self, runs: int = 50) -> float:
+        """Median ms of a captured frame by itself, without what the host does before and after it."""
+        graph = self.rollout.graph
+        assert graph is not None, "nothing was captured"
+        timer = FrameTimer(self.plan.device, ("replay",))
+        for _ in range(runs):
+            timer.start()
+            graph.replay()
+            timer.lap()
+        return statistics.median(row["replay"] for row in timer.rows)
 
     def finish(self, bandwidth: float, frames: int) -> Result:
         """Fill the result in."""
@@ -425,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     register()
     rows = all_rows(args)
     if not rows:
-        print(f"no row matches --only {args.only!r}", file=sys.stderr)
+        print(f"no row matches --match {args.match!r}", file=sys.stderr)
         return 2
     bench = Bench(args)
     bench.run(rows)

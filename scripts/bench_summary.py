@@ -55,7 +55,7 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
     attention = ["--frames", str(args.window), "--kinds", "flex,sdpa,fused", "--storages", "bf16,mx_v_only,mx_kv"]
     found[file.name] = ["bench_attention.py", *device, *attention, "--out", str(file)]
     rows = f"{ROWS}|{args.models[0]}{MAIN_ROWS}"
-    rollout = ["--models", ",".join(args.models), "--batches", "1", "--frames", str(args.frames), "--only", rows]
+    rollout = ["--models", ",".join(args.models), "--batches", "1", "--frames", str(args.frames), "--match", rows]
     compile = [] if args.device == "cuda" else ["--compile", "off"]
     found["bench.json"] = ["bench_rollout.py", *device, *rollout, *compile, "--out", str(args.out), *args.overrides]
     return found
@@ -100,6 +100,9 @@ def rollout_rows(rows: list[dict[str, Any]], models: list[str]) -> Iterator[tupl
             share = "" if not plain else f", {ms / min(plain):.2f}× of BF16"
             above = f", {ms / row['floor_ms']:.1f}× its floor of {row['floor_ms']:.2f}"
             yield f"DiT, `{model}`, {name}", f"{ms:.2f} ms a frame{share}{above}{mark}"
+        for name, row in measured.items():
+            host = "" if row["host_us"] is None else f"; {row['host_us']:.0f} µs of a frame are the host's"
+            yield f"prefill, `{model}`, {name}", f"{row['prefill_ms']:.1f} ms{host}"
         for name, row in measured.items():
             fps = f"{row['fps']:.0f}, overlapped {number(row['fps_overlapped'], 0)}"
             yield f"FPS with decoding, `{model}`, {name}", fps

@@ -57,5 +57,5 @@ def show(record: RunRecord, folder: Path) -> None:
     """Print the table, and where everything is."""
     console = Console()
     console.width = max(console.width, WIDTH)
-    console.print(build(record))
+    console.print(build(record), crop=False)
     print(f"Record, table, report.html and videos: {folder}")

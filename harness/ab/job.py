@@ -27,6 +27,7 @@ from harness.config import RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
 from harness.report.gates import check_comparable
 from harness.report.record import RunRecord, load_record
+from harness.threads import usable_cores
 
 
 def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
@@ -43,8 +44,7 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
     """
     started = datetime.now(UTC)
     plan = plan_run(cfg)
-    if plan.conf.threads is not None:
-        torch.set_num_threads(plan.conf.threads)
+    torch.set_num_threads(plan.conf.threads or min(torch.get_num_threads(), usable_cores()))
     check_processes(plan.conf, context.multirun)
     baseline = load_baseline(plan, cfg)
     outputs = ClipOutputs(context.folder, plan.conf.measure.videos, arm_labels(plan, context.choices))

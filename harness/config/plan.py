@@ -165,7 +165,7 @@ class RunConf:
 
     ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
     ``flags``: the old environment flags that are set, see :mod:`harness.config.flags`. ``threads``: CPU threads of
-    torch, for jobs that share a machine; null = torch's own choice, all cores.
+    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use.
     """
 
     model: ModelConf = field(default_factory=ModelConf)

@@ -71,17 +71,21 @@ def read_json(path: Path, what: str = "a JSON file", limit: int = MAX_JSON_BYTES
     """
     text = read_text(path, what, limit)
     try:
+        return parse_json(text)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """:func:`read_json` of text at hand, whose length is already bounded. Raises :class:`FileError` without a file."""
+    try:
         return json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_integer,
+            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
         )
     except RecursionError as error:
-        raise FileError(f"{path}: nested too deeply for {what}") from error
+        raise FileError("nested too deeply") from error
     except ValueError as error:
-        raise FileError(f"{path}: not a readable JSON file: {error}") from error
+        raise FileError(f"not readable JSON: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -114,16 +114,29 @@ class KVCache:
             ValueError: if N < R_l: the window would hold frames that never were.
         """
         keep, frames = self.windows[layer], k.shape[2] // self.tokens
+        self._check_frames(layer, frames)
+        oldest = frames - keep
+        for name, x in zip(TENSORS, (k, v), strict=True):
+            newest = x.unflatten(2, (frames, self.tokens))[:, :, oldest:]
+            self.rings[layer][name].load(newest, (first + oldest) % keep)
+        self.loaded(first + frames - 1)
+
+    def _check_frames(self, layer: int, frames: int) -> None:
+        keep = self.windows[layer]
         if frames < keep:
             raise ValueError(
                 f"prefill of {frames} frames: layer {layer} keeps a window of {keep}; prefill at least that many "
                 "frames or lower the sampler's window"
             )
-        oldest = frames - keep
-        for name, x in zip(TENSORS, (k, v), strict=True):
-            newest = x.unflatten(2, (frames, self.tokens))[:, :, oldest:]
-            self.rings[layer][name].load(newest, (first + oldest) % keep)
-        self.frame.fill_(first + frames - 1)
+
+    def check_history(self, frames: int) -> None:
+        """Raise ``ValueError`` if a prefill of ``frames`` frames would leave a window with frames that never were."""
+        for layer in range(self.layers):
+            self._check_frames(layer, frames)
+
+    def loaded(self, frame: int) -> None:
+        """What :meth:`load` ends with, for those who fill all rings themselves: ``frame`` is the current one."""
+        self.frame.fill_(frame)
         self._locate()
 
     def advance(self) -> None:

@@ -7,7 +7,8 @@ Accepted: ``.safetensors``; and ``.pt`` files (``weights_only=True``) holding a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -309,15 +310,25 @@ def _load_half(path: str | Path, kind: Callable[[DCAEConfig], Half], cfg: DCAECo
     return half.eval().requires_grad_(False)
 
 
-def random_gamerft(cfg: GameRFTConfig, seed: int) -> GameRFTCore:
-    """A velocity model with seeded random weights: its speed is real, its pictures are noise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def random_gamerft(cfg: GameRFTConfig, seed: int, device: torch.device | str = "cpu") -> GameRFTCore:
+    """A velocity model with random weights: its speed is real, its pictures are noise.
+
+    Drawn on ``device``, where that takes no time: a seed means other weights on a GPU than on a CPU.
+    """
+    with _seeded(seed, torch.device(device)):
         return GameRFTCore(cfg).eval().requires_grad_(False)
 
 
-def random_decoder(cfg: DCAEConfig, seed: int) -> DCAEDecoder:
-    """A decoder with seeded random weights: its speed is real, its pictures are noise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def random_decoder(cfg: DCAEConfig, seed: int, device: torch.device | str = "cpu") -> DCAEDecoder:
+    """A decoder with random weights, likewise."""
+    with _seeded(seed, torch.device(device)):
         return DCAEDecoder(cfg).eval().requires_grad_(False)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Modules made meanwhile are on ``device``, with weights of ``seed``; the caller's generators stay as they are."""
+    gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), device:
+        torch.manual_seed(seed)
+        yield

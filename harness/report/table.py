@@ -224,7 +224,8 @@ def headline(record: RunRecord) -> list[RenderableType]:
     if record.gates is not None:
         return [
             Text(gates_room.verdict_line(record.gates), style="bold"),
-            *map(Text, gates_room.next_lines(record.gates)),
+            # A command to paste stays in one line, however long.
+            *(Text(line, no_wrap=True, overflow="ignore") for line in gates_room.next_lines(record.gates)),
         ]
     if record.status != COMPLETE:
         return [Text(f"No verdict: the run is {record.status}.", style="bold")]
@@ -262,6 +263,6 @@ def build(record: RunRecord) -> RenderableType:
 def render(record: RunRecord) -> str:
     """The table as plain text, for a file."""
     console = Console(file=StringIO(), width=WIDTH, color_system=None)
-    console.print(build(record))
+    console.print(build(record), crop=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"

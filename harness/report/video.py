@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -24,6 +25,11 @@ CAPTION_HEIGHT = 22
 GAP = 4
 BACKGROUND = 24
 INK = 230
+
+THREADS = min(8, os.cpu_count() or 1)
+"""That compose pictures, and that encode them."""
+AT_ONCE = 64
+"""Pictures that wait for the encoder at most."""
 
 Frames = NDArray[np.uint8]
 
@@ -104,7 +110,15 @@ def _encode(path: Path, panels: Sequence[Panel], frames: int, fps: float) -> Non
         # One frame after another is noise to a codec: high quality, or its artefacts would pass for the
         # model's.
         stream.options = {"crf": "17", "preset": "fast"}
-        for index in range(frames):
-            planes = rgb_to_yuv420(compose_frame(panels, index))
+        stream.codec_context.thread_count = THREADS
+        for planes in _pictures(panels, frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
+
+
+def _pictures(panels: Sequence[Panel], frames: int) -> Iterator[Frames]:
+    """Each frame's planes, composed by several threads: a clip's verdict waits for its video."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for first in range(0, frames, AT_ONCE):
+            several = range(first, min(first + AT_ONCE, frames))
+            yield from pool.map(lambda index: rgb_to_yuv420(compose_frame(panels, index)), several)

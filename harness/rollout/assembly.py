@@ -129,7 +129,7 @@ def load_core(
 
     Raises :class:`~harness.models.checkpoint.CheckpointError` if the checkpoint cannot be read or does not fit.
     """
-    core = load_gamerft(checkpoint, arch, weights) if checkpoint else random_gamerft(arch, seed)
+    core = load_gamerft(checkpoint, arch, weights) if checkpoint else random_gamerft(arch, seed, device)
     return core.to(device, torch.bfloat16)
 
 
@@ -175,5 +175,5 @@ class LatentDecoder:
 
 def load_dcae(cfg: DCAEConfig, checkpoint: str | Path | None, seed: int, device: torch.device) -> DCAEDecoder:
     """The decoder on ``device``: of ``checkpoint``, or with random weights of ``seed``. Raises as :func:`load_core`."""
-    decoder = load_decoder(checkpoint, cfg) if checkpoint else random_decoder(cfg, seed)
+    decoder = load_decoder(checkpoint, cfg) if checkpoint else random_decoder(cfg, seed, device)
     return decoder.to(device)

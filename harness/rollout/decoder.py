@@ -1,4 +1,4 @@
-"""The frame decoder as a rollout runs it: fast convolutions, channels last, compiled, in a CUDA graph of its own."""
+"""The frame decoder as a rollout runs it: by our kernels or compiled, in a CUDA graph of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from harness.models.dcae import DCAEDecoder
+from harness.rollout import fused_decoder
 from harness.rollout.compile import CapturedGraph, CompileConf, compile_function, without_grad
+from harness.rollout.fused_decoder import FusedDecoder
 
 MERGED = (64, 128)
 """Channels per group that ``auto`` tries between the trained ones and all of them."""
@@ -20,12 +23,15 @@ class DecoderGroups(Enum):
     """How grouped convolutions run; all compute the same.
 
     ``grouped``: as trained. ``dense``: as ordinary convolutions whose weights are zero between the groups: more
-    arithmetic, but GPU libraries have few good kernels for groups of 16 channels. ``auto``: on a GPU each convolution
-    the fastest way measured at its size, groups merged to 64 or 128 channels included; on a CPU as trained.
+    arithmetic, but GPU libraries have few good kernels for groups of 16 channels. ``fused``: as trained, by our
+    kernels, each with what stands around it (:mod:`harness.rollout.fused_decoder`). ``auto``: ``fused`` where
+    compilation is on and these kernels run; on other GPUs each convolution the fastest way measured at its size, groups
+    merged to 64 or 128 channels included; on a CPU as trained.
     """
 
     grouped = "grouped"
     dense = "dense"
+    fused = "fused"
     auto = "auto"
 
 
@@ -69,7 +75,7 @@ def regroup_all(decoder: nn.Module, latent: Tensor, how: DecoderGroups) -> dict[
         latent: an input, whose size ``auto`` measures at.
         how: see :class:`DecoderGroups`.
     """
-    convs = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    convs = _grouped(decoder)
     if how is DecoderGroups.grouped or (how is DecoderGroups.auto and latent.device.type == "cpu"):
         return {name: conv.groups for name, conv in convs.items()}
     shapes = _input_shapes(decoder, convs, latent) if how is DecoderGroups.auto else {}
@@ -78,6 +84,10 @@ def regroup_all(decoder: nn.Module, latent: Tensor, how: DecoderGroups) -> dict[
         decoder.set_submodule(name, chosen)
         convs[name] = chosen
     return {name: conv.groups for name, conv in convs.items()}
+
+
+def _grouped(decoder: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
 
 
 def _input_shapes(decoder: nn.Module, convs: dict[str, nn.Conv2d], latent: Tensor) -> dict[str, torch.Size]:
@@ -127,16 +137,33 @@ class FrameDecoder:
         decoder: on its device, in its dtype; owned and changed from now on.
         compile: as for the rollout.
         groups: see :class:`DecoderGroups`.
+
+    Raises:
+        ValueError: if ``groups`` is ``fused`` and these kernels cannot run ``decoder`` where it is.
     """
 
     def __init__(self, decoder: nn.Module, compile: CompileConf, groups: DecoderGroups = DecoderGroups.auto) -> None:
         self.decoder, self.compile, self.how = decoder, compile, groups
+        self.fused = self._fuses()
+        """Whether our kernels decode."""
         self.groups: dict[str, int] = {}
         """Groups of each convolution that was trained with several; known after the first call."""
         self.prepare_s = 0.0
         """Seconds that the first call took to choose, compile and capture."""
         self._latent: Tensor | None = None
+        self._decode: Callable[[Tensor], Tensor]
         self._graph: CapturedGraph[Tensor] | None = None
+
+    def _fuses(self) -> bool:
+        if self.how in (DecoderGroups.grouped, DecoderGroups.dense):
+            return False
+        if self.how is DecoderGroups.auto and not self.compile.enabled:
+            return False
+        weight = next(self.decoder.parameters())
+        reason = fused_decoder.unavailable(self.decoder, weight.device, weight.dtype)
+        if reason is not None and self.how is DecoderGroups.fused:
+            raise ValueError(f"decoder.groups=fused: {reason}; use decoder.groups=auto")
+        return reason is None
 
     @without_grad
     def __call__(self, latent: Tensor) -> Tensor:
@@ -158,15 +185,26 @@ class FrameDecoder:
 
     def _prepare(self, latent: Tensor) -> None:
         self._latent = latent.clone()
-        self.groups = regroup_all(self.decoder, self._latent, self.how)
         if latent.device.type == "cuda":
-            channels_last(self.decoder)
             self._latent = self._latent.contiguous(memory_format=torch.channels_last)
-        decoder, buffer = self.decoder, self._latent
+        if self.fused:
+            self.groups = {name: conv.groups for name, conv in _grouped(self.decoder).items()}
+            assert isinstance(self.decoder, DCAEDecoder)
+            self.decoder = self._decode = FusedDecoder(self.decoder)  # nothing is left for a compiler to fuse
+        else:
+            self._decode = self._compiled()
+        decode, buffer = self._decode, self._latent
+        if self.compile.captures(latent.device):
+            self._graph = CapturedGraph(lambda: decode(buffer), latent.device)
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        decoder, latent = self.decoder, self._latent
+        assert latent is not None
+        self.groups = regroup_all(decoder, latent, self.how)
+        if latent.device.type == "cuda":
+            channels_last(decoder)
 
         def decode(z: Tensor) -> Tensor:
             return decoder(z)
 
-        self._decode = compile_function(decode, self.compile)
-        if self.compile.captures(latent.device):
-            self._graph = CapturedGraph(lambda: self._decode(buffer), latent.device)
+        return compile_function(decode, self.compile)

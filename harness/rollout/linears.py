@@ -8,6 +8,7 @@ faster.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeGuard
 
 import torch
@@ -81,3 +82,18 @@ def unpack(core: WorldModel) -> WorldModel:
 def is_packed(module: nn.Module) -> TypeGuard[CudaLinear]:
     """Whether :func:`pack` made it."""
     return isinstance(module, CudaLinear) and not isinstance(module, CudaMXLinear)
+
+
+def compile_ahead(core: WorldModel, batch: int) -> None:
+    """Compile what multiplies a frame's rows by the blocks' packed weights: all at once, not each at its first use."""
+    if core.device.type != "cuda":
+        return
+    from harness.kernels.cuda.ops import compile_product  # an operator of CUDA tensors alone
+
+    rows = batch * core.cfg.tokens_per_frame
+    linears = [module for _, _, spec, module in core.linears() if isinstance(module, CudaLinear) and not spec.per_frame]
+    kinds = {(x.out_features, x.in_features, x.element, x.silu) for x in linears if x.config is None}
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(compile_product, rows, n, k, element, silu, core.device) for n, k, element, silu in kinds]
+    for job in jobs:
+        job.result()

@@ -15,9 +15,8 @@ WARPS = 4
 """Of a program, which has one row."""
 
 
-@torch.library.custom_op("mx_harness::residual_norm", mutates_args=())
 def residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """``total = x + gate * branch`` and ``rms_norm(total) * (1 + scale) + shift`` of one frame.
+    """``total = x + gate * branch`` and ``rms_norm(total) * (1 + scale) + shift`` of one frame; an operator in a trace.
 
     Args:
         x: ``[B, P, D]``.
@@ -29,6 +28,11 @@ def residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift:
     Returns:
         Both, ``[B, P, D]`` in the dtype of ``x``, rounded where eager code rounds.
     """
+    run = _operator if torch.compiler.is_compiling() else _launch
+    return run(x, branch, gate, scale, shift)
+
+
+def _launch(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     from harness.kernels.triton.norms import residual_norm_kernel
 
     x, branch = x.contiguous(), branch.contiguous()
@@ -45,6 +49,9 @@ def residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift:
     return total, normed
 
 
-@residual_norm.register_fake
+_operator = torch.library.custom_op("mx_harness::residual_norm", _launch, mutates_args=())
+
+
+@_operator.register_fake
 def _(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x).contiguous(), torch.empty_like(x).contiguous()

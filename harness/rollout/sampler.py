@@ -24,8 +24,13 @@ from harness.rollout.compile import (
     without_grad,
 )
 from harness.rollout.compile import validate as validate_compile
+from harness.rollout.linears import compile_ahead
 from harness.rollout.modulation import StackedModulation
+from harness.rollout.prefill import fits as prefill_fits
+from harness.rollout.prefill import prefill_fused
 from harness.rollout.steps import Rotary, Step, make_step
+
+NO_CONTROLS = "this model is conditioned on controls: pass mouse and btn"
 
 
 @dataclass
@@ -129,11 +134,16 @@ class Rollout:
         self.core, self.cache, self.sampler, self.attention = core, cache, sampler, attention
         self.cuda_graph = self.compile.captures(cache.device)
         keep_in_place(cache.buffers(), self.compile)
+        fused = self.compile.enabled and attention is AttentionKind.fused
+        self._layers = core if fused and prefill_fits(core) else None
+        """Whose layers prefill runs by our kernels; None: as the model itself does."""
+        self._modulate = StackedModulation(core) if self.compile.enabled else core.modulation
         self._make_buffers()
         self._prepare = compile_function(self._prepare_function(), self.compile)
         self._steps = self._make_steps()
         self._append_step: Step | None = None
-        self._graph: CapturedGraph[Frame] | None = None
+        self.graph: CapturedGraph[Frame] | None = None
+        """The captured frame, once warm, where frames are captured."""
         self._prefilled = False
 
     def _make_buffers(self) -> None:
@@ -151,7 +161,7 @@ class Rollout:
 
     def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[FrameModulation], Rotary]]:
         core, cache, embedded, steps = self.core, self.cache, self._embedded_times, len(self._drops)
-        modulate = StackedModulation(core) if self.compile.enabled else core.modulation
+        modulate = self._modulate
 
         def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[FrameModulation], Rotary]:
             cache.advance()
@@ -190,15 +200,25 @@ class Rollout:
         for buffer in (self._noise, self._mouse, self._btn):
             buffer.zero_()
         self.cache.reset()
+        compile_ahead(self.core, self.cache.batch)
+        if self._layers is not None:
+            self._warm_prefill()
         for _ in range(frames):
             self._frame()
         if self.cuda_graph:
-            self._graph = CapturedGraph(self._frame, self.cache.device)
+            self.graph = CapturedGraph(self._frame, self.cache.device)
         self.cache.reset()
         self._prefilled = False
         if self.cache.device.type == "cuda":
             torch.cuda.synchronize(self.cache.device)
         return Warmup(time.perf_counter() - start, counted.graphs, counted.graph_breaks, self.cuda_graph)
+
+    def _warm_prefill(self) -> None:
+        """Prefill zeros, which builds the kernels: a player's first frame waits for no compiler."""
+        shape = (self.cache.batch, self.sampler.window)
+        history = self._noise.new_zeros(*shape, *self._noise.shape[1:])
+        mouse, btn = (x[:, None].expand(*shape, -1) for x in (self._mouse, self._btn))
+        self.prefill(history, mouse, btn, history)
 
     @without_grad
     def prefill(
@@ -230,8 +250,11 @@ class Rollout:
         mouse, btn = self._checked_controls(mouse, btn, (window,))
         modulation = self._known_modulation(x, mouse, btn)
         rotary = self.core.rotary(torch.arange(first, first + window, device=self.cache.device))
-        attend = PrefillAttention(self.cache, self.core.full_attention(), first)
-        velocity = self.core.denoise(x, modulation, rotary, attend)
+        if self._layers is not None:
+            velocity = prefill_fused(self._layers, self.cache, x, modulation, rotary, first)
+        else:
+            attend = PrefillAttention(self.cache, self.core.full_attention(), first)
+            velocity = self.core.denoise(x, modulation, rotary, attend)
         self._prefilled = True
         return velocity
 
@@ -277,7 +300,7 @@ class Rollout:
 
     def _known_modulation(self, x: Tensor, mouse: Tensor | None, btn: Tensor | None) -> FrameModulation:
         times = torch.full(x.shape[:2], self.sampler.context_noise, device=self.cache.device)
-        return self.core.modulation(self.core.conditioning(times, mouse, btn))
+        return self._modulate(self.core.conditioning(times, mouse, btn))
 
     @without_grad
     def saved(self) -> list[Tensor]:
@@ -319,17 +342,24 @@ class Rollout:
 
     def _next(self, noise: Tensor, mouse: Tensor | None, btn: Tensor | None) -> Frame:
         self._check_prefilled()
-        self._check("noise", noise, self._noise.shape[1:])
-        mouse, btn = self._checked_controls(mouse, btn, ())
-        self._noise.copy_(noise)
-        if mouse is not None and btn is not None:
-            self._mouse.copy_(mouse)
-            self._btn.copy_(btn)
+        self._take(noise, mouse, btn)
         if not self.cuda_graph:
             return self._frame()
-        if self._graph is None:
+        if self.graph is None:
             raise RuntimeError("this rollout replays a CUDA graph: call warmup() before prefill() to capture it")
-        return self._graph.replay()
+        return self.graph.replay()
+
+    def _take(self, noise: Tensor, mouse: Tensor | None, btn: Tensor | None) -> None:
+        """Copy a frame's inputs to where frames read them: in one launch, since a player waits for each."""
+        given, buffers = [noise], [self._noise]
+        if not self.core.cfg.uncond:
+            if mouse is None or btn is None:
+                raise ValueError(NO_CONTROLS)
+            given, buffers = [noise, mouse, btn], [self._noise, self._mouse, self._btn]
+        for name, x, buffer in zip(("noise", "mouse", "btn"), given, buffers, strict=False):
+            if x.shape != buffer.shape:
+                self._check(name, x, buffer.shape[1:])
+        torch._foreach_copy_(buffers, given)
 
     def _check_prefilled(self) -> None:
         if not self._prefilled:
@@ -343,7 +373,7 @@ class Rollout:
         if self.core.cfg.uncond:
             return None, None
         if mouse is None or btn is None:
-            raise ValueError("this model is conditioned on controls: pass mouse and btn")
+            raise ValueError(NO_CONTROLS)
         self._check("mouse", mouse, (*frames, self._mouse.shape[1]))
         self._check("btn", btn, (*frames, self._btn.shape[1]))
         return mouse.to(self.cache.device), btn.to(self.cache.device)

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from harness.kv import KVCache
+from harness.models import bf16
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
 from harness.models.world import WorldModel
+from harness.mx.linears.cuda import CudaLinear
 from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention
 from harness.rollout.compile import CompileConf, compile_function, keep_in_place
+from harness.rollout.fused import ring_view
 from harness.rollout.norms import residual_norm
 
 Rotary = tuple[Tensor, Tensor]
@@ -75,11 +78,11 @@ def through_layer_fused(
 
 def _layer_function(block: Block, attention: AttentionKind) -> Layer:
     """Our kernels for sums and norms where attention is ours; but not in front of what quantises their results."""
-    rounds = _rounds_inputs(block.attn.qkv) or _rounds_inputs(block.mlp.fc1)
+    rounds = rounds_inputs(block.attn.qkv) or rounds_inputs(block.mlp.fc1)
     return _through_layer if rounds or attention is not AttentionKind.fused else through_layer_fused
 
 
-def _rounds_inputs(linear: nn.Module) -> bool:
+def rounds_inputs(linear: nn.Module) -> bool:
     """Whether ``linear`` quantises what it is given, which Inductor does in one kernel with the norm in front."""
     fmt = getattr(linear, "fmt", None)
     return fmt is not None and fmt.activation_element is not None
@@ -104,7 +107,9 @@ def _step_by_layers(
     for number, block in enumerate(core.blocks):
         kind = _kind(block, cache, number)
         if kind not in layers:
-            layers[kind] = compile_function(_layer_function(block, attention), conf)
+            function = _layer_function(block, attention)
+            ready = conf.captures(cache.device) and function is through_layer_fused and _is_ready(block, cache, number)
+            layers[kind] = function if ready else compile_function(function, conf)
         calls.append((layers[kind], block, layer_attention(cache, number, attention, store)))
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +121,16 @@ def _step_by_layers(
         return last(x, tokens, branch, gate, modulation.out_scale, modulation.out_shift, drop)
 
     return step
+
+
+def _is_ready(block: Block, cache: KVCache, layer: int) -> bool:
+    """Whether a layer with our kernels is nothing but launches, of ours and of libraries.
+
+    A compiler finds nothing to fuse in it then, and in a captured graph its calls from Python cost nothing.
+    """
+    linears = (block.attn.qkv, block.attn.out, block.mlp.fc1, block.mlp.fc2)
+    launches = all(bf16.is_plain(x) or (isinstance(x, CudaLinear) and not rounds_inputs(x)) for x in linears)
+    return launches and all(ring_view(ring).stores for ring in cache.rings[layer].values())
 
 
 def _kind(block: Block, cache: KVCache, layer: int) -> str:

@@ -64,7 +64,7 @@ JSON_REFUSED = {
     "an infinite number": ('{"a": 1e999}', "out of range"),
     "a number of 5,000 digits": ('{"a": ' + "9" * 5_000 + "}", "does not fit into 64 bits"),
     "a number beyond 64 bits": ('{"a": 36893488147419103232}', "does not fit into 64 bits"),
-    "an end too early": ('{"a": ', "not a readable JSON"),
+    "an end too early": ('{"a": ', "not readable JSON"),
     "no UTF-8": ("\udcff", "not readable as UTF-8"),
 }
 

@@ -51,6 +51,9 @@ def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
     assert "-0.597 … 1.3" in text, "Student's interval of the two clips' drops, 0.35 ± 6.314 · 0.15"
     assert "PSNR drop 0.350 dB (-0.597 to 1.297), at most -1 dB allowed." in text, "why, in a sentence"
     assert "Next: " in text
+    axis = text[text.index('<div class="axis"') :].partition("</div>")[0]
+    left = {name: float(at) for name, at in re.findall(r'<i class="([a-z ]+)" style="left:([\d.]+)%', axis)}
+    assert left["limit"] < left["range fail"] < left["point"], "threshold, interval and figure on one axis"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,11 @@ def test_regrouping_needs_a_divisor():
         regroup(nn.Conv2d(32, 32, 3, groups=4), 3)
 
 
-@pytest.mark.parametrize("how", DecoderGroups)
+LIBRARY = [DecoderGroups.grouped, DecoderGroups.dense, DecoderGroups.auto]
+"""What decodes in float32, too."""
+
+
+@pytest.mark.parametrize("how", LIBRARY)
 def test_decoder_groups_change_no_picture(how):
     expected = random_decoder(CFG, 0)(latent())
     decode = FrameDecoder(random_decoder(CFG, 0), CompileConf(), how)
@@ -44,9 +48,39 @@ def test_decoder_groups_change_no_picture(how):
     assert set(decode.groups.values()) == ({1} if how is DecoderGroups.dense else {4, 8})
 
 
+def test_our_kernels_are_refused_where_they_do_not_run():
+    with pytest.raises(ValueError, match=r"decoder\.groups=fused: .*NVIDIA GPU.*on cpu; use decoder\.groups=auto"):
+        FrameDecoder(random_decoder(CFG, 0), CompileConf(), DecoderGroups.fused)
+
+
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", DecoderGroups)
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_our_kernels_give_the_picture_that_bf16_gives(stages, batch):
+    """Stages of one kernel (32, 96 and 192 channels) and of five (384), a resized picture; captured and replayed."""
+    for ch_0, ch_max, size in ((96, 384, [36, 64]), (32, 64, [64, 64])):
+        cfg = DCAEConfig(
+            sample_size=size, latent_size=8, latent_channels=16, ch_0=ch_0, ch_max=ch_max,
+            decoder_blocks_per_stage=[stages] * 3,
+        )  # fmt: skip
+        decoder = random_decoder(cfg, 0).cuda().bfloat16()
+        z = [torch.randn(batch, 16, 8, 8, device="cuda").bfloat16() for _ in range(2)]
+        exact = random_decoder(cfg, 0).cuda().double()
+        for mine, theirs in zip(exact.parameters(), decoder.parameters(), strict=True):
+            mine.data = theirs.data.double()
+        expected, eager = exact(z[1].double()), decoder(z[1]).double()
+        decode = FrameDecoder(decoder, CompileConf(enabled=True), DecoderGroups.auto)
+        assert decode.fused
+        decode(z[0])
+        ours = decode(z[1]).double()
+        error, usual = ((x - expected).norm() / expected.norm() for x in (ours, eager))
+        assert error < 1.3 * usual
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", LIBRARY)
 def test_captured_decoder_gives_the_eager_picture(how):
     expected = random_decoder(CFG, 0)(latent())
     decode = FrameDecoder(random_decoder(CFG, 0).cuda(), CompileConf(enabled=True), how)

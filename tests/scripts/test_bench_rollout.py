@@ -15,7 +15,7 @@ TINY = ["model.arch.n_layers=2", "model.arch.local_idx=2", "sampler.window=3"]
 
 def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
     base = ["--models", "smoke", "--device", "cpu", "--compile", "off", "--batches", "1", "--out", str(tmp_path)]
-    rows = ["--attention", "sdpa,none", "--only", "bf16.bf16|mxfp4_all", "--frames", "2"]
+    rows = ["--attention", "sdpa,none", "--match", "bf16.bf16|mxfp4_all", "--frames", "2"]
     assert bench_rollout.main([*base, *rows, *TINY]) == 1
     record = json.loads((tmp_path / "bench.json").read_text())
     by_name = {row["row"]: row for row in record["rows"]}
@@ -52,7 +52,7 @@ def test_the_decoders_floor_is_weights_once_and_activations_per_clip(tmp_path):
 
 
 def test_bench_says_when_nothing_matches(capsys):
-    assert bench_rollout.main(["--only", "nothing"]) == 2
+    assert bench_rollout.main(["--match", "nothing"]) == 2
     assert "no row matches" in capsys.readouterr().err
 
 

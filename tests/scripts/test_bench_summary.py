@@ -18,7 +18,7 @@ def rollout(name, ms=None, **others):
         "failed": None,
     }
     row |= {"floor_ms": 0.5, "fps": 250.4, "fps_overlapped": 300.0, "weight_bytes": 2e6, "cache_bytes": 1e6}
-    return row | {"run_bytes": None} | others
+    return row | {"run_bytes": None, "prefill_ms": 12.34, "host_us": 17.6} | others
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def test_ratios_are_to_the_fastest_bf16_of_the_same_run(results):
     assert "5.0× the speed of FlexAttention" in table["attention over 60 frames, fused, ring mx_kv"]
     assert table["attention over ? frames, fused, ring mx_v_only"] == "ValueError: no"
     assert table["decoder, `m`"] == "1.25 ms, 5.0× its floor of 0.25"
+    assert table["prefill, `m`, bf16+bf16/fused"] == "12.3 ms; 18 µs of a frame are the host's"
     assert table["memory, `m`, bf16+bf16/fused"].endswith("cache and a frame's peak – MB")
 
 

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gate_cases import scores
 from report_cases import completed
 from rich.console import Console
 
 from harness.config import ROOT, register
+from harness.ladder import rungs
+from harness.ladder.child import launch_process, quoted
+from harness.ladder.climb import BrokenOff, Ladder, compose_run, recommendation
+from harness.ladder.command import main
+from harness.ladder.show import show
+from harness.ladder.state import LadderError, locked
 from harness.report.gates import EXIT_CODES, GatesConf, evaluate
 from harness.report.record import load_record
-from scripts.ladder import Ladder, LadderError, compose_run, launch_process, main, quoted, recommendation, show
 
 register()
 COMMON = ("model=smoke", "data.limit=3")
@@ -26,8 +32,8 @@ composed = functools.cache(compose_run)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Each config is composed once, and nobody commits meanwhile."""
-    monkeypatch.setattr("scripts.ladder.compose_run", lambda words: composed(tuple(words)))
-    monkeypatch.setattr("scripts.ladder.git_state", lambda: {"commit": "here", "dirty": False})
+    monkeypatch.setattr("harness.ladder.climb.compose_run", lambda words: composed(tuple(words)))
+    monkeypatch.setattr("harness.ladder.climb.git_state", lambda: {"commit": "here", "dirty": False})
 
 
 class GateWords:
@@ -37,7 +43,7 @@ class GateWords:
         given = dict(word.split("=", 1) for word in words)
         fields = yaml.safe_load((ROOT / "conf" / "gates" / f"{given.pop('gates')}.yaml").read_text())
         self.gate = GatesConf.of(
-            {**fields, **{name.partition(".")[2]: text.strip("'") for name, text in given.items()}}
+            {**fields, **{name.partition(".")[2]: yaml.safe_load(text) for name, text in given.items()}}
         )
 
 
@@ -45,11 +51,12 @@ class World:
     """Knows what each configuration would lose, as a run's record tells it.
 
     ``drops``: dB by quant and by kv, added up; ``unstable``: quants that break. ``dies_at``: the launch that is killed.
+    ``spread``: of the drops over clips, as a share of the drop. ``crashes``: words whose run ends in a traceback.
     """
 
-    def __init__(self, drops=None, unstable=(), late_factor=0.1, dies_at=None, scored=True):
+    def __init__(self, drops=None, unstable=(), late_factor=0.1, dies_at=None, scored=True, spread=0, crashes=()):
         self.drops, self.unstable, self.late_factor = drops or {}, unstable, late_factor
-        self.dies_at, self.scored = dies_at, scored
+        self.dies_at, self.scored, self.spread, self.crashes = dies_at, scored, spread, crashes
         self.launched = []
 
     def drop(self, conf):
@@ -72,6 +79,8 @@ class World:
         self.launched.append(list(words))
         if len(self.launched) == self.dies_at:
             raise KeyboardInterrupt
+        if any(word in words for word in self.crashes):
+            return self.crash(words, folder)
         gates, words = [word for word in words if "gates" in word], [word for word in words if "gates" not in word]
         config, plan = composed(tuple(words))
         broken = f"mxfp{plan.conf.quant.bits}_{plan.conf.quant.scope}" in self.unstable and plan.conf.quant.enabled
@@ -84,6 +93,16 @@ class World:
         (folder / "record.json").write_text(json.dumps(record))
         return 1 if broken else EXIT_CODES[record["gates"]["verdict"]] if record["gates"] else 0
 
+    def crash(self, words, folder):
+        """As the real run does: exit code 1, a record without a clip, the error as its incident."""
+        folder.mkdir(parents=True)
+        (folder / "console.log").write_text("Traceback\nRuntimeError: out of memory\n")
+        incident = {"kind": "RuntimeError", "message": "out of memory"}
+        (folder / "record.json").write_text(
+            json.dumps(completed({"status": "failed", "clips": [], "incidents": [incident]}))
+        )
+        return 1
+
     def record(self, name, config, conf, broken):
         drop = self.drop(conf)
 
@@ -94,22 +113,28 @@ class World:
         arms = {"bf16": arm("BF16", 2000, 500)}
         if not conf.is_baseline:
             arms["candidate"] = arm("candidate", self.size(conf), 380 if conf.kv.enabled else 500)
-        scored = {"psnr": drop, "ssim": 0.0} if self.scored and not conf.is_baseline else None
-        clips = [{"clip_id": str(number), "tag": "motion", "drop": scored, "scores": {}} for number in range(3)]
-        incident = {"kind": "non_finite", "arm": "candidate", "message": "NaN in blocks.0"}
+        clips = [self.clip(str(number), drop, conf) for number in range(3)]
+        if self.spread and not conf.is_baseline:
+            clips = [self.clip(str(n), drop + (n - 1) * self.spread * drop, conf) for n in range(3)]
+        incident = {"kind": "non_finite", "arm": "candidate", "message": "NaN in blocks.0", "action": "run ended"}
         content = {
             "run_id": name,
             "status": "failed" if broken else "complete",
             "config": config,
             "arms": arms,
             "clips": [] if broken else clips,
-            "quality": {"all": {"drop": scored}},
             "environment": {"gpu": None, "cpu": "CPU"},
-            "model": {"weights": "checkpoint"},
             "incidents": [incident] if broken else [],
             "gates": None,
         }
         return completed(content)
+
+    def clip(self, name, drop, conf):
+        kept = {"bf16", "candidate", "fidelity"} if self.scored else {"fidelity"}
+        kept &= {"bf16"} if conf.is_baseline else kept
+        scored = {"psnr": drop, "ssim": drop / 100} if "candidate" in kept else None
+        found = {arm: values for arm, values in scores(drop, 4).items() if arm in kept}
+        return {"clip_id": name, "tag": "motion", "drop": scored, "scores": found}
 
 
 @pytest.fixture
@@ -151,8 +176,8 @@ def test_each_step_is_judged_on_top_of_what_it_stands_on(climb):
     assert found["MXFP8 all"].verdict == "ship"
     assert found["MXFP8 all"].drop == pytest.approx(0.5)
     assert found["MXFP8 all"].added == pytest.approx(0.25)
-    baseline = next(word for word in ladder.known if ladder.known[word]["name"] == "MXFP8 all")
-    assert ladder.known[baseline]["interval"] is not None
+    baseline = next(word for word in ladder.known if ladder.known[word].name == "MXFP8 all")
+    assert ladder.known[baseline].interval is not None
 
 
 def test_a_rejected_step_is_narrowed_until_it_ships(climb):
@@ -179,7 +204,7 @@ def test_the_way_back_of_a_cache_k_first_then_layers(climb):
         "+ KV mx_kv, last 6 layers only",
         "+ KV mx_kv, last 3 layers only",
     ]
-    assert best.kv == ("kv=bf16",)
+    assert best.kv == ["kv=bf16"]
     assert best.name == "MXFP8 all"
 
 
@@ -194,10 +219,13 @@ def test_an_unstable_step_is_rejected_with_its_incident(climb, tmp_path):
     assert failed.verdict == "do not ship"
     assert "NaN in blocks.0" in failed.reason
     console = Console(width=160, record=True, file=(tmp_path / "shown").open("w"))
-    show(ladder.results, best, COMMON, console)
+    show(ladder, best, console)
     text = console.export_text()
-    assert "Rejected, step 5 MXFP4 MLP: instabilities 1, allowed <= 0" in text
-    assert text.strip().endswith(recommendation(best, COMMON))
+    assert "Rejected, step 5 MXFP4 MLP: the candidate is unstable (NaN in blocks.0)" in text
+    assert text.startswith(
+        "Recommended: quant=mxfp8_all kv=mx_v_only, 1.4 KiB instead of 2.4 KiB of weights and cache, +0.02"
+    )
+    assert recommendation(best, COMMON) in text
 
 
 def test_what_cannot_be_decided_is_not_narrowed_and_nothing_ships_on_it(climb):
@@ -242,7 +270,7 @@ def test_a_run_of_another_config_or_commit_is_not_reused(climb, monkeypatch):
     other = World()
     ladder, _ = climb(other, common=(*COMMON, "seed=1"))
     assert ladder.reused == 0
-    monkeypatch.setattr("scripts.ladder.git_state", lambda: {"commit": "another", "dirty": False})
+    monkeypatch.setattr("harness.ladder.climb.git_state", lambda: {"commit": "another", "dirty": False})
     ladder, _ = climb(World())
     assert ladder.reused == 0
 
@@ -262,14 +290,145 @@ def test_wrong_words_are_named_before_anything_runs(tmp_path, common, kv, said):
 
 
 def test_a_run_that_leaves_no_record_stops_the_ladder(climb):
-    with pytest.raises(LadderError, match=r"BF16: the run ended with exit code 2; see .*console.log"):
+    with pytest.raises(BrokenOff, match=r"BF16 did not run.*the run ended with exit code 2; see .*console.log"):
         climb(lambda words, folder: 2)
 
 
-def test_a_state_that_is_none_is_refused(tmp_path, capsys):
-    (tmp_path / "ladder.json").write_text("{}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "null",
+        "NaN",
+        "{",
+        "[" * 100_000,
+        '{"state_version": 1, "runs": {}}',
+        '{"state_version": 2, "runs": []}',
+        '{"state_version": 2, "runs": {"a": {"verdict": "ship"}}}',
+        '{"state_version": 2, "runs": {"a": null}}',
+        "\x00\x80",
+    ],
+)
+def test_a_broken_state_file_is_one_clear_error(tmp_path, capsys, text):
+    (tmp_path / "ladder.json").write_text(text)
+    assert main(["--out", str(tmp_path), "model=smoke"]) == 2
+    err = capsys.readouterr().err
+    assert "not a ladder's state" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_folder_in_the_states_place_is_one_clear_error(tmp_path, capsys):
+    (tmp_path / "ladder.json").mkdir()
     assert main(["--out", str(tmp_path), "model=smoke"]) == 2
     assert "not a ladder's state" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "ladder.lock"), "model=smoke"]) == 2
+
+
+def test_of_two_ladders_in_one_folder_the_second_is_refused(tmp_path, capsys):
+    with locked(tmp_path):
+        assert main(["--out", str(tmp_path), "model=smoke"]) == 2
+    assert "another ladder is at work here" in capsys.readouterr().err
+    with locked(tmp_path):  # the lock went with the first one
+        pass
+
+
+def test_a_crashed_run_is_told_of_never_taken_for_a_result_and_tried_again(climb, tmp_path):
+    crashing = World(crashes=("quant=mxfp8_all",))
+    ladder, best = climb(crashing)
+    assert [failure.name for failure in ladder.failed] == [
+        "MXFP8 all",
+        "MXFP8 all, attention in BF16",
+        "MXFP8 all, last 6 layers only",
+        "MXFP8 all, last 3 layers only",
+    ]
+    assert "exit code 1 (RuntimeError: out of memory); see" in ladder.failed[0].reason
+    assert not any(name.startswith("MXFP8 all") for name in trials(ladder))
+    assert json.loads(ladder.state_file.read_text())["complete"] is False
+    console = Console(width=160, record=True, file=(tmp_path / "shown").open("w"))
+    show(ladder, best, console)
+    assert "NOT EVERYTHING RAN: MXFP8 all, " in console.export_text().splitlines()[0]
+    again = World()
+    ladder, best = climb(again)
+    assert ladder.failed == []
+    assert trials(ladder)["MXFP8 all"] == "ship"
+    assert best.name == "MXFP4 all"
+
+
+def test_nothing_is_recommended_where_bf16_itself_did_not_run(climb, monkeypatch, tmp_path, capsys):
+    for crashes in (("quant=bf16",), ("data.limit=3",)):
+        with pytest.raises(BrokenOff, match="BF16 did not run"):
+            climb(World(crashes=crashes))
+    monkeypatch.setattr("harness.ladder.climb.launch_process", None)
+    monkeypatch.setattr(Ladder.__init__, "__defaults__", (World(crashes=("quant=bf16",)), print))
+    assert main(["--out", str(tmp_path / "ladder"), *COMMON]) == 1
+    said = capsys.readouterr()
+    assert "start it again with --out" in said.err
+    assert "Recommended" not in said.out
+
+
+@pytest.mark.parametrize("code", [130, 143, -9])
+def test_a_run_that_is_stopped_from_outside_stops_the_ladder(climb, code):
+    with pytest.raises(BrokenOff, match=f"stopped from outside .exit code {code}"):
+        climb(lambda words, folder: code)
+
+
+def test_the_command_ends_with_1_where_a_run_failed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Ladder.__init__, "__defaults__", (World(crashes=("quant=mxfp4_mlp",)), print))
+    assert main(["--out", str(tmp_path), *COMMON]) == 1
+    said = capsys.readouterr()
+    assert "Failed, step 5 MXFP4 MLP" in said.out
+    assert "of the runs failed; start it again" in said.err
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_a_result_whose_record_is_gone_or_not_complete_is_not_reused(climb, status):
+    ladder, _ = climb(World())
+    records = sorted(ladder.out.glob("runs/*/record.json"))
+    records[0].unlink()
+    records[-1].write_text(records[-1].read_text().replace('"complete"', f'"{status}"'))
+    again = World()
+    ladder, _ = climb(again)
+    assert len(again.launched) == 2
+    assert ladder.reused == len(records) - 2
+
+
+def test_words_in_another_order_are_the_same_ladder(climb):
+    climb(World(), common=("model=smoke", "data.limit=3", "seed=2"))
+    again = World()
+    ladder, _ = climb(again, common=("seed=2", "data.limit=3", "model=smoke"))
+    assert again.launched == []
+    assert ladder.reused == len(ladder.results)
+
+
+def test_every_clip_is_taken_unless_the_words_say_otherwise_and_a_cpus_speed_is_left_out_by_name(climb):
+    world = World()
+    climb(world, common=("model=smoke",))
+    assert all("data.limit=null" in words for words in world.launched)
+    assert all("gates.without=[speed]" in words for words in world.launched[1:])
+    world = World()
+    climb(world)
+    assert not any("data.limit=null" in words for words in world.launched)
+
+
+def test_what_noise_leaves_undecided_is_narrowed_and_says_how_many_clips_would_decide(climb, tmp_path):
+    ladder, best = climb(World({"mxfp4_mlp": 0.4}, spread=0.5))
+    found = trials(ladder)
+    assert found["MXFP4 MLP"] == "undecided"
+    assert found["MXFP4 MLP, last 6 layers only"] == "ship"
+    needs = next(result.needs_clips for result in ladder.results if result.name == "MXFP4 MLP")
+    assert needs > 3
+    console = Console(width=160, record=True, file=(tmp_path / "shown").open("w"))
+    show(ladder, best, console)
+    assert f"about {needs} clips would decide" in console.export_text().splitlines()[0]
+
+
+def test_a_variant_is_tried_with_every_candidate_before_the_next_narrower_one(climb, monkeypatch):
+    calibrated = rungs.Variant(", with late 1", ("quant.late_layers=1",))
+    monkeypatch.setattr(rungs, "VARIANTS", (*rungs.VARIANTS, calibrated))
+    ladder, _ = climb(World({"mxfp8_mlp": 1.0}))
+    assert list(trials(ladder))[:3] == ["BF16", "MXFP8 MLP", "MXFP8 MLP, with late 1"]
+    assert trials(ladder)["MXFP8 MLP, with late 1"] == "ship"
 
 
 def test_one_real_run(tmp_path):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.kernels import cache
+
 _BFLOAT16, _SWIZZLE_128B, _PROMOTE_L2_128B = 9, 3, 2  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
@@ -124,10 +126,22 @@ def unavailable() -> str | None:
 
 
 def compile_source(source: str, name: str, defines: Mapping[str, int], architecture: str) -> bytes:
-    """A cubin of CUDA C++ `source` for `architecture`, such as sm_90a. Other threads run meanwhile.
+    """A cubin of CUDA C++ `source` for `architecture`, such as sm_90a, kept on disk (`harness.kernels.cache`).
 
-    Raises CompileError with the compiler's log.
+    Other threads run meanwhile. Raises CompileError with the compiler's log.
     """
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
+    key = cache.key_of([source, *options, *(str(part) for part in nvrtc.nvrtcVersion())])
+    kept = cache.read_cubin(key)
+    if kept is None:
+        kept = _compile(source, name, options)
+        cache.write_cubin(key, kept)
+    return kept
+
+
+def _compile(source: str, name: str, options: list[str]) -> bytes:
     from cuda.bindings import nvrtc
 
     def checked(result: tuple) -> Any:
@@ -135,14 +149,13 @@ def compile_source(source: str, name: str, defines: Mapping[str, int], architect
             raise CompileError(f"NVRTC: {result[0].name} in {name}")
         return result[1] if len(result) > 1 else None
 
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
             checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise CompileError(f"NVRTC cannot compile {name} with {dict(defines)}:\n{log.decode()}")
+            raise CompileError(f"NVRTC cannot compile {name} with {' '.join(options)}:\n{log.decode()}")
         cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
         checked(nvrtc.nvrtcGetCUBIN(program, cubin))
         return cubin

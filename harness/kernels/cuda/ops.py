@@ -26,8 +26,7 @@ _UNPACK_WARPS = 8
 _loading = threading.Lock()
 
 
-@torch.library.custom_op("harness_mx::cuda_linear", mutates_args=(), device_types="cuda")
-def mx_linear(
+def mx_linear_now(
     x: Tensor,
     tiles: Tensor,
     bias: Tensor | None,
@@ -73,6 +72,10 @@ def mx_linear(
         )
         function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, pdl)
     return out
+
+
+mx_linear = torch.library.custom_op("harness_mx::cuda_linear", mx_linear_now, mutates_args=(), device_types="cuda")
+"""`mx_linear_now` as what a compiler traces; called by itself it takes the host several times as long."""
 
 
 @mx_linear.register_fake
@@ -125,6 +128,13 @@ def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bo
     """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
     defines = cuda_config.defines(config, k, element, silu, dependent)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
+
+
+def compile_product(rows: int, n: int, k: int, element: str, silu: bool, device: torch.device) -> None:
+    """Have the kernel ready that `mx_linear` takes for so many rows and an [n, k] weight; any thread may ask."""
+    product = CudaShape(rows, n, k, cuda_packing.element_bits(element))
+    if not product.many:
+        compiled(choose(product), k, element, silu, launch.dependent(device))
 
 
 def load(

@@ -101,10 +101,11 @@ class CudaLinear(nn.Module):
 
     def product(self, rows: Tensor, silu: bool = False) -> Tensor:
         """BF16 [M, N] of what `operand` made of the rows; with `silu`, SiLU of it."""
-        from harness.kernels.cuda.ops import mx_linear  # an operator of CUDA tensors alone
+        from harness.kernels.cuda.ops import mx_linear, mx_linear_now  # operators of CUDA tensors alone
 
         config = [] if self.config is None else self.config.as_ints()
-        return mx_linear(rows, self.tiles, self.bias, self.out_features, self.element, self.post, config, silu)
+        run = mx_linear_now if rows.is_cuda and not torch.compiler.is_compiling() else mx_linear
+        return run(rows, self.tiles, self.bias, self.out_features, self.element, self.post, config, silu)
 
     def weight_bytes(self) -> int:
         """Elements and scales with their padding, and bias."""

@@ -64,7 +64,8 @@ def _words(record: Record) -> list[str]:
 
 def _after_ship(record: Record, found: Mapping[str, Any]) -> Advice:
     words = _words(record)
-    if "speed" in found["not_asked"] and pick(record, "arms.candidate.speed_is_meaningful") is not True:
+    alone = found["baseline"] is None  # a record to stand on is of its own machine
+    if alone and "speed" in found["not_asked"] and pick(record, "arms.candidate.speed_is_meaningful") is not True:
         words = changed([word for word in words if _key(word) != "gates.without"], "trainer=gpu", "compile=on")
         words = words if any(_key(word) in ("gates", "experiment") for word in words) else [*words, "gates=a"]
         return {"text": "measure its speed on the GPU it is for", "command": command(words)}
@@ -103,7 +104,7 @@ def _smaller(record: Record, words: list[str]) -> Advice:
     if scratch and str(pick(record, "environment.device")).startswith("cuda"):
         text = "the room to dequantise a layer costs what the formats save: attend over the packed window"
         return {"text": text, "command": command(changed(words, "attention=fused"))}
-    if pick(record, "config.kv.enabled") and pick(record, "config.kv.late_layers"):
+    if finite(pick(record, "config.kv.late_layers")):
         text = "so few layers save less than the room to read one takes: quantise them all"
         return {"text": text, "command": command(changed(words, "kv.late_layers=null"))}
     return {"text": "quantise K as well as V", "command": command(changed(words, "kv=mx_kv"))}
@@ -119,15 +120,22 @@ def _narrower(record: Record, check: Mapping[str, Any], words: list[str]) -> Adv
         blocks = worst_blocks(errors, 1 - ENOUGH * max(threshold, 0) / value)
         if len(blocks) <= len(errors) / 2:
             share = sum(errors[block] for block in blocks) / sum(errors.values())
-            names = ",".join(f'"*blocks.{block}.*"' for block in sorted(blocks))
+            kept = pick(record, "config.quant.exclude")
+            patterns = [*(kept if isinstance(kept, list) else []), *(f"*blocks.{block}.*" for block in sorted(blocks))]
+            names = ",".join(f'"{pattern}"' for pattern in patterns)
             text = (
                 f"keep the blocks with the largest measured error in BF16: {len(blocks)} of {len(errors)} carry "
                 f"{share:.0%} of the squared error"
             )
             return {"text": text, "command": command(changed(words, f"quant.exclude=[{names}]"))}
-    if pick(record, "config.quant.bits") == 4:
+    by_category = pick(record, "config.quant.bits_by_category")
+    fours = (
+        [name for name, bits in (by_category or {}).items() if bits == 4] if isinstance(by_category, Mapping) else []
+    )
+    if pick(record, "config.quant.bits") == 4 or fours:
         text = "no few blocks carry the error: store the same Linears in 8 bits"
-        return {"text": text, "command": command(changed(words, "quant.bits=8", "quant.bits_by_category=null"))}
+        wider = ["quant.bits=8", *(f"quant.bits_by_category.{name}=null" for name in fours)]
+        return {"text": text, "command": command(changed(words, *wider))}
     layers = finite(pick(record, "model.arch.n_layers")) or 2
     late = max(1, int(layers) // 2)
     return {

@@ -55,7 +55,8 @@ class GatesConf:
 
     Attributes:
         enabled: whether the run is judged at all.
-        implied: the run named no gate: it is judged if it has a candidate, and the exit code does not tell the verdict.
+        implied: no gate was named: the run is judged if it has a candidate, and its exit code does not tell the verdict
+            unless a word of its command was about gates.
         title: what a person calls the gate.
         against: what drops and ratios are relative to.
         baseline: with ``against=record``, the ``record.json`` of what the candidate stands on.

@@ -89,6 +89,10 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
     )
 
 
+DIFFERS = 0.005
+"""dB that show in a drop of two decimals."""
+
+
 def _tiles(record: Record) -> list[dict[str, str]]:
     """The figures that a decision rests on."""
     if "candidate" not in record["arms"]:
@@ -99,7 +103,7 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     drop = pick(every, "drop.psnr")
     if drop is not None:
         note = f"{number(pick(every, 'bf16.psnr'))} → {number(pick(every, 'candidate.psnr'))} dB against the recording"
-        tiles.append({"name": "PSNR drop", "value": f"{number(drop, 2, sign=True)} dB", "note": note})
+        tiles.append({"name": _drop_name(record, drop), "value": f"{number(drop, 2, sign=True)} dB", "note": note})
     fidelity = pick(every, "fidelity.psnr")
     if fidelity is not None:
         note = f"candidate against BF16; SSIM {number(pick(every, 'fidelity.ssim'), 4)}"
@@ -115,6 +119,15 @@ def _tiles(record: Record) -> list[dict[str, str]]:
         before, after = pick(bf16, f"memory.{key}"), pick(candidate, f"memory.{key}")
         tiles.append({"name": name, "value": times(ratio(after, before)), "note": f"{size(before)} → {size(after)}"})
     return tiles
+
+
+def _drop_name(record: Record, drop: float) -> str:
+    """What the drop over all frames is called where the gate judged another one: it left out what BF16 had lost."""
+    checks = {check["criterion"]: check for check in pick(record, "gates.checks") or [] if "criterion" in check}
+    judged = pick(checks, "psnr.value")
+    on_bf16 = pick(record, "gates.baseline") is None
+    other = on_bf16 and judged is not None and abs(judged - drop) > DIFFERS
+    return "PSNR drop, all frames" if other else "PSNR drop"
 
 
 def _baseline_tiles(record: Record) -> list[dict[str, str]]:
@@ -143,9 +156,38 @@ def _checks(record: Record) -> list[dict[str, Any]]:
                 "interval": "" if interval is None else f"{interval[0]:.3g} … {interval[1]:.3g}",
                 "status": check["status"],
                 "note": check.get("note", ""),
+                "axis": _axis(check),
             }
         )
     return rows
+
+
+AXIS_ROOM = 0.12
+"""Share of an axis left free on either side."""
+
+
+def _axis(check: Mapping[str, Any]) -> dict[str, float] | None:
+    """Where figure, interval and threshold lie on one axis, in percent; ``None`` without an interval to show."""
+    interval, value, threshold = check.get("interval"), check["value"], check["threshold"]
+    if interval is None or value is None:
+        return None
+    low, high = min(value, threshold, *interval), max(value, threshold, *interval)
+    reach = (high - low) or abs(high) or 1.0
+    start, width = low - AXIS_ROOM * reach, (1 + 2 * AXIS_ROOM) * reach
+
+    def at(figure: float) -> float:
+        return 100 * (figure - start) / width
+
+    from_, to = at(interval[0]), at(interval[1])
+    allowed = (0.0, at(threshold)) if check["relation"] == "<=" else (at(threshold), 100.0)
+    return {
+        "low": from_,
+        "width": to - from_,
+        "value": at(value),
+        "threshold": at(threshold),
+        "allowed": allowed[0],
+        "allowed_width": allowed[1] - allowed[0],
+    }
 
 
 METRICS = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))

@@ -1,0 +1,307 @@
+"""The climb: rung after rung, each standing on the last one that ships."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+
+from harness.config import ROOT, RunPlan, plan_run
+from harness.ladder import rungs
+from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_process, quoted
+from harness.ladder.rungs import BASELINE, Candidate, Rung
+from harness.ladder.state import Failure, LadderError, Result, State, load, save
+from harness.measure.environment import git_state
+from harness.report.gates import DO_NOT_SHIP, EXIT_CODES, FAIL, OPEN, SHIP, UNDECIDED, GatesConf, unsound
+from harness.report.gates.reading import Unmeasured, clip_drops
+from harness.report.record import RecordError, load_record
+
+OWN_WORDS = ("quant", "kv", "gates", "experiment", "hydra")
+"""Config groups that the ladder sets itself."""
+JUDGED = tuple(EXIT_CODES.values())
+
+
+class BrokenOff(RuntimeError):
+    """The climb cannot go on: BF16 itself did not run, or a run was stopped from outside."""
+
+
+def compose_run(words: Sequence[str]) -> tuple[dict[str, Any], RunPlan]:
+    """The resolved config of a run and its checked plan, without running it.
+
+    Raises:
+        ValueError: if Hydra or the harness refuse it.
+    """
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("run", [*words, "hydra.runtime.output_dir=run"], return_hydra_config=True)
+    except HydraException as error:
+        raise ValueError(str(error)) from error
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return config, plan_run(cfg)
+
+
+class Ladder:
+    """The climb. Its folder must be this process's alone, see :func:`harness.ladder.state.locked`.
+
+    Args:
+        out: folder of the state and the runs.
+        common: words for every run; without a word about ``data.limit`` every clip is taken.
+        kv: the KV config of step 4.
+        launch: runs the harness.
+        say: gets a line per run.
+
+    Raises:
+        LadderError: with what is wrong, before anything runs.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        common: Sequence[str],
+        kv: str,
+        launch: Launch = launch_process,
+        say: Callable[[str], Any] = print,
+    ) -> None:
+        self.out, self.kv, self.launch, self.say = out, kv, launch, say
+        limited = any(word.lstrip("+~").startswith("data.limit=") for word in common)
+        self.common = [*common] if limited else [*common, "data.limit=null"]
+        self.commit = git_state()["commit"]
+        self.results: list[Result] = []
+        self.failed: list[Failure] = []
+        self.reused = 0
+        self.known = load(self.state_file).runs
+        self._check()
+
+    @property
+    def state_file(self) -> Path:
+        """Where the ladder keeps what it knows."""
+        return self.out / "ladder.json"
+
+    def _check(self) -> None:
+        """Compose every step before the first one runs."""
+        own = [word for word in self.common if word.lstrip("+~").split("=")[0].split(".")[0] in OWN_WORDS]
+        if own:
+            raise LadderError(f"{' '.join(own)}: the ladder chooses {', '.join(OWN_WORDS)} itself; drop it")
+        try:
+            _, self.plan = compose_run([*self.common, f"kv={self.kv}"])
+            for name in rungs.QUANTS:
+                compose_run([*self.common, f"quant={name}"])
+        except ValueError as error:
+            raise LadderError(str(error)) from error
+        # A CPU's speed says nothing about MX: it is left out by name, and every verdict says so.
+        self.asking = ["gates.without=[speed]"] if self.plan.device.type == "cpu" else []
+
+    def climb(self) -> Result:
+        """Run every step. Returns the result to recommend: of those that ship, the one with the fewest bytes.
+
+        What broke on the way is in ``failed``.
+
+        Raises:
+            BrokenOff: if BF16 itself did not run, or a run was stopped from outside.
+        """
+        stand = self._baseline()
+        stand = self._linears(2, "MXFP8 MLP", "mxfp8_mlp", "a", stand)
+        stand = self._linears(3, "MXFP8 all", "mxfp8_all", "b", stand)
+        stand = self._try(rungs.cache(4, self.kv, "c", tuple(stand.quant), self.plan), stand)
+        before, stand = stand, self._linears(5, "MXFP4 MLP", "mxfp4_mlp", "d", stand)
+        if stand is not before:
+            before, stand = stand, self._linears(6, "MXFP4 late 8", "mxfp4_all_late8", "d", stand)
+        if stand is not before and not rungs.keeps_attention(stand.quant):
+            self._linears(6, "MXFP4 all", "mxfp4_all", "d", stand)
+        best = min((result for result in self.results if result.verdict == SHIP), key=lambda result: result.bytes)
+        self._save(best)
+        return best
+
+    def _baseline(self) -> Result:
+        found = self._run(BASELINE, BASELINE.candidates[0], None)
+        if found is None:
+            failure = self.failed[-1]
+            raise BrokenOff(f"{failure.name} did not run, and nothing can be judged without it: {failure.reason}")
+        return found
+
+    def _linears(self, step: int, name: str, quant: str, gate: str, stand: Result) -> Result:
+        return self._try(rungs.linears(step, name, quant, gate, tuple(stand.kv), self.plan.arch.n_layers), stand)
+
+    def _try(self, rung: Rung, stand: Result) -> Result:
+        """The first candidate that ships, or ``stand``.
+
+        One that noise leaves undecided, or whose run broke, is narrowed too: a narrower one may be proven. One of which
+        a figure is missing is not: of the narrower ones it would be missing as well.
+        """
+        for candidate in rung.candidates:
+            result = self._run(rung, candidate, stand)
+            if result is not None and result.verdict == SHIP:
+                return result
+            if result is not None and result.verdict == UNDECIDED and result.needs_clips is None:
+                break
+        return stand
+
+    def _run(self, rung: Rung, candidate: Candidate, stand: Result | None) -> Result | None:
+        """The candidate's result, known from before or from a run now; ``None`` if its run broke."""
+        asked = [] if stand is None else [*self.asking]
+        words = [*self.common, *candidate.quant, *candidate.kv, f"gates={rung.gate}", *asked]
+        config, _ = compose_run([*words, *(["gates.against=bf16"] if stand else [])])
+        parts = [config, self.commit, stand and stand.key]  # what the words say, not how they are written
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        known = self.known.pop(key, None)
+        if known is not None and self._usable(known):
+            self.reused += 1
+            result: Result | Failure = known
+            took = "already run"
+        else:
+            result = self._measure(rung, candidate, stand, words, key)
+            took = "" if isinstance(result, Failure) else f"{result.seconds:.0f} s"
+        if isinstance(result, Failure):
+            self.failed.append(result)
+            self.say(f"step {result.step}  {result.name}: FAILED, {result.reason}")
+        else:
+            self.known[key] = result
+            self.results.append(result)
+            self.say(f"{line(result)} ({took})")
+        self._save(None)
+        return None if isinstance(result, Failure) else result
+
+    def _usable(self, result: Result) -> bool:
+        """Whether a result from before still stands on a record that may be judged."""
+        try:
+            record = asdict(load_record(self.out / result.folder / "record.json"))
+        except RecordError:
+            return False
+        return unsound(record) is None or result.verdict == DO_NOT_SHIP
+
+    def _measure(
+        self, rung: Rung, candidate: Candidate, stand: Result | None, words: Sequence[str], key: str
+    ) -> Result | Failure:
+        folder = self._folder(rung.step, candidate.name)
+        start = time.monotonic()
+        code = self.launch([*words, *self._against(rung, stand)], folder.resolve())
+        place = str(folder.relative_to(self.out))
+        if code in INTERRUPTED or code < 0:
+            raise BrokenOff(f"{candidate.name}: the run was stopped from outside (exit code {code})")
+        record, why = _read_run(folder, code)
+        if record is None:
+            return Failure(rung.step, candidate.name, place, f"{why}; see {folder / LOG}")
+        return Result(
+            step=rung.step,
+            name=candidate.name,
+            gate=rung.gate,
+            words=list(words),
+            quant=list(candidate.quant),
+            kv=list(candidate.kv),
+            stands_on="" if stand is None else stand.name,
+            key=key,
+            folder=place,
+            seconds=time.monotonic() - start,
+            **figures(record),
+        )
+
+    def _against(self, rung: Rung, stand: Result | None) -> list[str]:
+        """What the gate compares with: the record of what the step stands on, or BF16."""
+        if stand is None:
+            return []
+        if stand.step == BASELINE.step or rung.gate == "d":
+            return ["gates.against=bf16"]
+        record = self.out.resolve() / stand.folder / "record.json"
+        return ["gates.against=record", f"gates.baseline={quoted(record)}"]
+
+    def _folder(self, step: int, name: str) -> Path:
+        """A folder that no earlier attempt wrote to: a killed ladder may have left a run that still writes."""
+        plain = "".join(letter if letter.isalnum() else "_" for letter in f"{step}_{name}")
+        attempt = 1
+        while (folder := self.out / "runs" / f"{plain}.{attempt}").exists():
+            attempt += 1
+        return folder
+
+    def _save(self, best: Result | None) -> None:
+        state = State(
+            commit=self.commit,
+            overrides=sorted(self.common),
+            complete=best is not None and not self.failed,
+            recommendation=None if best is None else recommendation(best, self.common),
+            trials=self.results,
+            failed=self.failed,
+            runs=self.known,
+        )
+        save(state, self.state_file)
+
+
+def _read_run(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:
+    """The record of a run that ended with ``code``, if it may be judged, else why not."""
+    said = last_words(folder)
+    ended = f"the run ended with exit code {code}" + (f" ({said})" if said else "")
+    if not (folder / "record.json").is_file():
+        return None, ended
+    try:
+        record = asdict(load_record(folder / "record.json"))
+    except RecordError as error:
+        return None, str(error)
+    gates = record["gates"]
+    if gates is not None and gates["verdict"] == DO_NOT_SHIP and record["status"] == "failed":
+        return record, ""  # the harness broke it off because the candidate became unstable: that much is proven
+    if code not in JUDGED:
+        return None, ended
+    if (why := unsound(record)) is not None:
+        return None, f"{ended}: {why}"
+    return record, ""
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ladder keeps of a run's record."""
+    arm = record["arms"].get("candidate", record["arms"]["bf16"])
+    gates = record["gates"]
+    checks = {} if gates is None else {check["criterion"]: check for check in gates["checks"]}
+    psnr, fps = checks.get("psnr", {}), checks.get("speed")
+    needs = [check["needs_clips"] for check in checks.values() if check["status"] == OPEN]
+    return {
+        "verdict": SHIP if gates is None else gates["verdict"],
+        "reason": "" if gates is None else reason(gates),
+        "drop": _drop(record),
+        "added": psnr.get("value"),
+        "interval": None if psnr.get("interval") is None else list(psnr["interval"]),
+        "needs_clips": max((need for need in needs if need is not None), default=None),
+        "speed": "" if fps is None else "not measured" if fps["value"] is None else f"{fps['value']:.2f}x",
+        "bytes": arm["memory"]["weight_bytes"] + arm["memory"]["kv_window_bytes"],
+    }
+
+
+def _drop(record: Mapping[str, Any]) -> float | None:
+    """Mean drop against BF16, dB, over the frames that a gate would judge."""
+    try:
+        drops = clip_drops(record, "psnr", GatesConf())
+    except Unmeasured:
+        return None
+    return sum(drops.values()) / len(drops)
+
+
+def reason(gates: Mapping[str, Any]) -> str:
+    """Why a run was not let through, and what the gate would do about it."""
+    if gates["verdict"] == SHIP:
+        return ""
+    only_speed = all(check["criterion"] == "speed" for check in gates["checks"] if check["status"] == FAIL)
+    failed = gates["verdict"] == DO_NOT_SHIP
+    advice = f" (next: {gates['next']['text']})" if failed and only_speed else ""
+    return f"{gates['reason']}{advice}"
+
+
+def line(result: Result) -> str:
+    """A finished trial in a line."""
+    drop = "" if result.drop is None else f", drop {result.drop:+.2f} dB"
+    return f"step {result.step}  {result.name}: {'measured' if result.gate == 'none' else result.verdict}{drop}"
+
+
+def recommendation(best: Result, common: Sequence[str]) -> str:
+    """The command to paste."""
+    words = [*common, *best.quant, *best.kv]
+    return " ".join(["python harness/run.py", *(f'"{word}"' if "'" in word else word for word in words)])

@@ -1,0 +1,74 @@
+"""Climb from BF16 to the most aggressive MX configuration that ships, each step judged by its gate.
+
+python scripts/ladder.py model=doom
+python scripts/ladder.py --out outputs/ladder --kv mx_kv data.limit=4 data.future_frames=32
+
+Steps: BF16; MXFP8 in the MLPs; MXFP8 in every Linear; a quantised KV cache on top; MXFP4 in the MLPs; MXFP4 in the
+last 8 layers, then everywhere. A step that its gate rejects, or that noise leaves undecided, is narrowed (early layers
+BF16, attention BF16, K back to BF16, fewer KV layers, scales per token) until it ships or nothing is left of it; then
+the ladder stays where it stood. On a CPU speed is left out by name.
+
+Words of the form name=value go to every run, in any order; without data.limit every clip is taken. Each run is a
+process of its own; its folder and the state of the ladder are under --out, where one ladder works at a time. A ladder
+that was killed goes on where it stopped when it is started again with the same --out: a run is known by its config,
+the commit and what it stands on. A run that broke is told of, never taken for a result, and tried again.
+
+Exit code: 0 done (also if only BF16 ships), 1 a run broke, 2 wrong input, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.config import register
+from harness.ladder.climb import BrokenOff, Ladder
+from harness.ladder.show import show
+from harness.ladder.state import LadderError, locked
+from harness.measure.environment import git_state
+
+BROKE, WRONG_INPUT, STOPPED = 1, 2, 130
+FILE_WIDTH = 160
+"""Columns of the table where there is no terminal."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder of the ladder; same = resume")
+    parser.add_argument("--kv", default="mx_v_only", help="KV config of step 4 (default mx_v_only)")
+    parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")
+    args = parser.parse_intermixed_args(argv)
+    register()
+    again = f"start it again with --out {args.out} to go on"
+    try:
+        with locked(args.out):
+            ladder = Ladder(args.out, args.overrides, args.kv)
+            if git_state()["dirty"]:
+                print("note: the working tree differs from its commit; a resumed ladder does not see such changes")
+            best = ladder.climb()
+    except (LadderError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except BrokenOff as error:
+        print(f"error: {error}; {again}", file=sys.stderr)
+        return BROKE
+    except KeyboardInterrupt:
+        print(f"stopped; {again}", file=sys.stderr)
+        return STOPPED
+    show(ladder, best, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
+    if ladder.failed:
+        print(f"error: {len(ladder.failed)} of the runs failed; {again}", file=sys.stderr)
+        return BROKE
+    return 0
+
+
+def cli() -> None:
+    """The command as a process: a killed ladder takes its run along."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

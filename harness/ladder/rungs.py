@@ -1,0 +1,109 @@
+"""What the ladder tries, as data: rungs, and on each the candidates from the widest to the narrowest.
+
+A new way to quantise is a :class:`Variant`: every candidate of a rung of Linears is tried with each variant's words, in
+order, before the next narrower one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.config import RunPlan
+from harness.kv import KVStorage
+from harness.kv.conf import KVScales
+
+Words = tuple[str, ...]
+"""What a user would type."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration to be judged."""
+
+    name: str
+    quant: Words
+    kv: Words
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the climb: the first of ``candidates`` that ships is taken. ``gate``: an option of ``conf/gates``."""
+
+    step: int
+    gate: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to come by the same formats: what it adds to a candidate's name and words."""
+
+    name: str
+    words: Words
+
+
+VARIANTS: tuple[Variant, ...] = (Variant("", ()),)
+"""Of every candidate of Linears, in the order they are tried: nearest rounding."""
+BASELINE = Rung(1, "none", (Candidate("BF16", ("quant=bf16",), ("kv=bf16",)),))
+QUANTS = ("mxfp8_mlp", "mxfp8_all", "mxfp4_mlp", "mxfp4_all_late8", "mxfp4_all")
+"""Choices of Linears that rungs start from."""
+
+
+def linears(step: int, name: str, quant: str, gate: str, kv: Words, layers: int) -> Rung:
+    """A rung of MX Linears on a cache of ``kv``, in a model of ``layers`` layers."""
+    ways = [("", (f"quant={quant}",)), *narrower_quant(quant, layers)]
+    candidates = [
+        Candidate(_join(name, way) + variant.name, (*words, *variant.words), kv)
+        for way, words in ways
+        for variant in VARIANTS
+    ]
+    return Rung(step, gate, tuple(candidates))
+
+
+def cache(step: int, kv: str, gate: str, quant: Words, plan: RunPlan) -> Rung:
+    """A rung of the quantised cache ``kv``, which ``plan`` runs, on Linears of ``quant``."""
+    ways = [("", (f"kv={kv}",)), *narrower_kv(kv, plan)]
+    return Rung(step, gate, tuple(Candidate(_join(f"+ KV {kv}", way), quant, words) for way, words in ways))
+
+
+def narrower_kv(name: str, plan: RunPlan) -> list[tuple[str, Words]]:
+    """Ways back from a KV config, each less aggressive than the one before; the last one left is BF16."""
+    kv, layers = plan.conf.kv, plan.arch.n_layers
+    words: Words = (f"kv={name}",)
+    ways = []
+    if kv.storage_of("k") is not KVStorage.bf16 and kv.storage_of("v") is not KVStorage.bf16:
+        words += tuple(f"kv.{change}" for change in ("quantize_k=false", "k_storage=null", "k_format=null"))
+        words += ("kv.k_late_layers=null",)
+        ways.append(("K back to BF16", words))
+    if kv.scales is KVScales.per_head_ema:
+        words += ("kv.scales=per_token",)
+        ways.append(("scales per token", words))
+    kept = min(kv.late_layers or layers, layers)
+    for late in (kept // 2, kept // 4):
+        if late:
+            ways.append((f"last {late} layers only", (*words, f"kv.late_layers={late}")))
+    return ways
+
+
+def narrower_quant(name: str, layers: int) -> list[tuple[str, Words]]:
+    """Ways back from a choice of Linears: attention in BF16 (where it was not), then early layers in BF16 too."""
+    words: Words = (f"quant={name}",)
+    ways = []
+    if "mlp" not in name:
+        words += ("quant.exclude=['*attn*']",)
+        ways.append(("attention in BF16", words))
+    if "late" not in name:
+        for late in (layers // 2, layers // 4):
+            if late:
+                ways.append((f"last {late} layers only", (*words, f"quant.late_layers={late}")))
+    return ways
+
+
+def keeps_attention(quant: Sequence[str]) -> bool:
+    """Whether these words leave attention in BF16: then wider 4-bit Linears need not be tried."""
+    return any(word.startswith("quant.exclude") for word in quant)
+
+
+def _join(name: str, way: str) -> str:
+    return f"{name}, {way}" if way else name

@@ -1,0 +1,33 @@
+"""CPU threads on a machine that others use too.
+
+OpenMP's threads spin while they wait for one another, for milliseconds after each parallel loop. Where another process
+holds one of the cores, the threads that wait take the time from the one they wait for: two busy cores turned frames of
+50 ms into 2 s. So they sleep instead, and no more are started than this process may use cores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of CPU per period that a container gets (Linux, cgroup v2)."""
+
+
+def wait_passively() -> None:
+    """Have OpenMP's threads sleep while they wait, unless the user chose otherwise.
+
+    The library reads the variable when it is loaded: this must come before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def usable_cores(quota: Path = QUOTA) -> int:
+    """Cores that this process may use: its affinity, and its container's share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        granted, period = quota.read_text(encoding="ascii").split()[:2]
+        return max(1, min(cores, math.ceil(int(granted) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no container, or "max": no quota
+        return cores

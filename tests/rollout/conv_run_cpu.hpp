@@ -1,0 +1,39 @@
+// Runs one of the decoder's kernels, on which it must follow, block by block on a CPU.
+
+static const u16 *input_, *shortcut_;
+static const u8* weights_;
+static u16 *out_, *base_;
+static int height_, width_, channels_, wide_;
+
+extern "C" int shared_bytes() { return SHARED; }
+
+static void all_blocks(int blocks, int rows, int bytes) {
+    grid = {blocks, rows};
+    for (int y = 0; y < rows; ++y)
+        for (int x = 0; x < blocks; ++x) run_cluster({x, y}, 1, THREADS, bytes);
+    CHECK(asked.empty(), "a block ended before its copies");
+}
+
+#define KEEP input_ = input, weights_ = weights, shortcut_ = shortcut, out_ = out, base_ = base, height_ = height, \
+             width_ = width, channels_ = channels, wide_ = wide, dice.seed(0)
+extern "C" void run(const u16* input, const u8* weights, const u16* shortcut, u16* out, u16* base, int batch, int height,
+                    int width, int channels, int wide) {
+    KEEP;
+    const int tiles = height / TH * (width / TW);
+#if defined(RESBLOCK)
+    body = [] { resblock(input_, weights_, shortcut_, out_, height_, width_); };
+    all_blocks(tiles, batch, SHARED);
+#elif defined(GROUPED)
+    body = [] { grouped_conv(input_, weights_, out_, height_, width_, channels_); };
+    all_blocks(tiles, batch * (channels / HC), SHARED);
+#elif defined(UPSAMPLE)
+    body = [] { upsample(input_, shortcut_, out_, base_, height_, width_, channels_, wide_); };
+    all_blocks((width * (channels / 8) + THREADS - 1) / THREADS, batch * (height / TH + 1), 16);
+#elif defined(RESIZE)
+    body = [] { resize(input_, out_, height_, width_, channels_, wide_, 3); };
+    all_blocks((channels_ * wide_ + THREADS - 1) / THREADS, batch, 16);
+#else
+    body = [] { conv_rgb(input_, weights_, out_, height_, width_, channels_); };
+    all_blocks(tiles, batch, SHARED);
+#endif
+}
