@@ -6,6 +6,7 @@
 from harness.session.action import Action
 from harness.session.engine import ARMS, BF16, CANDIDATE, Context, Engine
 from harness.session.open import open_engine, open_session
+from harness.session.recording import Recorder, Recording, Replay, replay
 from harness.session.session import Session, SessionError, UnstableWorldError
 from harness.session.state import SessionState, StateError, WorldState
 
@@ -16,6 +17,9 @@ __all__ = [
     "Action",
     "Context",
     "Engine",
+    "Recorder",
+    "Recording",
+    "Replay",
     "Session",
     "SessionError",
     "SessionState",
@@ -24,4 +28,5 @@ __all__ = [
     "WorldState",
     "open_engine",
     "open_session",
+    "replay",
 ]

@@ -7,15 +7,20 @@ from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import open_dict
 
+from harness.ab.recorder import arm_labels
 from harness.config import ROOT, RunPlan, plan_run, register
-from harness.config.play import PlayRunConf, register_play, validate
+from harness.config.play import PlayConf, PlayRunConf, register_play, validate
 from harness.session.engine import Engine
 from harness.session.session import Session
 
 
-def plan_play(words: Sequence[str]) -> RunPlan:
+def plan_play(words: Sequence[str]) -> tuple[RunPlan, dict[str, str]]:
     """The checked config of play from Hydra's words, such as ``model=doom quant=mxfp4_mlp``; nothing is loaded.
+
+    Returns:
+        The plan, and what to call each arm.
 
     Raises:
         hydra.errors.HydraException: for a group, option or field that does not exist.
@@ -25,10 +30,20 @@ def plan_play(words: Sequence[str]) -> RunPlan:
     register_play()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("play", list(words))
+        cfg = compose("play", list(words), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg["hydra"]
     plan = plan_run(cfg)
     validate(play_conf(plan).play)
-    return plan
+    return plan, arm_labels(plan, choices)
+
+
+def load_play(words: Sequence[str]) -> tuple[Engine, PlayConf, dict[str, str]]:
+    """The engine of :func:`open_engine` with the config of play, and what to call each arm."""
+    plan, labels = plan_play(words)
+    conf = play_conf(plan).play
+    return Engine(plan, keep=conf.keep_decoded), conf, labels
 
 
 def play_conf(plan: RunPlan) -> PlayRunConf:
@@ -47,7 +62,7 @@ def open_engine(*words: str, arms: Sequence[str] | None = None) -> Engine:
         hydra.errors.HydraException: for a word that names nothing.
         ValueError: if the config cannot run here or its files do not fit.
     """
-    plan = plan_play(words)
+    plan, _ = plan_play(words)
     return Engine(plan, arms, play_conf(plan).play.keep_decoded)
 
 

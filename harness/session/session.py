@@ -117,6 +117,12 @@ class Session:
         self._worlds.clear()
         self._live, self._closed = (), True
 
+    def leave(self) -> None:
+        """Forget the world and everything chosen: as a new session, but warm."""
+        self.arm, self._live, self.names, self.frame = self.engine.default_arm, (), (), -1
+        for world in self._worlds.values():
+            world.history.clear()
+
     @property
     def live(self) -> tuple[str, ...]:
         """Arms that step: the one that is played, and in a split the other too."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from harness.ab.job import build_data
 from harness.ab.module import RolloutModule
 from harness.config import plan_run
 from harness.measure.stability import finite_clips
-from harness.run import build_data
 from harness.session import Action, Context, SessionError, SessionState, StateError, UnstableWorldError, open_session
 from harness.session import session as session_module
 from harness.session.engine import Engine, to_pictures
@@ -93,7 +93,7 @@ def test_a_run_writes_the_frames_that_a_session_shows(record, composed, game, ov
     data = build_data(plan)
     batch = data.encode(next(iter(data.predict_dataloader())))
     session = Session(Engine(plan))
-    session.reset(made.clips[0]["clip_id"])
+    session.reset(made.clips[0].clip_id)
     frames = []
     for index in range(3, 7):
         frame = session.step(Action.of_rows(batch.mouse[0, index], batch.btn[0, index], session.engine.button_names))
@@ -101,7 +101,7 @@ def test_a_run_writes_the_frames_that_a_session_shows(record, composed, game, ov
         assert torch.equal(to_pictures(rgb)[0], frame)
         frames.append(((rgb[0].float() + 1) / 2).clamp(0, 1))
     psnr = score_frames(torch.stack(frames), batch.frames[0]).psnr
-    assert made.clips[0]["scores"]["candidate"]["frames"]["psnr"] == pytest.approx(psnr, abs=1e-5)
+    assert made.clips[0].scores["candidate"].frames.psnr == pytest.approx(psnr, abs=1e-5)
 
 
 def test_frames_are_pictures_that_follow_the_actions(session, clip):
