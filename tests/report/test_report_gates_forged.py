@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from harness.report.gates import DO_NOT_SHIP, SHIP, GateError, evaluate
 from scripts.gates import main as judge
 
-NONSENSE = [None, "fast", float("nan"), float("inf"), -float("inf"), True, [], {}, [None], {"psnr": "x"}, 10**400]
+NONSENSE = [
+    None,
+    1e308,
+    "fast",
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    True,
+    [],
+    {},
+    [None],
+    {"psnr": "x"},
+    10**400,
+]
 ASKED = {"max_ssim_drop": 0.02, "min_fidelity_psnr": 30.0, "max_memory_ratio": 1.0}
 DECISIVE = [
     ("status",),
@@ -120,6 +133,25 @@ def test_a_clip_told_twice_is_no_second_clip():
     twice = record(drops=[0.1, 0.1])
     twice["clips"].append(copy.deepcopy(twice["clips"][0]))
     assert verdict(twice) != SHIP
+
+
+def test_clips_that_are_left_out_of_a_record_are_missed():
+    chosen = record(drops=[0.1, 0.1, 0.1, 9.0])
+    chosen["data"]["clips"] = [{"id": f"clip_{number}", "tag": "motion"} for number in range(4)]
+    assert verdict(chosen) != SHIP
+    del chosen["clips"][3:], chosen["timings"][3:]
+    assert verdict(chosen) != SHIP
+    del chosen["data"]["clips"][3:]
+    assert verdict(chosen) == SHIP
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e16, 101.0, -50.0])
+def test_scores_that_no_picture_has_do_not_count(value):
+    forged = record()
+    for clip in forged["clips"]:
+        clip["scores"]["candidate"]["frames"]["psnr"] = [value] * 25
+        clip["drop"]["psnr"] = 30.0 - value
+    assert verdict(forged) not in (SHIP, DO_NOT_SHIP)
 
 
 def test_a_drop_that_its_frames_contradict_does_not_count():

@@ -6,7 +6,6 @@ the place in its message, so that it can neither pass a gate nor end in a traceb
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,10 @@ Record = Mapping[str, Any]
 LOST = ("structure", "black", "frozen")
 """Incidents of the BF16 arm after which its frames prove nothing about a format."""
 NON_FINITE = "non_finite"
+LARGEST = 1e15
+"""No figure of a record is larger: milliseconds, bytes, dB."""
+RANGES = {"psnr": (-1.0, 100.001), "ssim": (-1.001, 1.001)}
+"""What scores of frames in [0, 1] can be; PSNR is capped at 100 dB."""
 TOLERANCE = 1e-3
 """dB by which a record's own drop may differ from its frames'."""
 
@@ -49,14 +52,14 @@ def pick(section: Any, path: str) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """``value`` as a float if it is a finite number."""
+    """``value`` as a float if it is a number that a record can hold: finite, and not absurdly large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:  # an integer of hundreds of digits
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None
 
 
 def rows(record: Record, name: str) -> list[Mapping[str, Any]]:
@@ -91,8 +94,9 @@ def _frames(clip: Mapping[str, Any], arm: str, metric: str) -> list[float] | Non
     if values is None:
         return None
     numbers = [finite(value) for value in values] if isinstance(values, list) else []
-    if not numbers or None in numbers:
-        raise Unmeasured(f"clip {clip.get('clip_id')}: {arm}'s {metric} per frame is not a list of finite numbers")
+    low, high = RANGES[metric]
+    if not numbers or not all(number is not None and low <= number <= high for number in numbers):
+        raise Unmeasured(f"clip {clip.get('clip_id')}: {arm}'s {metric} per frame are no scores")
     return numbers  # type: ignore[return-value]
 
 
@@ -335,10 +339,21 @@ def last_arm(record: Record) -> Mapping[str, Any]:
     return arm if isinstance(arm, Mapping) else {}
 
 
+def _check_every_clip(record: Record) -> None:
+    """Raise ``Unmeasured`` if a clip that was asked for is gone; one with NaN or Inf has no scores, but an incident."""
+    asked = pick(record, "data.clips")
+    names = [clip.get("id") for clip in asked if isinstance(clip, Mapping)] if isinstance(asked, list) else []
+    told = {row.get("clip") for row in rows(record, "incidents") if row.get("kind") == NON_FINITE}
+    there = {*clip_ids(record), *told}
+    gone = [name for name in names if name not in there]
+    if gone:
+        raise Unmeasured(f"clip {gone[0]} was rolled out and is not in the record")
+
+
 def unsound(record: Record) -> str | None:
     """Why a run may be neither judged, reused nor recommended; ``None`` if it may.
 
-    It must have ended, BF16 must be there and finite, and every score of BF16 a number.
+    It must have ended, BF16 must be there and finite, and every clip that was asked for have scores that are numbers.
     """
     status = record.get("status")
     if status != "complete":
@@ -349,6 +364,7 @@ def unsound(record: Record) -> str | None:
         if any(row.get("kind") == NON_FINITE for row in incidents(record, "bf16")):
             return "BF16 itself is not finite: there is nothing to hold the candidate against"
         clip_scores(record, "psnr")
+        _check_every_clip(record)
     except Unmeasured as error:
         return str(error)
     return None
