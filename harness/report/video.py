@@ -109,7 +109,7 @@ def _encode(path: Path, panels: Sequence[Panel], frames: int, fps: float) -> Non
         stream.codec_context.colorspace = CODE_BT601
         # One frame after another is noise to a codec: high quality, or its artefacts would pass for the
         # model's.
-        stream.options = {"crf": "17", "preset": "fast"}
+        stream.options = {"crf": "17", "preset": "veryfast"}
         stream.codec_context.thread_count = THREADS
         for planes in _pictures(panels, frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
