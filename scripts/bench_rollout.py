@@ -310,6 +310,9 @@ class Stand:
         result.fps = 1e3 * result.clips / total.median
         result.fps_overlapped = self.overlapped_fps(frames)
         result.floor_ms = floor_ms(self.rollout, bandwidth)
+        result.prefill_ms = self._prefill_ms()
+        if self.rollout.graph is not None:
+            result.host_us = 1e3 * (dit.median - self._replay_ms())
         transient = self.probe.result().transient
         if result.run_bytes is not None and transient is not None:
             result.run_bytes += transient

@@ -28,6 +28,8 @@ def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
     assert 0 < done["weight_bytes"] < baseline["weight_bytes"]
     assert done["cache_bytes"] < baseline["cache_bytes"]
     assert 0 < done["floor_ms"] < baseline["floor_ms"]
+    assert done["prefill_ms"] > 0
+    assert done["host_us"] is None  # nothing is captured on a CPU
     assert 0 < done["decoder_floor_ms"] == baseline["decoder_floor_ms"]
     assert record["environment"]["packages"]["torch"]
     table = (tmp_path / "bench.md").read_text().splitlines()
