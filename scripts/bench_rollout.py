@@ -287,16 +287,18 @@ class Stand:
             timer.lap()
         return statistics.median(row["prefill"] for row in timer.rows)
 
-    def _replay_ms(self, runs: int = 50) -> float:
-        """Median ms of a captured frame by itself, without what the host does before and after it."""
+    def _host_us(self, runs: int = 50) -> float:
+        """What a frame takes beyond its graph's replay, in µs: medians of both, which take turns."""
         graph = self.rollout.graph
         assert graph is not None, "nothing was captured"
-        timer = FrameTimer(self.plan.device, ("replay",))
+        frame, replay = (FrameTimer(self.plan.device, ("ms",)) for _ in range(2))
         for _ in range(runs):
-            timer.start()
-            graph.replay()
-            timer.lap()
-        return statistics.median(row["replay"] for row in timer.rows)
+            for timer, run in ((frame, partial(self.rollout.next_frame, *self.frame)), (replay, graph.replay)):
+                timer.start()
+                run()
+                timer.lap()
+        whole, graphs = (statistics.median(row["ms"] for row in timer.rows) for timer in (frame, replay))
+        return 1e3 * (whole - graphs)
 
     def finish(self, bandwidth: float, frames: int) -> Result:
         """Fill the result in."""
@@ -312,7 +314,7 @@ class Stand:
         result.floor_ms = floor_ms(self.rollout, bandwidth)
         result.prefill_ms = self._prefill_ms()
         if self.rollout.graph is not None:
-            result.host_us = 1e3 * (dit.median - self._replay_ms())
+            result.host_us = self._host_us()
         transient = self.probe.result().transient
         if result.run_bytes is not None and transient is not None:
             result.run_bytes += transient
