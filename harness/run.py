@@ -7,6 +7,7 @@ python harness/run.py -m quant=bf16,mxfp8_all,mxfp4_mlp kv=bf16,mx_v_only data.l
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from harness import __version__
 from harness.ab.context import RunContext
 from harness.ab.job import execute
 from harness.ab.processes import ProcessError
-from harness.config import ROOT
-from harness.config.extras import missing_launcher
+from harness.config import CONF, ConfigError
+from harness.config.command import check_command, read_command
+from harness.config.compose import one_line
 from harness.kernels.cache import place_compilers
 from harness.measure.stability import InstabilityError
 from harness.report.gates import EXIT_CODES
@@ -61,7 +65,7 @@ def run(cfg: DictConfig) -> str | None:
     return record.gates["verdict"] if asked else None
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="run")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
 def main(cfg: DictConfig) -> None:
     """One job of Hydra's: errors that the user can put right end with their message, not a traceback."""
     try:
@@ -74,7 +78,7 @@ def main(cfg: DictConfig) -> None:
         raise
     except (ValueError, OSError, InstabilityError, ProcessError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise UserError(f"error: {error}") from error  # Hydra goes on with the other jobs and ends with this
+            raise UserError(str(error)) from error  # Hydra goes on with the other jobs and ends with this
         rank = getattr(rank_zero_only, "rank", 0)
         who = f"process {rank}: " if rank else ""
         notes = getattr(error, "__notes__", [])  # what went wrong on the way out
@@ -92,17 +96,24 @@ def cli() -> None:
     Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
     3: do not ship; 4: undecided; 130: Ctrl-C. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
     """
+    asked = sys.argv[1:]
+    if "--version" in asked:
+        print(f"mx-world {__version__}")
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here, where they get one line
     place_compilers()
-    if (missing := missing_launcher(sys.argv[1:])) is not None:
-        print(f"error: {missing}", file=sys.stderr)
-        sys.exit(2)
     try:
+        command = read_command(asked)
+        if command.composes:
+            check_command(command)
         main()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, CompactHydraException):
-            sys.exit(2)
-        if stop.__context__ is not None and {"-m", "--multirun"} & set(sys.argv) and stop.code != INTERRUPTED:
-            print(f"error: the sweep broke off: {stop.__context__}\n{AFTER_BREAK}", file=sys.stderr)
+    except (ConfigError, CompactHydraException, OmegaConfBaseException, OSError) as error:
+        plain = isinstance(error, ConfigError | UserError)
+        print(f"error: {error if plain else one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if {"-m", "--multirun"} & set(asked):
+            print(f"error: the sweep broke off: {error}\n{AFTER_BREAK}", file=sys.stderr)
         raise
 
 

@@ -35,11 +35,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
-
-from harness.config import ROOT, RunPlan, plan_run, register
+from harness.config import RunPlan, plan_run, register
+from harness.config.compose import compose
 from harness.measure.environment import environment
 from harness.measure.figures import summarise
 from harness.measure.memory import PeakProbe, module_bytes
@@ -145,12 +142,7 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
 
 def compose_plan(overrides: list[str], out: Path) -> RunPlan:
     """The checked config that ``overrides`` of ``conf/run.yaml`` give."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("run", [*overrides, f"hydra.runtime.output_dir={out}"], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return plan_run(cfg)
+    return plan_run(compose(*overrides, folder=out))
 
 
 def plan_of(row: Row, args: argparse.Namespace) -> RunPlan:

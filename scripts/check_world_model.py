@@ -21,17 +21,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import open_dict
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from harness.ab.arm import Arm
 from harness.ab.module import RolloutModule
-from harness.config import ROOT, RunPlan, plan_run, register
+from harness.config import RunPlan, plan_run, register
+from harness.config.compose import compose
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
 from harness.measure.quality import frame_psnr
@@ -66,12 +63,7 @@ class WorldModelFigures:
 def plan(overrides: list[str], frames: int, clips: int) -> RunPlan:
     """A checked BF16 run over ``clips`` clips at once."""
     fixed = ["quant=bf16", "kv=bf16", f"data.batch_size={clips}", f"data.future_frames={frames}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("run", [*overrides, *fixed, "hydra.runtime.output_dir=outputs"], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)  # fields that name the output folder refer to it
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return plan_run(cfg)
+    return plan_run(compose(*overrides, *fixed, folder="outputs"))
 
 
 def clip_batch(run: RunPlan, paths: list[Path], frames: int) -> tuple[ClipBatch, Tensor]:
@@ -150,7 +142,7 @@ def main(argv: list[str]) -> int:
     register()
     try:
         figures = world_model_figures(overrides, int(counts[-1]) if counts else 16)
-    except (ValueError, ClipError, HydraException) as error:
+    except (ValueError, ClipError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = Table(title="PSNR dB against the recording", title_justify="left")

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +36,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.config import ROOT, register
+from harness.config import register
+from harness.config.compose import compose
 from harness.formats.mx import E2M1, E4M3, decode, encode
 from harness.formats.scales import ScaleMode
 from harness.kernels.triton import shapes as triton_config
@@ -196,8 +196,7 @@ def read_model(name: str) -> tuple[GameRFTConfig, int]:
     if name.endswith((".yaml", ".yml")):
         return gamerft_config(model_section(name), name), 60
     register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        conf = OmegaConf.to_container(compose("run", [f"model={name}"]).model, resolve=True)
+    conf = OmegaConf.to_container(compose(f"model={name}").model, resolve=True)
     assert isinstance(conf, dict)
     fields = model_section(conf["config_file"]) if conf["config_file"] else {}
     return gamerft_config({**fields, **conf["arch"]}, name), int(conf["window"])

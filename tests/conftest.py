@@ -19,12 +19,11 @@ import pytest
 import torch._dynamo
 import yaml
 from game_clips import write_game_clip
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 from safetensors.torch import save_file
 
-from harness.config import ROOT, register
+from harness.config import register
+from harness.config.compose import compose
 from harness.config.flags import FLAGS
 from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
@@ -73,13 +72,7 @@ def composed(tmp_path):
     """Compose overrides as the command line would, with outputs in ``tmp_path``."""
 
     def compose_run(*overrides):
-        folder = f"hydra.runtime.output_dir={tmp_path / 'run'}"
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("run", [*overrides, folder], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return cfg
+        return compose(*overrides, folder=tmp_path / "run")
 
     yield compose_run
     HydraConfig.instance().cfg = None

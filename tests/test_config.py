@@ -2,7 +2,6 @@ import itertools
 
 import pytest
 import torch
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from harness.config import ROOT, ConfigError, RunConf, plan_run
@@ -93,19 +92,19 @@ def test_the_window_follows_the_model_and_the_seed_reaches_everyone(composed):
     [
         ("quant=mxfp5", "mxfp8_mlp"),
         ("kv=int4", "mx_v_only"),
-        ("quant.scope=everything", "expected one of [mlp, attn, modulation, all]"),
-        ("quant.kernel=cublas", "expected one of [auto, cutlass, cuda, triton, emulated]"),
-        ("kv.storage=fp8", "expected one of [bf16"),
-        ("attention.kind=flash", "expected one of [sdpa, flex"),
-        ("data.limit=many", "could not be converted to Integer"),
-        ("quant.bitz=8", "Key 'bitz' not in 'MXConf'"),
-        ("unknown=1", "Key 'unknown' is not in struct"),
+        ("quant.scope=everything", "must be one of mlp, attn, modulation, all"),
+        ("quant.kernel=cublas", "must be one of auto, cutlass, cuda, triton, emulated"),
+        ("kv.storage=fp8", "must be one of bf16"),
+        ("attention.kind=flash", "must be one of sdpa, flex"),
+        ("data.limit=many", "data.limit=many: must be a whole number, or null"),
+        ("quant.bitz=8", "quant.bitz: no such field; did you mean quant.bits?"),
+        ("unknown=1", "unknown: no such field"),
     ],
 )
 def test_wrong_names_and_types_fail_while_composing(composed, override, said):
-    with pytest.raises(HydraException) as caught:
+    with pytest.raises(ConfigError) as caught:
         composed("model=smoke", override)
-    assert said in f"{caught.value} {caught.value.__cause__}".replace("'unknown' not in", "'unknown' is not in struct")
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,6 @@ def test_wrong_names_and_types_fail_while_composing(composed, override, said):
         (["kv=mx_v_only", "model.arch.n_heads=4"], "head size 16 is not divisible by 32"),
         (["sampler.timesteps=[0.2,0.5]"], "timesteps=[0.2, 0.5]"),
         (["data=owl_cache"], "paths is empty"),
-        (["+model.arch.depth=3"], "unknown depth; allowed are"),
         (["model.arch.d_model=65"], "d_model=65 is not divisible by n_heads=2"),
         (["model.arch.channels=8"], "the decoder takes 16×4×4"),
         (["model.checkpoint=/no/such/file.pt"], "model.checkpoint=/no/such/file.pt: no such file"),

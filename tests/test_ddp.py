@@ -9,8 +9,7 @@ import pytest
 
 from harness.ab import processes as parallel
 from harness.ab.processes import ProcessError, ProcessParts, check_clips, check_processes
-from harness.config import ROOT, ConfigError, RunConf, plan_run
-from harness.config.plan import TrainerConf
+from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
 from harness.measure.stability import OnInstability
 from harness.report.record import load_record
 from harness.report.sections import IncidentRecord

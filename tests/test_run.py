@@ -67,7 +67,7 @@ def command(monkeypatch, tmp_path, capfd):
     ("words", "said"),
     [
         (["quant=mxfp5"], "mxfp4_mlp"),
-        (["quant.scope=heads"], "expected one of [mlp, attn, modulation, all]"),
+        (["quant.scope=heads"], "must be one of mlp, attn, modulation, all"),
         (["quant=mxfp8_mlp", "quant.kernel=triton", "quant.element_8bit=e5m2", "quant.bits=5"], "bits=5: allowed"),
         (["model.checkpoint=missing.pt"], "model.checkpoint=missing.pt: no such file"),
         (["data.limit=0"], "limit=0: must be at least 1"),

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from harness.config import ROOT, extras
+from harness.config.compose import load
 from harness.config.extras import missing_launcher, missing_logger
 from harness.report.record import load_record
 from harness.run import cli
@@ -42,8 +42,7 @@ def test_a_sweep_runs_its_grid_and_writes_one_page(tmp_path, launcher):
 
 def test_a_slurm_sweep_asks_for_one_gpu_a_job():
     needs("submitit_slurm")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("run", ["model=smoke", "sweep=submitit_slurm"], return_hydra_config=True)
+    cfg = load(["model=smoke", "sweep=submitit_slurm"], "run")
     assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
     assert (cfg.hydra.launcher.gpus_per_node, cfg.hydra.launcher.array_parallelism) == (1, 8)
 

@@ -16,6 +16,7 @@ from harness.ab.context import RunContext
 from harness.ab.module import RolloutModule
 from harness.config import RunConf, RunPlan
 from harness.config.flags import ignored
+from harness.config.labels import label
 from harness.data.datamodule import ClipDataModule
 from harness.kv import describe as describe_kv
 from harness.measure.environment import environment
@@ -55,9 +56,9 @@ def arm_labels(plan: RunPlan, choices: dict[str, str]) -> dict[str, str]:
     """What to call each arm: the config groups that make the candidate differ."""
     parts = []
     if plan.conf.quant.enabled:
-        parts.append(choices.get("quant", "quant"))
+        parts.append(label("quant", plan.conf.quant, choices.get("quant", "")))
     if plan.conf.kv.enabled:
-        parts.append(choices.get("kv", "kv"))
+        parts.append(label("kv", plan.conf.kv, choices.get("kv", "")))
     return {"bf16": "BF16", "candidate": " + ".join(parts)}
 
 

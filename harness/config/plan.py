@@ -1,197 +1,49 @@
-"""The structured config: what may be configured, with types, and every check of it that needs no weights.
+"""Every check of a config that needs no weights, before anything large is loaded.
 
-Each config group of ``conf/`` fills one field of :class:`RunConf`. Hydra checks names and types while it composes;
-:func:`plan_run` then checks values, files, shapes and kernels against each other, before anything large is loaded.
+Hydra checks names and types while it composes; :func:`plan_run` then checks values, files, shapes and kernels against
+each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import kv as kv_room
 from harness.calib import conf as calib_conf
-from harness.calib.conf import CalibConf
 from harness.config.extras import missing_logger
-from harness.config.flags import FlagError, register_flags
+from harness.config.flags import FlagError
+from harness.config.places import missing_file
+from harness.config.problems import ConfigError, collect, unknown
+from harness.config.schema import RunConf, TrainerConf
+from harness.config.sizes import needs_of, size_problems
+from harness.config.slurm import slurm_problems
+from harness.config.values import at_once, value_problems
 from harness.data import conf as data_conf
-from harness.data.conf import DataConf
 from harness.data.sources import ClipShape
-from harness.kv import KVConf
 from harness.measure import stability as stability_room
-from harness.measure.stability import OnInstability, StabilityConf
-from harness.models.bf16 import has_fast_bf16
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.mx import conf as mx_conf
-from harness.mx.conf import MXConf
 from harness.mx.transform import check_mx
 from harness.report import drift as drift_room
 from harness.report import gates as gates_room
-from harness.report.drift import DriftConf
-from harness.report.gates import GatesConf
-from harness.rollout import AttentionKind, CompileConf, DecoderGroups, RolloutSetup, SamplerConf
+from harness.rollout import RolloutSetup
 from harness.rollout import compile as compile_room
 from harness.rollout import linears as linears_room
 from harness.rollout import sampler as sampler_room
 from harness.rollout.attention import check_attention
-
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository. ``${repo:path}`` in a config is a path below it; other relative paths start where the user is."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message lists every problem found and what to do about it."""
-
-
-@dataclass
-class ModelConf:
-    """Which GameRFT runs.
-
-    Attributes:
-        config_file: upstream YAML with ``model:`` and ``train:`` sections, or null.
-        arch: fields of :class:`GameRFTConfig`; those of ``config_file`` are replaced by these.
-        checkpoint: weights, in any form that :mod:`harness.models.checkpoint` reads; null = seeded random weights.
-        weights: key of the set of weights to take from a checkpoint that holds several, such as ``ema`` or ``model``;
-            null = the averaged (EMA) one where there is one.
-        seed: of random weights.
-        window: frames a new frame sees, itself included, if the sampler does not say otherwise.
-    """
-
-    config_file: str | None = None
-    arch: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
-    weights: str | None = None
-    seed: int = 0
-    window: int = MISSING
-
-
-class DecoderDtype(Enum):
-    """What a decoder may compute in."""
-
-    bfloat16 = torch.bfloat16
-    float32 = torch.float32
-
-
-@dataclass
-class DecoderConf:
-    """Which DCAE decodes latents to frames, and encodes recorded ones.
-
-    Attributes:
-        config_file: YAML with a ``model:`` section, or null.
-        arch: fields of :class:`DCAEConfig`; those of ``config_file`` are replaced by these.
-        checkpoint: decoder or whole autoencoder; null = seeded random weights.
-        encoder: encoder or whole autoencoder, needed for recorded frames; null = ``checkpoint``.
-        vae_scale: the decoder's latents are this times the model's; null = as the config files say.
-        seed: of random weights.
-        groups: how its grouped convolutions run, see :class:`DecoderGroups`.
-        dtype: what it computes in, in both arms: bfloat16, float32, or null = bfloat16 where the device has it
-            (every GPU; CPUs with instructions for it), else float32.
-    """
-
-    config_file: str | None = None
-    arch: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
-    encoder: str | None = None
-    vae_scale: float | None = None
-    seed: int = 0
-    groups: DecoderGroups = DecoderGroups.auto
-    dtype: DecoderDtype | None = None
-
-    def dtype_on(self, device: torch.device) -> torch.dtype:
-        """``dtype``, or what null stands for on ``device``."""
-        fitting = DecoderDtype.bfloat16 if has_fast_bf16(device) else DecoderDtype.float32
-        return (self.dtype or fitting).value
-
-
-@dataclass
-class AttentionConf:
-    """How a frame attends to its window."""
-
-    kind: AttentionKind = AttentionKind.sdpa
-
-
-@dataclass
-class TrainerConf:
-    """Arguments of Lightning's ``Trainer``.
-
-    Attributes:
-        accelerator: ``cpu`` or ``gpu``.
-        devices: processes on each machine, each with its own GPU (or share of the CPUs) and its share of the clips.
-        num_nodes: machines; more than one are started by SLURM or torchrun.
-        strategy: ``auto``, or ``ddp`` for several processes.
-    """
-
-    _target_: str = "lightning.Trainer"
-    accelerator: str = "cpu"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-
-
-@dataclass
-class MeasureConf:
-    """What is measured beside quality.
-
-    Attributes:
-        warmup_frames: frames run on zeros before anything is timed.
-        skip_frames: first frames of each clip that are not timed (at least one is).
-        parts_frames: frames of the instrumented pass that splits a frame into its parts; 0 = none.
-        videos: write an A/B video per clip.
-        numerics_rows: input rows on which the error of each MX Linear is measured, after the rollouts; 0 = none.
-    """
-
-    warmup_frames: int = 2
-    skip_frames: int = 1
-    parts_frames: int = 4
-    videos: bool = True
-    numerics_rows: int = 64
-
-
-@dataclass
-class RunConf:
-    """A whole run.
-
-    ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
-    ``flags``: the old environment flags that are set, see :mod:`harness.config.flags`. ``threads``: CPU threads of
-    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use.
-    """
-
-    model: ModelConf = field(default_factory=ModelConf)
-    decoder: DecoderConf = field(default_factory=DecoderConf)
-    data: DataConf = field(default_factory=DataConf)
-    quant: MXConf = field(default_factory=MXConf)
-    kv: KVConf = field(default_factory=KVConf)
-    calib: CalibConf = field(default_factory=CalibConf)
-    attention: AttentionConf = field(default_factory=AttentionConf)
-    compile: CompileConf = field(default_factory=CompileConf)
-    sampler: SamplerConf = field(default_factory=SamplerConf)
-    trainer: TrainerConf = field(default_factory=TrainerConf)
-    logger: dict[str, Any] = field(default_factory=dict)
-    measure: MeasureConf = field(default_factory=MeasureConf)
-    gates: GatesConf = field(default_factory=GatesConf)
-    on_instability: OnInstability = OnInstability["raise"]
-    stability: StabilityConf = field(default_factory=StabilityConf)
-    drift: DriftConf = field(default_factory=DriftConf)
-    seed: int = 0
-    flags: dict[str, str] = field(default_factory=dict)
-    threads: int | None = None
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether the candidate would be BF16 itself."""
-        return not (self.quant.enabled or self.kv.enabled)
 
 
 @dataclass(frozen=True)
@@ -230,22 +82,6 @@ class RunPlan:
         return self.conf.decoder.encoder or self.conf.decoder.checkpoint
 
 
-def register() -> None:
-    """Put the schema and the resolvers where Hydra finds them. May be called again."""
-    OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
-    register_flags()
-    ConfigStore.instance().store(name="run_schema", node=RunConf)
-
-
-@contextmanager
-def _collect(problems: list[str]) -> Iterator[None]:
-    """Turn a check's ``ValueError`` into one more problem, so that a user sees all of them at once."""
-    try:
-        yield
-    except ValueError as error:
-        problems.append(str(error))
-
-
 def plan_run(cfg: DictConfig) -> RunPlan:
     """Check a composed config and work out what it implies.
 
@@ -258,12 +94,17 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {_root(error)}") from error
     assert isinstance(conf, RunConf)
-    problems: list[str] = []
+    problems = list(value_problems(conf))
     device = _device(conf.trainer, problems)
     arch, dcae, vae_scale = _read_model(conf, problems)
-    if not problems:
-        assert arch is not None
+    if arch is not None and dcae is not None:
         _check_values(conf, arch, device, problems)
+        if not problems:
+            decoded = conf.decoder.dtype_on(device).itemsize
+            problems += size_problems(needs_of(conf, arch, dcae, decoded), device)
+        if not problems:
+            with collect(problems):
+                _check_mx(conf, arch, device)
     if problems:
         raise ConfigError("\n".join(problems))
     assert arch is not None
@@ -279,7 +120,8 @@ def _root(error: BaseException) -> BaseException:
         if isinstance(inner, FlagError):
             return inner
         inner = inner.__context__
-    return error
+    key = getattr(error, "full_key", None)
+    return ValueError(f"{key + ': ' if key else ''}{str(error).splitlines()[0]}")
 
 
 def _device(conf: TrainerConf, problems: list[str]) -> torch.device:
@@ -288,6 +130,8 @@ def _device(conf: TrainerConf, problems: list[str]) -> torch.device:
     for name in ("devices", "num_nodes"):
         if getattr(conf, name) < 1:
             problems.append(f"trainer.{name}={getattr(conf, name)}: must be at least 1")
+    if conf.accelerator == "cpu":
+        problems += at_once("trainer.devices", conf.devices)
     if conf.strategy not in ("auto", "ddp"):
         problems.append(f"trainer.strategy={conf.strategy}: allowed are auto, ddp")
     if conf.accelerator == "gpu":
@@ -301,9 +145,9 @@ def _device(conf: TrainerConf, problems: list[str]) -> torch.device:
 
 def _fields(name: str, file: str | None, arch: dict[str, Any], kind: type) -> dict[str, Any]:
     known = sorted(item.name for item in dataclasses.fields(kind))
-    unknown = sorted(set(arch) - set(known))
-    if unknown:
-        raise ConfigError(f"{name}.arch: unknown {', '.join(unknown)}; allowed are {', '.join(known)}")
+    wrong = [f"{name}.arch.{other}: {unknown('field', other, known)}" for other in sorted(set(arch) - set(known))]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     if file is None and not arch:
         raise ConfigError(f"{name}: give {name}.config_file or {name}.arch")
     return {**(model_section(file) if file else {}), **arch}
@@ -313,14 +157,14 @@ def _read_model(conf: RunConf, problems: list[str]) -> tuple[GameRFTConfig | Non
     """Shapes of model and decoder, checked against each other; checkpoints only have to exist yet."""
     arch = dcae = vae_scale = None
     model, decoder = conf.model, conf.decoder
-    with _collect(problems):
+    with collect(problems):
         fields = _fields("model", model.config_file, model.arch, GameRFTConfig)
         arch = gamerft_config(fields, model.config_file or "model.arch")
-    with _collect(problems):
+    with collect(problems):
         fields = _fields("decoder", decoder.config_file, decoder.arch, DCAEConfig)
         dcae = dcae_config(fields, decoder.config_file or "decoder.arch")
     if arch and dcae:
-        with _collect(problems):
+        with collect(problems):
             vae_scale = _vae_scale(conf)
     for name, path in (
         ("model.checkpoint", model.checkpoint),
@@ -328,7 +172,7 @@ def _read_model(conf: RunConf, problems: list[str]) -> tuple[GameRFTConfig | Non
         ("decoder.encoder", decoder.encoder),
     ):
         if path is not None and not Path(path).is_file():
-            problems.append(f"{name}={path}: no such file")
+            problems.append(f"{name}={path}: {missing_file(path)}")
     if arch and dcae and (arch.channels, arch.sample_size) != (dcae.latent_channels, dcae.latent_size):
         problems.append(
             f"the model's latents are {arch.channels}×{arch.sample_size}×{arch.sample_size}, the decoder takes "
@@ -350,34 +194,29 @@ def _vae_scale(conf: RunConf) -> float:
 
 
 def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, problems: list[str]) -> None:
-    with _collect(problems):
+    with collect(problems):
         sampler_room.validate(conf.sampler)
-    with _collect(problems):
+    with collect(problems):
         compile_room.validate(conf.compile, device)
-    with _collect(problems):
+    with collect(problems):
         linears_room.validate(conf.compile, device)
-    with _collect(problems):
+    with collect(problems):
         check_attention(conf.attention.kind, device, arch.head_dim)
-    with _collect(problems):
+    with collect(problems):
         data_conf.validate(conf.data)
-    with _collect(problems):
+    with collect(problems):
         kv_room.validate(conf.kv, head_dim=arch.head_dim)
-    with _collect(problems):
-        if conf.quant.enabled:
-            with torch.device("meta"):
-                core = GameRFTCore(arch).to(torch.bfloat16)
-            check_mx(core, conf.quant, device)
-        else:
-            mx_conf.validate(conf.quant)
-    with _collect(problems):
+    with collect(problems):
+        mx_conf.validate(conf.quant)
+    with collect(problems):
         calib_conf.validate(conf.calib)
     if conf.calib.enabled and not conf.quant.enabled:
         problems.append(f"calib={conf.calib.method} chooses MX weights, and quant=bf16 has none; use calib=none")
-    with _collect(problems):
+    with collect(problems):
         stability_room.validate(conf.stability)
-    with _collect(problems):
+    with collect(problems):
         drift_room.validate(conf.drift)
-    with _collect(problems):
+    with collect(problems):
         if conf.gates.enabled:
             gates_room.validate(conf.gates)
     if conf.gates.enabled and not conf.gates.implied and conf.is_baseline:
@@ -389,8 +228,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
             for name, source in sources.items()
             if source == data_conf.Source.clips
         ]
-    if (missing := missing_logger(conf.logger.get("_target_", ""))) is not None:
-        problems.append(missing)
+    problems += _logger_problems(conf.logger)
     problems += [
         f"measure.{name}={value}: must be at least {least}"
         for name, value, least in (
@@ -401,8 +239,32 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         )
         if value < least
     ]
-    if conf.threads is not None and conf.threads < 1:
-        problems.append(f"threads={conf.threads}: must be at least 1, or null for torch's own choice")
+    problems += at_once("threads", conf.threads, null=", or null for torch's own choice")
+    problems += slurm_problems(conf.trainer.devices, conf.trainer.num_nodes, os.environ)
+    problems += at_once("data.num_workers", conf.data.num_workers, 0)
 
 
-register()  # on import: a launcher's worker imports this module, but does not run the command
+def _logger_problems(logger: dict[str, Any]) -> Iterator[str]:
+    """Whether there is such a logger, and each argument is one that it has."""
+    target = str(logger.get("_target_", ""))
+    if (missing := missing_logger(target)) is not None:
+        yield missing
+        return
+    try:
+        module, _, name = target.rpartition(".")
+        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    except (ImportError, AttributeError, ValueError, TypeError):
+        yield f"logger._target_={target}: no such class; choose one of the group: logger=csv"
+        return
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in sorted(set(logger) - {"_target_"} - set(parameters)):
+        yield f"logger.{name}: {unknown('argument', name, list(parameters))}"
+
+
+def _check_mx(conf: RunConf, arch: GameRFTConfig, device: torch.device) -> None:
+    """Whether the Linears of the model can become MX here; it is built without memory. Raises ``ValueError``."""
+    if conf.quant.enabled:
+        with torch.device("meta"):
+            core = GameRFTCore(arch).to(torch.bfloat16)
+        check_mx(core, conf.quant, device)

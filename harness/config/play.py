@@ -6,9 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hydra.core.config_store import ConfigStore
-
-from harness.config.plan import RunConf
+from harness.config.schema import RunConf, register_schema
 from harness.mx.linears.decoded import KeepDecoded
 
 
@@ -104,4 +102,4 @@ def validate(conf: PlayConf) -> None:
 
 def register_play() -> None:
     """Put the schema where Hydra finds it. May be called again."""
-    ConfigStore.instance().store(name="play_schema", node=PlayRunConf)
+    register_schema("play", PlayRunConf)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.config import ROOT
+from harness.config.places import PACKAGE
 
 Launch = Callable[[Sequence[str], Path], int]
 """Runs the harness with these words, outputs in this folder; returns its exit code."""
@@ -25,7 +25,7 @@ INTERRUPTED = (130, 143)
 def launch_process(words: Sequence[str], folder: Path) -> int:
     """Run the harness as a process of its own; what it prints goes to ``console.log`` in its folder."""
     folder.mkdir(parents=True)
-    command = [sys.executable, str(ROOT / "harness" / "run.py"), *words, f"hydra.run.dir={quoted(folder)}"]
+    command = [sys.executable, str(PACKAGE / "run.py"), *words, f"hydra.run.dir={quoted(folder)}"]
     with (folder / LOG).open("w", encoding="utf-8") as log:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -10,12 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
-from harness.config import ROOT, RunPlan, plan_run
+from harness.config import RunPlan, plan_run
+from harness.config.compose import compose
 from harness.ladder import rungs
 from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_process, quoted
 from harness.ladder.rungs import BASELINE, Candidate, Rung
@@ -38,16 +36,9 @@ def compose_run(words: Sequence[str]) -> tuple[dict[str, Any], RunPlan]:
     """The resolved config of a run and its checked plan, without running it.
 
     Raises:
-        ValueError: if Hydra or the harness refuse it.
+        ValueError: listing what is wrong with it.
     """
-    try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("run", [*words, "hydra.runtime.output_dir=run"], return_hydra_config=True)
-    except HydraException as error:
-        raise ValueError(str(error)) from error
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = compose(*words, folder="run")
     config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return config, plan_run(cfg)
 

@@ -17,6 +17,10 @@ GROUP_CHANNELS = 16
 """Channels per group of a residual block's 3×3 convolution."""
 
 
+MOST_STAGES, MOST_BLOCKS = 16, 256
+"""Of an autoencoder: far more than any has, and few enough to be made."""
+
+
 @dataclass
 class DCAEConfig:
     """Shape of a DCAE. Field names are those of upstream ``model:`` YAML sections.
@@ -46,11 +50,23 @@ class DCAEConfig:
         height, width = self.sample_size
         return abs(width / height - 16 / 9) < 0.01
 
+    def _small(self) -> list[str]:
+        """Sizes below what there can be of anything, or lists of another length."""
+        one = ("channels", "latent_size", "latent_channels", "ch_0", "ch_max")
+        problems = [f"{name}={getattr(self, name)}: must be at least 1" for name in one if getattr(self, name) < 1]
+        if len(self.sample_size) != 2 or min(self.sample_size) < 1:
+            problems.append(f"sample_size={list(self.sample_size)}: give [height, width], each at least 1")
+        for name in ("encoder_blocks_per_stage", "decoder_blocks_per_stage"):
+            blocks = list(getattr(self, name))
+            if not 1 <= len(blocks) <= MOST_STAGES or min(blocks) < 1 or max(blocks) > MOST_BLOCKS:
+                problems.append(f"{name}={blocks}: give 1 to {MOST_STAGES} stages, each of 1 to {MOST_BLOCKS} blocks")
+        return problems
+
     def validate(self) -> None:
         """Raise ``ValueError`` listing every field that describes an autoencoder this package cannot build."""
-        problems = []
-        if len(self.sample_size) != 2 or min(self.sample_size) < 1:
-            problems.append(f"sample_size={list(self.sample_size)}: give [height, width]")
+        problems = self._small()
+        if problems:
+            raise ValueError("DCAE config: " + "; ".join(problems))
         if self.ch_max % self.latent_channels:
             problems.append(f"ch_max={self.ch_max} is not a multiple of latent_channels={self.latent_channels}")
         widths = [self.ch_max, *self.widths(len(self.decoder_blocks_per_stage))]

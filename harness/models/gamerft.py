@@ -61,7 +61,7 @@ class GameRFTConfig:
     def validate(self) -> None:
         """Raise ``ValueError`` listing every field that describes a model this package cannot build."""
         problems = []
-        positive = ("n_layers", "n_heads", "d_model", "channels", "sample_size", "n_frames", "local_idx")
+        positive = ("n_layers", "n_heads", "d_model", "channels", "sample_size", "n_frames", "local_idx", "n_buttons")
         problems += [
             f"{name}={getattr(self, name)}: must be at least 1" for name in positive if getattr(self, name) < 1
         ]

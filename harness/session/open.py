@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import open_dict
-
 from harness.ab.recorder import arm_labels
-from harness.config import ROOT, RunPlan, plan_run, register
+from harness.config import RunPlan, plan_run
+from harness.config.compose import choices_of, compose
 from harness.config.play import PlayConf, PlayRunConf, register_play, validate
 from harness.session.engine import Engine
 from harness.session.session import Session
@@ -23,20 +20,13 @@ def plan_play(words: Sequence[str]) -> tuple[RunPlan, dict[str, str]]:
         The plan, and what to call each arm.
 
     Raises:
-        hydra.errors.HydraException: for a group, option or field that does not exist.
-        ValueError: listing everything in it that cannot be.
+        ValueError: listing every word that names nothing, or everything in the config that cannot be.
     """
-    register()
     register_play()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("play", list(words), return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = compose(*words, name="play")
     plan = plan_run(cfg)
     validate(play_conf(plan).play)
-    return plan, arm_labels(plan, choices)
+    return plan, arm_labels(plan, choices_of(cfg))
 
 
 def load_play(words: Sequence[str]) -> tuple[Engine, PlayConf, dict[str, str]]:
@@ -59,7 +49,6 @@ def open_engine(*words: str, arms: Sequence[str] | None = None) -> Engine:
         arms: which of ``bf16`` and ``candidate`` to load; both by default, if ``quant`` or ``kv`` ask for a candidate.
 
     Raises:
-        hydra.errors.HydraException: for a word that names nothing.
         ValueError: if the config cannot run here or its files do not fit.
     """
     plan, _ = plan_play(words)

@@ -1,0 +1,238 @@
+"""The one place that composes a config from words, as they are typed on the command line.
+
+The command, sweeps, the ladder, benchmarks, play and Python all come through here, so that all refuse the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.utils import create_config_search_path
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobRuntime, setup_globals
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config.fields import fields_of
+from harness.config.places import CONF
+from harness.config.problems import ConfigError
+from harness.config.schema import SCHEMAS, register
+from harness.config.values import unknown_keys
+from harness.config.words import Vocabulary, file_problems, word_problems
+
+
+class ComposedConfig(DictConfig):
+    """A composed config that knows what it was composed from: :attr:`hydra` is Hydra's own part of it."""
+
+    def __init__(self, content: Any, hydra: DictConfig) -> None:
+        super().__init__(content)
+        self.__dict__["hydra_part"] = hydra
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposedConfig:
+        plain = super().__deepcopy__(memo)
+        return ComposedConfig(plain, self.__dict__["hydra_part"])
+
+
+def compose(
+    *words: str, name: str = "run", folder: str | Path | None = None, config_dir: str | Path | None = None
+) -> ComposedConfig:
+    """Compose ``conf/<name>.yaml`` with ``words`` such as ``quant=mxfp8_all`` or ``data.limit=2``.
+
+    The config can be changed afterwards (``cfg.data.limit = 1``). Until another one is composed, its
+    interpolations of the output folder resolve to this one's.
+
+    Args:
+        words: as on the command line.
+        name: of the config: ``run`` or ``play``.
+        folder: for the outputs; by default what ``hydra.run.dir`` says.
+        config_dir: a folder with further options of the groups.
+
+    Raises:
+        ConfigError: listing every word, and every line of a YAML file, that names nothing or has a value of
+            another type.
+    """
+    cfg = load(list(words), name, config_dir)
+    use(cfg, folder)
+    hydra = cfg.hydra
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return ComposedConfig(cfg, hydra)
+
+
+def choices_of(cfg: DictConfig) -> dict[str, str]:
+    """The chosen option of each group, of a config that :func:`compose` made; of any other nothing is known."""
+    part = cfg.__dict__.get("hydra_part")
+    found = {} if part is None else part.runtime.choices
+    return {str(group): str(option) for group, option in found.items() if "hydra/" not in str(group)}
+
+
+def use(cfg: DictConfig, folder: str | Path | None = None) -> None:
+    """Make ``cfg``, a config with Hydra's part, the one that ``${hydra:…}`` refers to, its outputs in ``folder``."""
+    instance = HydraConfig.instance()
+    OmegaConf.set_readonly(cfg.hydra, False)
+    with open_dict(cfg.hydra):
+        cfg.hydra.mode = cfg.hydra.mode or RunMode.RUN
+        instance.set_config(cfg)  # the folder's name is made of it
+        OmegaConf.set_readonly(cfg.hydra, False)
+        cfg.hydra.runtime.output_dir = str(Path(folder or cfg.hydra.run.dir).absolute())
+    instance.set_config(cfg)
+
+
+@contextmanager
+def in_folder(cfg: DictConfig, folder: Path) -> Iterator[DictConfig]:
+    """Hydra's part of ``cfg`` while it runs in ``folder``; before and after, what was in use stays in use."""
+    before = HydraConfig.instance().cfg
+    part = cfg.__dict__.get("hydra_part")
+    whole = DictConfig({})
+    if part is None:  # composed by Hydra's own compose(), which keeps nothing of it
+        part = load([], "run", None).hydra
+        with open_dict(part):
+            part.runtime.choices = {}
+    whole._set_item_impl("hydra", copy.deepcopy(part))
+    try:
+        use(whole, folder)
+        yield whole.hydra
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, sweep: bool = False) -> DictConfig:
+    """The composed config with Hydra's part, every word and file checked; ``sweep``: of a multirun's common part.
+
+    Raises:
+        ConfigError: see :func:`compose`.
+    """
+    register()
+    setup_globals()
+    JobRuntime.instance().set("name", name)
+    loader = _loader(config_dir)
+    try:
+        vocabulary = _vocabulary(loader, words, name)
+        problems = word_problems(words, vocabulary, sweep)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        single = [word for word in words if not is_sweep(word)]
+        problems = _file_problems(loader, single, name, vocabulary)
+        for word in _swept(words, vocabulary):
+            problems += _file_problems(loader, [*single, word], name, vocabulary)
+        if problems:
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        cfg = loader.load_configuration(name, single, RunMode.RUN, from_shell=True)
+    except ConfigError:
+        raise
+    except ConfigCompositionException as error:
+        raise ConfigError(_not_set(error, vocabulary)) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(one_line(error)) from error
+    # Hydra itself has one key that its own type has not.
+    problems = [problem for problem in unknown_keys(cfg.hydra, "hydra") if not problem.startswith("hydra.env:")]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return cfg
+
+
+def _not_set(error: ConfigCompositionException, vocabulary: Vocabulary) -> str:
+    """Of a field in a mapping that the chosen options leave out: it has to be added."""
+    added = re.search(r"An item is already at '([^']+)'", str(error))
+    if added is not None:
+        return f"{added[1]}: it is there already; set it without +: {added[1]}=…"
+    found = re.match(r"Could not (?:override|delete) '([^']+)'", str(error))
+    if found is None or not vocabulary.known(found[1]):
+        return one_line(error)
+    return f"{found[1]}: not set by the chosen options, so it has to be added: +{found[1]}=…"
+
+
+def _swept(words: Sequence[str], vocabulary: Vocabulary) -> Iterator[str]:
+    """``group=option`` for each option that a sweep names."""
+    for word in filter(is_sweep, words):
+        group, _, options = word.partition("=")
+        if group in vocabulary.groups:
+            yield from (f"{group}={option.strip()}" for option in options.split(",") if option.strip().isidentifier())
+
+
+def is_sweep(word: str) -> bool:
+    """Whether ``word``, which is of Hydra's grammar, has several values."""
+    return OverridesParser.create().parse_override(word).is_sweep_override()
+
+
+def _loader(config_dir: str | Path | None) -> ConfigLoaderImpl:
+    path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"{config_dir}: no such folder of configs")
+        path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
+    loader = ConfigLoaderImpl(path)
+    loader.repository = _NamingRepository(path)
+    return loader
+
+
+class _NamingRepository(ConfigRepository):
+    """Says which file cannot be read."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        try:
+            return super().load_config(config_path)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = "" if mark is None else f", line {mark.line + 1}"
+            problem = getattr(error, "problem", None) or one_line(error)
+            raise ConfigError(f"{config_path}.yaml{line}: not YAML: {problem}") from error
+        except (ValueError, UnicodeDecodeError) as error:
+            hint = "; YAML reads on, off, yes and no as true and false: put them in quotes" * ("bool" in str(error))
+            raise ConfigError(f"{config_path}.yaml: {one_line(error)}{hint}") from error
+
+
+def _vocabulary(loader: ConfigLoaderImpl, words: Sequence[str], name: str) -> Vocabulary:
+    searched = [word for word in words if word.startswith("hydra.searchpath=")]
+    _, repo = loader._parse_overrides_and_create_caching_repo(name, searched)
+
+    def groups(parent: str) -> Iterator[str]:
+        for group in repo.get_group_options(parent, ObjectType.GROUP):
+            path = f"{parent}/{group}" if parent else group
+            yield path
+            yield from groups(path)
+
+    options = {group: repo.get_group_options(group, ObjectType.CONFIG) for group in groups("")}
+    fields = {field.path: field for field in fields_of(SCHEMAS.get(name, SCHEMAS["run"]))}
+    return Vocabulary({group: names for group, names in options.items() if names}, fields)
+
+
+def _file_problems(loader: ConfigLoaderImpl, words: Sequence[str], name: str, vocabulary: Vocabulary) -> list[str]:
+    """What is wrong with the config files that these words choose."""
+    _, repo = loader._parse_overrides_and_create_caching_repo(name, list(words))
+    problems = []
+    for part in loader.compute_defaults_list(name, list(words), RunMode.RUN).defaults:
+        path = part.config_path
+        if path is None or path.startswith("hydra") or part.parent is None:
+            continue
+        found = repo.load_config(path)
+        if found is None or found.provider in ("hydra", "schema") or path.endswith("_schema"):
+            continue
+        if isinstance(found.config, DictConfig):
+            problems += file_problems(f"{path}.yaml", part.package or "", found.config, vocabulary)
+    return problems
+
+
+def one_line(error: BaseException) -> str:
+    """An error of Hydra's or OmegaConf's without its advice, search path and frames."""
+    texts: list[str] = []
+    inner: BaseException | None = error
+    while inner is not None and len(texts) < 3:
+        first = next((line for line in str(inner).splitlines() if line.strip()), "")
+        if first and first not in texts:
+            texts.append(first)
+        inner = inner.__cause__
+    return ": ".join(texts) or type(error).__name__

@@ -1,0 +1,183 @@
+"""The structured config: what may be configured, with types. Each group of ``conf/`` fills one field of RunConf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from harness.calib.conf import CalibConf
+from harness.config.flags import register_flags
+from harness.config.labels import register_label
+from harness.config.places import asset
+from harness.data.conf import DataConf
+from harness.kv import KVConf
+from harness.measure.stability import OnInstability, StabilityConf
+from harness.models.bf16 import has_fast_bf16
+from harness.mx.conf import MXConf
+from harness.report.drift import DriftConf
+from harness.report.gates import GatesConf
+from harness.rollout import AttentionKind, CompileConf, DecoderGroups, SamplerConf
+
+SCHEMAS: dict[str, type] = {}
+"""The schema of each config at the top of ``conf/``, by its name: what is registered so far."""
+
+
+@dataclass
+class ModelConf:
+    """Which GameRFT runs.
+
+    Attributes:
+        config_file: upstream YAML with ``model:`` and ``train:`` sections, or null.
+        arch: fields of :class:`GameRFTConfig`; those of ``config_file`` are replaced by these.
+        checkpoint: weights, in any form that :mod:`harness.models.checkpoint` reads; null = seeded random weights.
+        weights: key of the set of weights to take from a checkpoint that holds several, such as ``ema`` or ``model``;
+            null = the averaged (EMA) one where there is one.
+        seed: of random weights.
+        window: frames a new frame sees, itself included, if the sampler does not say otherwise.
+    """
+
+    config_file: str | None = None
+    arch: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    weights: str | None = None
+    seed: int = 0
+    window: int = MISSING
+
+
+class DecoderDtype(Enum):
+    """What a decoder may compute in."""
+
+    bfloat16 = torch.bfloat16
+    float32 = torch.float32
+
+
+@dataclass
+class DecoderConf:
+    """Which DCAE decodes latents to frames, and encodes recorded ones.
+
+    Attributes:
+        config_file: YAML with a ``model:`` section, or null.
+        arch: fields of :class:`DCAEConfig`; those of ``config_file`` are replaced by these.
+        checkpoint: decoder or whole autoencoder; null = seeded random weights.
+        encoder: encoder or whole autoencoder, needed for recorded frames; null = ``checkpoint``.
+        vae_scale: the decoder's latents are this times the model's; null = as the config files say.
+        seed: of random weights.
+        groups: how its grouped convolutions run, see :class:`DecoderGroups`.
+        dtype: what it computes in, in both arms: bfloat16, float32, or null = bfloat16 where the device has it
+            (every GPU; CPUs with instructions for it), else float32.
+    """
+
+    config_file: str | None = None
+    arch: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    encoder: str | None = None
+    vae_scale: float | None = None
+    seed: int = 0
+    groups: DecoderGroups = DecoderGroups.auto
+    dtype: DecoderDtype | None = None
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """``dtype``, or what null stands for on ``device``."""
+        fitting = DecoderDtype.bfloat16 if has_fast_bf16(device) else DecoderDtype.float32
+        return (self.dtype or fitting).value
+
+
+@dataclass
+class AttentionConf:
+    """How a frame attends to its window."""
+
+    kind: AttentionKind = AttentionKind.sdpa
+
+
+@dataclass
+class TrainerConf:
+    """Arguments of Lightning's ``Trainer``.
+
+    Attributes:
+        accelerator: ``cpu`` or ``gpu``.
+        devices: processes on each machine, each with its own GPU (or share of the CPUs) and its share of the clips.
+        num_nodes: machines; more than one are started by SLURM or torchrun.
+        strategy: ``auto``, or ``ddp`` for several processes.
+    """
+
+    _target_: str = "lightning.Trainer"
+    accelerator: str = "cpu"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+
+
+@dataclass
+class MeasureConf:
+    """What is measured beside quality.
+
+    Attributes:
+        warmup_frames: frames run on zeros before anything is timed.
+        skip_frames: first frames of each clip that are not timed (at least one is).
+        parts_frames: frames of the instrumented pass that splits a frame into its parts; 0 = none.
+        videos: write an A/B video per clip.
+        numerics_rows: input rows on which the error of each MX Linear is measured, after the rollouts; 0 = none.
+    """
+
+    warmup_frames: int = 2
+    skip_frames: int = 1
+    parts_frames: int = 4
+    videos: bool = True
+    numerics_rows: int = 64
+
+
+@dataclass
+class RunConf:
+    """A whole run.
+
+    ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
+    ``flags``: the old environment flags that are set, see :mod:`harness.config.flags`. ``threads``: CPU threads of
+    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use.
+    """
+
+    model: ModelConf = field(default_factory=ModelConf)
+    decoder: DecoderConf = field(default_factory=DecoderConf)
+    data: DataConf = field(default_factory=DataConf)
+    quant: MXConf = field(default_factory=MXConf)
+    kv: KVConf = field(default_factory=KVConf)
+    calib: CalibConf = field(default_factory=CalibConf)
+    attention: AttentionConf = field(default_factory=AttentionConf)
+    compile: CompileConf = field(default_factory=CompileConf)
+    sampler: SamplerConf = field(default_factory=SamplerConf)
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    logger: dict[str, Any] = field(default_factory=dict)
+    measure: MeasureConf = field(default_factory=MeasureConf)
+    gates: GatesConf = field(default_factory=GatesConf)
+    on_instability: OnInstability = OnInstability["raise"]
+    stability: StabilityConf = field(default_factory=StabilityConf)
+    drift: DriftConf = field(default_factory=DriftConf)
+    seed: int = 0
+    flags: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the candidate would be BF16 itself."""
+        return not (self.quant.enabled or self.kv.enabled)
+
+
+def register() -> None:
+    """Put the schema and the resolvers where Hydra finds them. May be called again."""
+    OmegaConf.register_new_resolver("repo", asset, replace=True)
+    register_flags()
+    register_label()
+    register_schema("run", RunConf)
+
+
+def register_schema(name: str, schema: type) -> None:
+    """Make ``schema`` the type of ``conf/<name>.yaml``, which names it ``<name>_schema``."""
+    SCHEMAS[name] = schema
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+register()  # on import: a launcher's worker imports this module, but does not run the command

@@ -1,0 +1,195 @@
+"""What runs is what was typed: words and files are checked before anything runs, wherever they come from."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from harness.config import ROOT, ConfigError, plan_run
+from harness.config import sizes as sizes_room
+from harness.config.compose import compose, load
+from harness.config.labels import label
+from harness.config.slurm import slurm_problems
+from harness.models.gamerft import GameRFTConfig, GameRFTCore
+
+UNKNOWN = "no such field; did you mean quant.late_layers?"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quant.late_layer=4"], UNKNOWN),
+        (["+quant.late_layer=4"], UNKNOWN),
+        (["++quant.late_layer=4"], UNKNOWN),
+        (["quant={bits: 4, late_layer: 3}"], UNKNOWN),
+        (["gates=d", "+gates.max_psnr_dop=-1"], "gates.max_psnr_dop: no such field; did you mean gates.max_psnr_drop?"),
+        (["late_layers=4"], "did you mean quant.late_layers or kv.late_layers?"),
+        (["qaunt=mxfp8_all"], "qaunt: no such field; did you mean quant?"),
+        (["+model.arch.n_layer=3"], "did you mean model.arch.n_layers?"),
+        (["+hydra.foo=1"], "hydra.foo: no such field"),
+        (["+logger.save_dri=x"], "logger.save_dri: no such argument; did you mean save_dir?"),
+        (["quant=MXFP8_all"], "no such option of quant; did you mean mxfp8_all?"),
+        (["MXFP8_all"], "not of the form name=value; did you mean quant=mxfp8_all?"),
+        (["quant", "mxfp8_all"], "write it without blanks: quant=mxfp8_all"),
+        (["quant", "=", "mxfp8_all"], "quant = mxfp8_all: write it without blanks: quant=mxfp8_all"),
+        (["quant=", "mxfp8_all"], "write it without blanks: quant=mxfp8_all"),
+        (["data.paths=[a,", "b]"], "quote the whole word: 'data.paths=[a, b]'"),
+        (["model.checkpoint=/my", "run/x.pt"], "quote the whole word: 'model.checkpoint=/my run/x.pt'"),
+        (["model.checkpoint=/epoch=3.pt"], """put it in quotes: 'model.checkpoint="/epoch=3.pt"'"""),
+        (["model.checkpoint=/a,b.pt"], """one text: 'model.checkpoint="/a,b.pt"'"""),
+        (["model.checkpoint=1e3"], "read as 1000.0; put the text in quotes"),
+        (["model.checkpoint=true"], "read as true; put the text in quotes"),
+        (["data.paths=/x"], "data.paths=/x: must be a list"),
+        (["quant=null"], "quant=null: no such option of quant"),
+        (["kv=null"], "kv=null: no such option of kv"),
+        (["compile=true"], "compile=true: no such option of compile"),
+        (["quant=bf16,mxfp8_all"], "add -m to run each"),
+        (["~quant.bits"], "a field cannot be taken away"),
+        (["decoder.vae_scale=true"], "decoder.vae_scale=true: must be a number, or null"),
+        (["measure.videos=5"], "measure.videos=5: must be true or false"),
+        (["seed=1.5"], "seed=1.5: must be a whole number"),
+        (["seed=18446744073709551616"], "must be 0 to 18446744073709551615"),
+        (["threads=100000"], "threads=100000: must be at least 1 and, on this machine, at most"),
+        (["drift.fidelity_psnr=inf"], "drift.fidelity_psnr=inf: must be a finite number"),
+        (["sampler.timesteps=[nan]"], "sampler.timesteps[0]=nan: must be a finite number"),
+        (["data.limit=99999999999999999999"], "data.limit=99999999999999999999: must be"),
+        (["decoder.arch.latent_channels=0"], "latent_channels=0: must be at least 1"),
+        (["decoder.arch.decoder_blocks_per_stage=[1,1,1000000000]"], "each of 1 to 256 blocks"),
+        (["seed=${nope}"], "Interpolation key 'nope' not found"),
+    ],
+)
+def test_what_nobody_can_have_meant_is_refused_with_what_to_write(words, said):
+    with pytest.raises(ConfigError) as caught:
+        plan_run(compose("model=smoke", *words))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "said"),
+    [
+        ("quant", "enabled: true\nlate_layer: 4\n", f"quant/own.yaml: quant.late_layer: {UNKNOWN}"),
+        ("decoder", "vae_scale: on\n", "decoder/own.yaml: decoder.vae_scale=true: must be a number, or null"),
+        ("gates", "enabled: true\ntitle: off\n", "gates/own.yaml: gates.title=false: must be text"),
+        ("gates", "enabled: true\nmax_psnr_drop: .inf\n", "gates.max_psnr_drop=inf: must be a finite number"),
+        (
+            "experiment",
+            "# @package _global_\ndata:\n  limits: 4\n",
+            "data.limits: no such field; did you mean data.limit",
+        ),
+        ("experiment", "# @package _global_\ndefaults:\n  - override /compile: off\n", "own.yaml: Unsupported item"),
+        ("quant", "bits: [\n", "quant/own.yaml, line 2: not YAML"),
+    ],
+)
+def test_files_are_held_to_the_same_as_words(tmp_path, group, text, said):
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        plan_run(compose("model=smoke", f"{group}=own", config_dir=tmp_path))
+    assert said in str(caught.value)
+    assert "\n\n" not in str(caught.value)
+
+
+def test_all_wrong_words_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        compose("quant=mxfp5", "quant.bit=3", "seed=x")
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["quant=mxfp5", "quant.bit", "seed=x"]
+
+
+def test_each_value_of_a_sweep_is_checked():
+    assert load(["model=smoke", "quant=bf16,mxfp8_all", "data.limit=1,2"], "run", sweep=True).quant.enabled is False
+    with pytest.raises(ConfigError, match="quant=mxfp5: no such option") as caught:
+        load(["quant=bf16,mxfp5", "data.limit=1,x"], "run", sweep=True)
+    assert "data.limit=x: must be a whole number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["model.arch.n_layers=1000000000"], "weights of the model 147 TB"),
+        (["model.arch.d_model=10000000"], "weights of the model"),
+        (["sampler.window=100000000"], "KV cache"),
+        (["data.batch_size=100000000"], "generated pictures of a batch"),
+        (["data.future_frames=100000000"], "generated pictures of a batch"),
+        (["data.synthetic_clips=10000000000"], "the list of clips 2 TB"),
+    ],
+)
+def test_what_cannot_fit_is_one_message_with_the_bytes_there_are(monkeypatch, words, what):
+    monkeypatch.setattr(sizes_room, "available", lambda device: 8 * 10**9)
+    with pytest.raises(ConfigError) as caught:
+        plan_run(compose("model=smoke", "quant=mxfp8_all", *words))
+    assert "needs at least" in str(caught.value)
+    assert "has 8 GB free" in str(caught.value)
+    assert what in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_bytes_of_a_model_are_those_of_its_weights():
+    import torch
+
+    for arch in (GameRFTConfig(), GameRFTConfig(n_layers=7, d_model=256, n_heads=4)):
+        with torch.device("meta"):
+            real = 2 * sum(parameter.numel() for parameter in GameRFTCore(arch).parameters())
+        assert 0.7 * real < sizes_room.model_bytes(arch) <= real
+
+
+@pytest.mark.parametrize(
+    ("words", "called"),
+    [
+        (["quant=mxfp4_all_late8"], "mxfp4_all_late8"),
+        (["quant=mxfp4_all_late8", "quant.late_layers=99"], "mxfp4_all late_layers=99"),
+        (["quant=mxfp4_all_late8", "quant.late_layers=null"], "mxfp4_all"),
+        (["quant=mxfp8_all", "quant.bits=4"], "mxfp4_all"),
+        (["quant=mxfp8_all", "quant.scale_mode=floor"], "mxfp8_all scale_mode=floor"),
+        (["quant=mxfp8_all", "quant.list=true"], "mxfp8_all"),
+    ],
+)
+def test_labels_say_what_ran(words, called):
+    cfg = compose("model=smoke", *words)
+    conf = plan_run(cfg).conf
+    assert label("quant", conf.quant, words[0].partition("=")[2]) == called
+    folder = cfg.__dict__["hydra_part"].runtime.output_dir
+    assert folder.endswith(f"_smoke_{called.replace(' ', '_')}_bf16")
+
+
+def test_a_config_composed_is_a_config_like_any_other():
+    cfg = compose("model=smoke", "data.limit=3")
+    cfg.data.limit = 1
+    assert plan_run(OmegaConf.merge(cfg, {"seed": 4})).conf.data.limit == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash"}, None),
+        ({"SLURM_NTASKS": "2"}, "ask SLURM for --ntasks-per-node=1, or share the clips out among 2 processes"),
+    ],
+)
+def test_slurms_tasks_are_held_against_the_processes_of_the_run(environ, said):
+    problems = list(slurm_problems(1, 1, environ))
+    assert [said in problem for problem in problems] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--quant", "mxfp8_all"], "groups and fields are words of their own: quant=mxfp8_all"),
+        (["--multi"], "did you mean --multirun?"),
+        (["model=smoke", "hydra.run.dir=/proc/x"], "cannot write to /proc"),
+        (["model=smoke", "hydra.run.dir=FILE/x"], "is a file; name a folder"),
+        (["-m", "model=smoke", "quant=bf16,mxfp5"], "no such option of quant"),
+        (["experiment=kv_matrix", "kv=mx_v_only,mx_kvv"], "did you mean mx_kv?"),
+    ],
+)
+def test_the_command_ends_with_one_line_and_no_folder(tmp_path, words, said):
+    (tmp_path / "FILE").touch()
+    command = [sys.executable, str(ROOT / "harness" / "run.py"), *(word.replace("FILE", "./FILE") for word in words)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["FILE"]
