@@ -73,7 +73,7 @@ def clip_batch(run: RunPlan, paths: list[Path], frames: int) -> tuple[ClipBatch,
         ValueError: if the model has no encoder.
     """
     if run.encoder_file is None:
-        raise ValueError("an encoder is needed to turn context frames into latents: set decoder.encoder_checkpoint")
+        raise ValueError("an encoder is needed to turn context frames into latents: set decoder.encoder")
     window = run.conf.sampler.window
     clips = [read_clip(path, 0, window + frames) for path in paths]
     pictures = torch.stack([clip.frames for clip in clips]).float() / 255

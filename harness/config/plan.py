@@ -43,7 +43,7 @@ from harness.rollout import RolloutSetup
 from harness.rollout import compile as compile_room
 from harness.rollout import linears as linears_room
 from harness.rollout import sampler as sampler_room
-from harness.rollout.attention import check_attention
+from harness.rollout.attention import check_attention, check_storage
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         data_conf.validate(conf.data)
     with collect(problems):
         kv_room.validate(conf.kv, head_dim=arch.head_dim)
+        check_storage(conf.attention.kind, conf.kv, arch.head_dim)
     with collect(problems):
         mx_conf.validate(conf.quant)
     with collect(problems):

@@ -52,6 +52,9 @@ BLOCK = 32
 SCALE_NAN = 255
 """The E8M0 byte that stands for NaN."""
 
+E8M0_BIAS = 127
+"""The byte of an E8M0 scale is its exponent plus this."""
+
 _MANTISSA = 0x7FFFFF  # the 23 fraction bits of a float32
 
 
@@ -60,12 +63,13 @@ class _Numbers(NamedTuple):
     max: float
     emax: int
     mantissa: int
+    bias: int
 
 
 _NUMBERS = {
-    "e4m3": _Numbers(bits=8, max=448.0, emax=8, mantissa=3),
-    "e5m2": _Numbers(bits=8, max=57344.0, emax=15, mantissa=2),
-    "e2m1": _Numbers(bits=4, max=6.0, emax=2, mantissa=1),
+    "e4m3": _Numbers(bits=8, max=448.0, emax=8, mantissa=3, bias=7),
+    "e5m2": _Numbers(bits=8, max=57344.0, emax=15, mantissa=2, bias=15),
+    "e2m1": _Numbers(bits=4, max=6.0, emax=2, mantissa=1, bias=1),
 }
 
 
@@ -99,6 +103,11 @@ class ElementFormat:
     def mantissa(self) -> int:
         """Fraction bits."""
         return _NUMBERS[self.name].mantissa
+
+    @property
+    def spare(self) -> int:
+        """An element's bits read as BF16, from sign and exponent on, are its value times 2^-this."""
+        return E8M0_BIAS - _NUMBERS[self.name].bias
 
     @property
     def float8(self) -> torch.dtype:
@@ -196,6 +205,27 @@ def decode(
         return _decode_by_table(blocks, fmt, dtype, out)
     values = _decode_by_arithmetic(blocks, fmt, dtype)
     return values if out is None else out.copy_(values)
+
+
+def one_per_byte(elements: Tensor, fmt: ElementFormat) -> Tensor:
+    """Codes [..., K] of elements, a byte each."""
+    if fmt.bits == 8:
+        return elements
+    return torch.stack((elements & 0xF, elements >> 4), dim=-1).flatten(-2)
+
+
+def filled(blocks: MXBlocks, fmt: ElementFormat) -> Tensor:
+    """Which blocks hold anything but zeros: bool [..., K/32]. The scales of the others mean nothing."""
+    magnitude = blocks.elements & (0x77 if fmt.bits == 4 else 0x7F)
+    return (magnitude != 0).unflatten(-1, (-1, BLOCK * fmt.bits // 8)).any(-1)
+
+
+def has_special_values(blocks: MXBlocks, fmt: ElementFormat) -> bool:
+    """Whether a scale is NaN, or an element NaN or infinite; waits for the device."""
+    if bool((blocks.scales == SCALE_NAN).any()):
+        return True
+    special = {E4M3.name: 0x7F, E5M2.name: 0x7C}.get(fmt.name)
+    return special is not None and bool(((blocks.elements & 0x7F) >= special).any())
 
 
 def check_block_dim(shape: torch.Size | tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from harness.formats.mx import (
     BLOCK,
     E2M1,
+    E8M0_BIAS,
     SCALE_NAN,
     ElementFormat,
     MXBlocks,
@@ -29,13 +30,7 @@ from harness.formats.mx import (
 from harness.formats.scales import ScaleMode
 from harness.kv.conf import EMAConf
 
-E8M0_BIAS = 127
-"""The byte of an E8M0 scale is its exponent plus this."""
-
 INT8_MAX = 127
-
-BIAS = {"e4m3": 7, "e5m2": 15}
-"""Exponent bias of the 8-bit formats."""
 
 CHUNKS = 4
 """4-bit elements are looked up in so many chunks, which bounds the room that the indices take."""
@@ -322,7 +317,7 @@ def _shift_in_place(elements: Tensor, fmt: ElementFormat, out: Tensor) -> None:
     shift = 7 - fmt.mantissa
     bits = out.view(torch.int16)
     bits.copy_(elements.view(torch.int8)).bitwise_left_shift_(shift).bitwise_and_(0x7F << shift | -0x8000)
-    out.mul_(2.0 ** (E8M0_BIAS - BIAS[fmt.name]))
+    out.mul_(2.0**fmt.spare)
 
 
 def _look_up_in_place(elements: Tensor, out: Tensor) -> None:

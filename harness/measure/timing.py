@@ -133,7 +133,7 @@ class PartTimer:
                 delattr(owner, name)
 
     def frame(self) -> dict[str, float]:
-        """Milliseconds of each part since the last call, and ``launched`` totals cleared."""
+        """Milliseconds of each part since the last call."""
         self.clock.synchronise()
         parts: dict[str, float] = defaultdict(float)
         for part, start, end, inner in self._closed:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from harness.formats.scales import ScaleMode
-from harness.kv import KVCache
+from harness.kv import KVCache, KVConf
 from harness.models.attention import Attend, ProjectedAttend
 from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
@@ -79,6 +79,16 @@ def check_attention(kind: AttentionKind, device: torch.device, head_dim: int | N
             raise ValueError(f"attention=fused: {reason}; use attention=sdpa")
         if head_dim is not None:
             fused.check_head_dim(head_dim)
+
+
+def check_storage(kind: AttentionKind, kv: KVConf, head_dim: int) -> None:
+    """Raise ``ValueError`` if ``kind`` cannot read what ``kv``, which is valid, stores.
+
+    Asked of rings on the meta device, so it holds of every storage there is.
+    """
+    if kind is AttentionKind.fused:
+        for ring in KVCache(1, 1, 1, head_dim, 1, [2], kv, torch.bfloat16, "meta").rings[0].values():
+            fused.ring_view(ring)
 
 
 class PrefillAttention:

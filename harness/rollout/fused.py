@@ -92,7 +92,7 @@ class RingView(NamedTuple):
 
 
 def ring_view(ring: FrameRing) -> RingView:
-    """How the kernels see ``ring``. Raises ``TypeError`` for a storage that they do not know."""
+    """How the kernels see ``ring``. Raises ``ValueError`` for a storage that they do not know."""
     if isinstance(ring, PlainRing):
         return RingView(ring.data, None, "plain", "block", ScaleMode.rceil)
     if isinstance(ring, QuantisedRing):
@@ -103,7 +103,7 @@ def ring_view(ring: FrameRing) -> RingView:
             return RingView(*ring.stored, codec.fmt.name, "block", codec.scale_mode)
         if isinstance(codec, Int8Codec):
             return RingView(*ring.stored, "int8", "token", None)
-    raise TypeError(f"attention=fused does not know the storage {ring.format_name}; use attention=sdpa")
+    raise ValueError(f"attention=fused does not know the storage {ring.format_name}; use attention=sdpa")
 
 
 @functools.cache
@@ -186,7 +186,7 @@ def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:
 
 
 @torch.library.custom_op(
-    "mx_harness::window_attention", mutates_args=("k_ring", "k_scales", "v_ring", "v_scales", "arrived")
+    "harness_mx::window_attention", mutates_args=("k_ring", "k_scales", "v_ring", "v_scales", "arrived")
 )
 def window_attention(
     qkv: Tensor,

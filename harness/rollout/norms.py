@@ -49,7 +49,7 @@ def _launch(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tenso
     return total, normed
 
 
-_operator = torch.library.custom_op("mx_harness::residual_norm", _launch, mutates_args=())
+_operator = torch.library.custom_op("harness_mx::residual_norm", _launch, mutates_args=())
 
 
 @_operator.register_fake

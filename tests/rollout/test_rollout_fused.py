@@ -26,7 +26,7 @@ from harness.kv.conf import KVFormat, KVScales
 from harness.models.gamerft import attend_from_projection, gated, modulated_norm, rms_norm
 from harness.models.rope import apply_rotary
 from harness.rollout import AttentionKind, CompileCounters, fused
-from harness.rollout.attention import FusedAttention, RingAttention
+from harness.rollout.attention import FusedAttention, RingAttention, check_storage
 from harness.rollout.norms import residual_norm
 
 MX = KVStorage.mx
@@ -341,3 +341,18 @@ def test_a_residual_sum_and_its_norm_are_the_models(batch, tokens, dim, dtype):
     tolerance = {"rtol": 2**-7, "atol": 2**-7} if dtype is torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
     assert torch.equal(total, expected)
     torch.testing.assert_close(normed, modulated_norm(expected, scale, shift), **tolerance)
+
+
+@pytest.mark.parametrize("conf", STORAGES.values(), ids=STORAGES)
+def test_every_storage_there_is_can_be_read(conf):
+    check_storage(AttentionKind.fused, conf, head_dim=64)
+
+
+def test_a_storage_that_the_kernels_cannot_read_is_refused_before_there_is_a_model(monkeypatch):
+    class Foreign:
+        format_name = "sparse"
+
+    monkeypatch.setattr("harness.kv.cache.build_ring", lambda *args: Foreign())
+    with pytest.raises(ValueError, match="attention=fused does not know the storage sparse; use attention=sdpa"):
+        check_storage(AttentionKind.fused, KVConf(), head_dim=64)
+    check_storage(AttentionKind.sdpa, KVConf(), head_dim=64)

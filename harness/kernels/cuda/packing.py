@@ -23,7 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.formats.mx import BLOCK, E2M1, E4M3, E5M2, FORMATS, SCALE_NAN, ElementFormat, MXBlocks
+from harness.formats.mx import (
+    BLOCK,
+    E2M1,
+    E4M3,
+    E5M2,
+    FORMATS,
+    ElementFormat,
+    MXBlocks,
+    filled,
+    has_special_values,
+    one_per_byte,
+)
 
 ROWS = 16
 """Rows of a tile."""
@@ -32,9 +43,6 @@ GROUP = 64
 """Inputs of a tile."""
 
 SCALE_BYTES = ROWS * GROUP // BLOCK
-
-_BIAS = {E4M3.name: 120, E5M2.name: 112, E2M1.name: 126}
-"""An element's bits read as BF16 are its value times 2^-this."""
 
 _SMALLEST = {E4M3.name: -9, E5M2.name: -16, E2M1.name: -1}
 """Exponent of the smallest element that is not zero."""
@@ -85,9 +93,7 @@ def groups(in_features: int) -> int:
 
 def unfit(blocks: MXBlocks, fmt: ElementFormat) -> str | None:
     """Why the kernel cannot hold `blocks` exactly, or None: NaN, infinity, or scales too far apart or too extreme."""
-    magnitude = blocks.elements & (0x77 if fmt.bits == 4 else 0x7F)
-    special = {E4M3.name: 0x7F, E5M2.name: 0x7C}.get(fmt.name)
-    if bool((blocks.scales == SCALE_NAN).any()) or (special is not None and bool((magnitude >= special).any())):
+    if has_special_values(blocks, fmt):
         return "its weight has NaN or infinite values"
     low, high = _scale_range(blocks, fmt)
     shift = _shift(high, fmt)
@@ -104,9 +110,9 @@ def pack(blocks: MXBlocks, fmt: ElementFormat) -> CudaWeight:
     n, k = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
     rows, inputs = -n % ROWS, -k % GROUP
     shift = _shift(_scale_range(blocks, fmt)[1], fmt)
-    exponents = (blocks.scales.to(torch.int16) + _BIAS[fmt.name] - shift).clamp(1, 254).to(torch.uint8)
+    exponents = (blocks.scales.to(torch.int16) + fmt.spare - shift).clamp(1, 254).to(torch.uint8)
     exponents = F.pad(exponents, (0, inputs // BLOCK, 0, rows), value=1)
-    codes = F.pad(_one_per_byte(blocks.elements, fmt), (0, inputs, 0, rows))
+    codes = F.pad(one_per_byte(blocks.elements, fmt), (0, inputs, 0, rows))
     lanes = codes.view(-1, 2, 8, (k + inputs) // GROUP, 4, 2, 4, 2)  # N/16, h, g, K/64, 16 inputs, +8, t, odd
     elements = _elements8(lanes, _BYTE_PLACES[fmt.name]) if fmt.bits == 8 else _elements4(lanes)
     scales = exponents.view(-1, 2, 8, (k + inputs) // GROUP, 2).permute(0, 3, 2, 4, 1).flatten(2)
@@ -135,7 +141,7 @@ def unpack(weight: CudaWeight, fmt: ElementFormat, out_features: int, in_feature
     lanes = _lanes8(elements, _BYTE_PLACES[fmt.name]) if fmt.bits == 8 else _lanes4(elements)
     codes = lanes.reshape(tiles.shape[0] * ROWS, -1)[:out_features, :in_features]
     shift = int(torch.tensor(weight.post).log2())
-    scales = (exponents.to(torch.int16) - _BIAS[fmt.name] + shift).clamp(0, 254).to(torch.uint8)
+    scales = (exponents.to(torch.int16) - fmt.spare + shift).clamp(0, 254).to(torch.uint8)
     scales = scales.unflatten(2, (8, 2, 2)).permute(0, 4, 2, 1, 3).reshape(tiles.shape[0] * ROWS, -1)
     scales = scales[:out_features, : in_features // BLOCK].contiguous()
     if fmt.bits == 8:
@@ -190,17 +196,9 @@ def _gathered(pairs: Tensor, places: Places) -> list[Tensor]:
     return codes
 
 
-def _one_per_byte(elements: Tensor, fmt: ElementFormat) -> Tensor:
-    if fmt.bits == 8:
-        return elements
-    return torch.stack((elements & 0xF, elements >> 4), dim=-1).flatten(-2)
-
-
 def _scale_range(blocks: MXBlocks, fmt: ElementFormat) -> tuple[int, int]:
     """Lowest and highest scale byte among blocks that are not all zero; 127 of a weight of zeros."""
-    magnitude = blocks.elements & (0x77 if fmt.bits == 4 else 0x7F)
-    filled = (magnitude != 0).unflatten(-1, (-1, BLOCK * fmt.bits // 8)).any(-1)
-    used = blocks.scales[filled]
+    used = blocks.scales[filled(blocks, fmt)]
     if used.numel() == 0:
         return 127, 127
     low, high = used.aminmax()
@@ -209,4 +207,4 @@ def _scale_range(blocks: MXBlocks, fmt: ElementFormat) -> tuple[int, int]:
 
 def _shift(high: int, fmt: ElementFormat) -> int:
     """Powers of two by which weights are held smaller, so that the largest scale's exponent fits a BF16."""
-    return max(0, high + _BIAS[fmt.name] - 254)
+    return max(0, high + fmt.spare - 254)

@@ -14,16 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.formats.mx import BLOCK, E4M3, E5M2, SCALE_NAN, ElementFormat, MXBlocks
+from harness.formats.mx import BLOCK, E8M0_BIAS, ElementFormat, MXBlocks, filled, has_special_values, one_per_byte
 
 ROWS = 128
 """NP is a multiple of this: no block of a kernel reads past the end."""
 
 STEP = 128
 """Bytes of a weight row that one step of a kernel's loop takes."""
-
-_ONE = 127  # the scale byte of 2^0
-_SPARE = {"e4m3": 120, "e5m2": 112, "e2m1": 126}
 
 
 class PackedWeight(NamedTuple):
@@ -45,8 +42,8 @@ def pack(blocks: MXBlocks, fmt: ElementFormat, width: int) -> PackedWeight:
     n = blocks.scales.shape[0]
     k = blocks.scales.shape[1] * BLOCK
     kp, rows = padded_inputs(k, fmt), -n % ROWS
-    elements = F.pad(_one_per_byte(blocks.elements, fmt), (0, kp - k, 0, rows))
-    scales = F.pad(blocks.scales, (0, (kp - k) // BLOCK, 0, rows), value=_ONE)
+    elements = F.pad(one_per_byte(blocks.elements, fmt), (0, kp - k, 0, rows))
+    scales = F.pad(blocks.scales, (0, (kp - k) // BLOCK, 0, rows), value=E8M0_BIAS)
     if fmt.bits == 4:
         elements = elements[:, : kp // 2] | elements[:, kp // 2 :] << 4
     tiled = _compact(elements.unflatten(1, (-1, width)).transpose(0, 1))
@@ -69,19 +66,8 @@ def _compact(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _one_per_byte(elements: Tensor, fmt: ElementFormat) -> Tensor:
-    if fmt.bits == 8:
-        return elements
-    return torch.stack((elements & 0xF, elements >> 4), dim=-1).flatten(-2)
-
-
 def _needs_wide(blocks: MXBlocks, fmt: ElementFormat) -> bool:
     """Whether a scale lies outside what the short decoding spares, or an element is NaN or infinite."""
-    magnitude = blocks.elements & (0x77 if fmt.bits == 4 else 0x7F)
-    filled = (magnitude != 0).unflatten(-1, (-1, BLOCK * fmt.bits // 8)).any(-1)
-    used = torch.where(filled, blocks.scales, _ONE)  # a zero block may have any scale but NaN
+    used = torch.where(filled(blocks, fmt), blocks.scales, E8M0_BIAS)  # a zero block may have any scale but NaN
     low, high = (int(v) for v in used.aminmax())
-    if low == 0 or high + _SPARE[fmt.name] > 254 or bool((blocks.scales == SCALE_NAN).any()):
-        return True
-    special = {E4M3.name: 0x7F, E5M2.name: 0x7C}.get(fmt.name)
-    return special is not None and bool((magnitude >= special).any())
+    return low == 0 or high + fmt.spare > 254 or has_special_values(blocks, fmt)
