@@ -122,6 +122,7 @@ def test_wrong_names_and_types_fail_while_composing(composed, override, said):
         (["decoder.vae_scale=null"], "decoder.vae_scale is not given"),
         (["compile.mode=fast"], "mode='fast': allowed are"),
         (["compile.cuda_graph=true"], "CUDA graphs need a CUDA device"),
+        (["decoder.groups=fused"], "decoder.groups=fused: its kernels need an NVIDIA GPU; this decoder is on cpu"),
         (["measure.warmup_frames=0"], "measure.warmup_frames=0: must be at least 1"),
         (["trainer.accelerator=tpu"], "allowed are cpu, gpu"),
     ],

@@ -41,6 +41,7 @@ from harness.report import drift as drift_room
 from harness.report import gates as gates_room
 from harness.rollout import RolloutSetup
 from harness.rollout import compile as compile_room
+from harness.rollout import decoder as decoder_room
 from harness.rollout import linears as linears_room
 from harness.rollout import sampler as sampler_room
 from harness.rollout.attention import check_attention, check_storage
@@ -99,6 +100,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     arch, dcae, vae_scale = _read_model(conf, problems)
     if arch is not None and dcae is not None:
         _check_values(conf, arch, device, problems)
+        with collect(problems):
+            decoder_room.validate(conf.decoder.groups, dcae, device, conf.decoder.dtype_on(device))
         if not problems:
             decoded = conf.decoder.dtype_on(device).itemsize
             problems += size_problems(needs_of(conf, arch, dcae, decoded), device)

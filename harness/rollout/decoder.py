@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness.models.dcae import DCAEDecoder
+from harness.models.dcae import DCAEConfig, DCAEDecoder
 from harness.rollout import fused_decoder
 from harness.rollout.compile import CapturedGraph, CompileConf, compile_function, without_grad
 from harness.rollout.fused_decoder import FusedDecoder
@@ -33,6 +33,13 @@ class DecoderGroups(Enum):
     dense = "dense"
     fused = "fused"
     auto = "auto"
+
+
+def validate(groups: DecoderGroups, cfg: DCAEConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` if ``groups`` is ``fused`` and these kernels cannot run such a decoder on ``device``."""
+    reason = fused_decoder.unavailable(cfg, device, dtype) if groups is DecoderGroups.fused else None
+    if reason is not None:
+        raise ValueError(f"decoder.groups=fused: {reason}; use decoder.groups=auto")
 
 
 def regroup(conv: nn.Conv2d, groups: int) -> nn.Conv2d:
@@ -159,11 +166,11 @@ class FrameDecoder:
             return False
         if self.how is DecoderGroups.auto and not self.compile.enabled:
             return False
-        weight = next(self.decoder.parameters())
-        reason = fused_decoder.unavailable(self.decoder, weight.device, weight.dtype)
-        if reason is not None and self.how is DecoderGroups.fused:
-            raise ValueError(f"decoder.groups=fused: {reason}; use decoder.groups=auto")
-        return reason is None
+        if not isinstance(self.decoder, DCAEDecoder):
+            return False
+        weight, cfg = next(self.decoder.parameters()), self.decoder.cfg
+        validate(self.how, cfg, weight.device, weight.dtype)
+        return fused_decoder.unavailable(cfg, weight.device, weight.dtype) is None
 
     @without_grad
     def __call__(self, latent: Tensor) -> Tensor:

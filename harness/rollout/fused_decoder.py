@@ -14,29 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.kernels.cuda import conv, nvrtc
-from harness.models.dcae import DCAEDecoder, ResBlock, ResizedOutput, UpStage
+from harness.models.dcae import DCAEConfig, DCAEDecoder, ResBlock, ResizedOutput, UpStage
 
 MOST_COLOURS = 4
 
 
-def unavailable(decoder: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``decoder`` cannot run by these kernels on ``device`` in ``dtype``; None if it can."""
+def unavailable(cfg: DCAEConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a decoder of ``cfg`` in ``dtype`` cannot run by these kernels on ``device``; None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels need an NVIDIA GPU; this decoder is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"its kernels are built for sm_90 (H100, H200); this GPU is sm_{capability[0]}{capability[1]}"
-    reason = unfit(decoder, dtype)
+    reason = unfit(cfg, dtype)
     return reason if reason is not None else nvrtc.unavailable()
 
 
-def unfit(decoder: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot compute ``decoder`` in ``dtype`` on any GPU; None if they can."""
-    if not isinstance(decoder, DCAEDecoder):
-        return f"it is not a DCAE's decoder but a {type(decoder).__name__}"
+def unfit(cfg: DCAEConfig, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot compute a decoder of ``cfg`` in ``dtype`` on any GPU; None if they can."""
     if dtype is not torch.bfloat16:
         return f"its kernels compute in bfloat16, this decoder in {str(dtype).removeprefix('torch.')}"
-    cfg = decoder.cfg
     if cfg.use_middle_block:
         return "a middle block (use_middle_block) is not among its kernels"
     if 2 * cfg.latent_size % conv.TILE:

@@ -212,7 +212,7 @@ def test_the_fused_decoder_gives_the_models_picture(size, stages, widest, kernel
         sample_size=size, latent_size=8, latent_channels=16, ch_0=32, ch_max=64, decoder_blocks_per_stage=stages
     )
     decoder = random_decoder(cfg, 0).bfloat16()
-    assert fused_decoder.unfit(decoder, torch.bfloat16) is None
+    assert fused_decoder.unfit(cfg, torch.bfloat16) is None
     z = torch.randn(2, 16, 8, 8).bfloat16()
     want = random_decoder(cfg, 0).double()
     for exact, rounded in zip(want.parameters(), decoder.parameters(), strict=True):
@@ -235,4 +235,4 @@ def test_the_fused_decoder_gives_the_models_picture(size, stages, widest, kernel
 def test_a_decoder_that_does_not_fit_is_refused_with_the_reason(fields, dtype, reason):
     sizes = {"sample_size": [32, 32], "latent_size": 8, "latent_channels": 16, "ch_0": 32, "ch_max": 64}
     cfg = DCAEConfig(**{**sizes, **fields}, decoder_blocks_per_stage=[1, 1])
-    assert reason in fused_decoder.unfit(random_decoder(cfg, 0), dtype)
+    assert reason in fused_decoder.unfit(cfg, dtype)

@@ -264,7 +264,7 @@ def test_layers_of_a_kind_share_compiled_code():
     sizes = {"conf": STORAGES["v_e4m3"], "batch": 1, "attention": AttentionKind.fused}
     expected = play(make_rollout(core, **sizes), context, frames)
     rollout = make_rollout(core, enabled=True, backend="aot_eager", scope="block", **sizes)
-    # prepare; per step: enter, local layers, global layers, leave. Captured layers are launches alone: none is compiled.
+    # prepare; per step: enter, local layers, global layers, leave; on a GPU captured layers are launches, not compiled
     assert rollout.warmup(1).graphs == (5 if ON_GPU else 9)
     atol = 5e-2 if ON_GPU else 2e-4
     torch.testing.assert_close(play(rollout, context, frames), expected, rtol=0, atol=atol)
