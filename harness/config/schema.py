@@ -39,6 +39,7 @@ class ModelConf:
             null = the averaged (EMA) one where there is one.
         seed: of random weights.
         window: frames a new frame sees, itself included, if the sampler does not say otherwise.
+        calibration: clips to calibrate on, if ``calib`` does not say otherwise.
     """
 
     config_file: str | None = None
@@ -47,6 +48,7 @@ class ModelConf:
     weights: str | None = None
     seed: int = 0
     window: int = MISSING
+    calibration: list[str] = field(default_factory=list)
 
 
 class DecoderDtype(Enum):

@@ -16,12 +16,14 @@ from harness.config import RunPlan, plan_run
 from harness.config.compose import compose
 from harness.ladder import rungs
 from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_process, quoted
-from harness.ladder.rungs import BASELINE, Candidate, Rung
+from harness.ladder.rungs import BASELINE, Candidate, Rung, Variant
 from harness.ladder.state import Failure, LadderError, Result, State, load, save
 from harness.measure.environment import git_state
+from harness.report.codec import read
 from harness.report.gates import DO_NOT_SHIP, EXIT_CODES, FAIL, OPEN, SHIP, UNDECIDED, GatesConf, unsound
 from harness.report.gates.reading import Unmeasured, clip_drops
 from harness.report.record import RecordError, load_record
+from harness.report.sections import Calibration
 
 OWN_WORDS = ("quant", "kv", "gates", "experiment", "hydra")
 """Config groups that the ladder sets itself."""
@@ -82,17 +84,28 @@ class Ladder:
 
     def _check(self) -> None:
         """Compose every step before the first one runs."""
-        own = [word for word in self.common if word.lstrip("+~").split("=")[0].split(".")[0] in OWN_WORDS]
+        names = {word: word.lstrip("+~").split("=")[0] for word in self.common}
+        own = [word for word, name in names.items() if name.split(".")[0] in OWN_WORDS or name == "calib"]
         if own:
             raise LadderError(f"{' '.join(own)}: the ladder chooses {', '.join(OWN_WORDS)} itself; drop it")
         try:
             _, self.plan = compose_run([*self.common, f"kv={self.kv}"])
             for name in rungs.QUANTS:
                 compose_run([*self.common, f"quant={name}"])
+            _, self.four_bit_plan = compose_run([*self.common, f"kv={rungs.FOUR_BIT_CACHE}"])
         except ValueError as error:
             raise LadderError(str(error)) from error
+        self.variants = [variant for variant in rungs.VARIANTS if self._can_be_tried(variant)]
         # A CPU's speed says nothing about MX: it is left out by name, and every verdict says so.
         self.asking = ["gates.without=[speed]"] if self.plan.device.type == "cpu" else []
+
+    def _can_be_tried(self, variant: Variant) -> bool:
+        """Whether the model has what ``variant`` needs, such as clips to calibrate on."""
+        try:
+            compose_run([*self.common, f"quant={rungs.QUANTS[0]}", *variant.words])
+        except ValueError:
+            return not variant.words
+        return True
 
     def climb(self) -> Result:
         """Run every step. Returns the result to recommend: of those that ship, the one with the fewest bytes.
@@ -109,8 +122,10 @@ class Ladder:
         before, stand = stand, self._linears(5, "MXFP4 MLP", "mxfp4_mlp", "d", stand)
         if stand is not before:
             before, stand = stand, self._linears(6, "MXFP4 late 8", "mxfp4_all_late8", "d", stand)
-        if stand is not before and not rungs.keeps_attention(stand.quant):
-            self._linears(6, "MXFP4 all", "mxfp4_all", "d", stand)
+            if stand is not before and not rungs.keeps_attention(stand.quant):
+                stand = self._linears(6, "MXFP4 all", "mxfp4_all", "d", stand)
+            if self.kv != rungs.FOUR_BIT_CACHE:
+                self._try(rungs.cache(7, rungs.FOUR_BIT_CACHE, "d", tuple(stand.quant), self.four_bit_plan), stand)
         best = min((result for result in self.results if result.verdict == SHIP), key=lambda result: result.bytes)
         self._save(best)
         return best
@@ -123,7 +138,9 @@ class Ladder:
         return found
 
     def _linears(self, step: int, name: str, quant: str, gate: str, stand: Result) -> Result:
-        return self._try(rungs.linears(step, name, quant, gate, tuple(stand.kv), self.plan.arch.n_layers), stand)
+        return self._try(
+            rungs.linears(step, name, quant, gate, tuple(stand.kv), self.plan.arch.n_layers, self.variants), stand
+        )
 
     def _try(self, rung: Rung, stand: Result) -> Result:
         """The first candidate that ships, or ``stand``.
@@ -263,6 +280,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
         "interval": None if psnr.get("interval") is None else list(psnr["interval"]),
         "needs_clips": max((need for need in needs if need is not None), default=None),
         "speed": "" if fps is None else "not measured" if fps["value"] is None else f"{fps['value']:.2f}x",
+        "fidelity": ((record["quality"] or {}).get("all", {}).get("fidelity") or {}).get("psnr"),
+        "calibration": None if (made := arm.get("calibration")) is None else read(Calibration, made),
         "bytes": arm["memory"]["weight_bytes"] + arm["memory"]["kv_window_bytes"],
     }
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder of the ladder; same = resume")
-    parser.add_argument("--kv", default="mx_v_only", help="KV config of step 4 (default mx_v_only)")
+    parser.add_argument("--kv", default="mx_kv_e4m3", help="KV config of step 4 (default mx_kv_e4m3)")
     parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")
     args = parser.parse_intermixed_args(argv)
     register()

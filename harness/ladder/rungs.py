@@ -43,20 +43,24 @@ class Variant:
     words: Words
 
 
-VARIANTS: tuple[Variant, ...] = (Variant("", ()),)
-"""Of every candidate of Linears, in the order they are tried: nearest rounding."""
+VARIANTS: tuple[Variant, ...] = (Variant("", ()), Variant(", calibrated", ("calib=gptq",)))
+"""Of every candidate of Linears, in the order they are tried: nearest rounding first, which costs nothing."""
+FOUR_BIT_CACHE = "mxfp4_kv"
+"""The cache of the last rung."""
 BASELINE = Rung(1, "none", (Candidate("BF16", ("quant=bf16",), ("kv=bf16",)),))
 QUANTS = ("mxfp8_mlp", "mxfp8_all", "mxfp4_mlp", "mxfp4_all_late8", "mxfp4_all")
 """Choices of Linears that rungs start from."""
 
 
-def linears(step: int, name: str, quant: str, gate: str, kv: Words, layers: int) -> Rung:
+def linears(
+    step: int, name: str, quant: str, gate: str, kv: Words, layers: int, variants: Sequence[Variant] = VARIANTS
+) -> Rung:
     """A rung of MX Linears on a cache of ``kv``, in a model of ``layers`` layers."""
     ways = [("", (f"quant={quant}",)), *narrower_quant(quant, layers)]
     candidates = [
         Candidate(_join(name, way) + variant.name, (*words, *variant.words), kv)
         for way, words in ways
-        for variant in VARIANTS
+        for variant in variants
     ]
     return Rung(step, gate, tuple(candidates))
 

@@ -64,6 +64,9 @@ def _table(results: Sequence[Result], best: Result) -> Table:
         table.add_column(heading, overflow="fold")
     for heading in ("drop dB", "judged dB", "interval", "speed", "weights + KV"):
         table.add_column(heading, justify="right")
+    calibrated = any(result.calibration for result in results)
+    if calibrated:
+        table.add_column("calibration: gained, cost", overflow="fold")
     for result in results:
         table.add_row(
             str(result.step),
@@ -76,5 +79,22 @@ def _table(results: Sequence[Result], best: Result) -> Table:
             "" if result.interval is None else f"{result.interval[0]:.2f} … {result.interval[1]:.2f}",
             result.speed,
             bytes_text(result.bytes),
+            *([gained(result, results)] if calibrated else []),
         )
     return table
+
+
+def gained(result: Result, results: Sequence[Result]) -> str:
+    """What calibration of a trial's weights gained over nearest rounding, where that was tried, and what it cost."""
+    made = result.calibration
+    if made is None:
+        return ""
+    cost = f"{made.seconds:.0f} s{' (kept)' if made.found else ''}, peak {bytes_text(made.peak_bytes)}"
+    words = [word for word in result.quant if not word.startswith("calib")]
+    nearest = next((r for r in results if (r.quant, r.kv, r.step) == (words, result.kv, result.step)), None)
+    if nearest is None or nearest.drop is None or result.drop is None:
+        return cost
+    text = f"{nearest.drop - result.drop:+.2f} dB of drop"
+    if nearest.fidelity is not None and result.fidelity is not None:
+        text += f", {result.fidelity - nearest.fidelity:+.1f} dB of fidelity"
+    return f"{text}; {cost}"

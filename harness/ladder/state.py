@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.record import write_atomically
+from harness.report.sections import Calibration
 
 STATE_VERSION = 2
 LARGEST = 1 << 26
@@ -26,6 +27,7 @@ class Result:
 
     ``bytes``: weights and KV window as measured; ``drop`` against BF16, dB, if it was scored; ``added``: what its gate
     judged, with ``interval``. ``needs_clips``: how many would decide it, where it is undecided for want of clips.
+    ``fidelity`` to BF16, dB; ``calibration`` of its weights, if they were not rounded to nearest.
     """
 
     step: int
@@ -46,6 +48,8 @@ class Result:
     speed: str
     bytes: int
     seconds: float
+    fidelity: float | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)

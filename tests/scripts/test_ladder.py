@@ -1,5 +1,6 @@
 """The climb over made-up worlds: a fake launcher writes the records that a run would leave."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,10 +20,11 @@ from harness.ladder import rungs
 from harness.ladder.child import launch_process, quoted
 from harness.ladder.climb import BrokenOff, Ladder, compose_run, recommendation
 from harness.ladder.command import main
-from harness.ladder.show import show
+from harness.ladder.show import gained, show
 from harness.ladder.state import LadderError, locked
 from harness.report.gates import EXIT_CODES, GatesConf, evaluate
 from harness.report.record import load_record
+from harness.report.sections import Calibration
 
 register()
 COMMON = ("model=smoke", "data.limit=3")
@@ -160,6 +162,7 @@ def test_where_everything_ships_it_climbs_to_the_top(climb):
         "MXFP4 MLP",
         "MXFP4 late 8",
         "MXFP4 all",
+        "+ KV mxfp4_kv",
     ]
     assert set(trials(ladder).values()) == {"ship"}
     assert recommendation(best, COMMON).endswith("data.limit=3 quant=mxfp4_all kv=mx_v_only")
@@ -429,6 +432,35 @@ def test_a_variant_is_tried_with_every_candidate_before_the_next_narrower_one(cl
     ladder, _ = climb(World({"mxfp8_mlp": 1.0}))
     assert list(trials(ladder))[:3] == ["BF16", "MXFP8 MLP", "MXFP8 MLP, with late 1"]
     assert trials(ladder)["MXFP8 MLP, with late 1"] == "ship"
+
+
+def test_weights_are_calibrated_where_the_model_has_clips_for_it(tmp_path):
+    words = {
+        "a model without clips for it": ("model=smoke",),
+        "the demo": ("model=doom",),
+    }
+    names = {
+        what: [variant.name for variant in Ladder(tmp_path, own, "mx_v_only", launch=World()).variants]
+        for what, own in words.items()
+    }
+    assert names == {
+        "a model without clips for it": [""],
+        "the demo": ["", ", calibrated"],
+    }
+    with pytest.raises(LadderError, match="calib=gptq: the ladder chooses"):
+        Ladder(tmp_path, ("model=doom", "calib=gptq"), "mx_v_only", launch=World())
+
+
+def test_the_table_says_what_calibration_gained_and_cost(climb):
+    ladder, _ = climb(World())
+    nearest = ladder.results[4]
+    made = Calibration("gptq", ["clip"], 8, 61.4, 2**30, "cpu", 24, "abc", False)
+    own = {"quant": [*nearest.quant, "calib=gptq"], "drop": nearest.drop - 0.25, "fidelity": 44.0}
+    better = dataclasses.replace(nearest, **own, calibration=made)
+    nearest = dataclasses.replace(nearest, fidelity=36.5)
+    assert gained(better, [nearest, better]) == "+0.25 dB of drop, +7.5 dB of fidelity; 61 s, peak 1.0 GiB"
+    assert gained(better, [better]) == "61 s, peak 1.0 GiB"
+    assert gained(nearest, [nearest, better]) == ""
 
 
 def test_one_real_run(tmp_path):
