@@ -3,7 +3,7 @@
 
     python scripts/microbench.py                                   # dit_v4 on the GPU
     python scripts/microbench.py --model dit_v4_5b --only linear --formats W8A16 W4A16
-    python scripts/microbench.py --tune --only linear              # prints entries for the kernels' TUNED tables
+    python scripts/microbench.py --tune --only linear              # prints entries for the kernels' files in tuned/
     python scripts/microbench.py --tune --only linear --kernels cuda --products qkv mlp
     python scripts/microbench.py --model smoke --device cpu --seconds 20
 
@@ -42,6 +42,7 @@ from harness.formats.mx import E2M1, E4M3, decode, encode
 from harness.formats.scales import ScaleMode
 from harness.kernels.triton import shapes as triton_config
 from harness.kernels.triton.shapes import GemmConfig, candidates
+from harness.kernels.tuned import entry, gpu_name
 from harness.kv import KVCache
 from harness.kv.conf import KVConf, KVFormat, KVStorage
 from harness.measure.environment import environment
@@ -314,7 +315,7 @@ def bench_packed(
 
 
 def tune_module(bench: Bench, mx: TritonMXLinear, x: Tensor) -> str:
-    """Set `mx.config` to the fastest found, one dimension of the launch shape after the other; the entry for TUNED."""
+    """Set `mx.config` to the fastest found, one dimension of a shape after the other; an entry for `tuned/`."""
     from triton.runtime.errors import OutOfResources  # not on machines without a GPU
 
     shape = mx.shape(x.shape[0])
@@ -336,15 +337,15 @@ def tune_module(bench: Bench, mx: TritonMXLinear, x: Tensor) -> str:
                 timed[config] = float("inf")
         return timed[config]
 
-    start = triton_config.choose(shape, *triton_config.machine(bench.device)).as_ints()
+    start = triton_config.choose(shape, *triton_config.machine(bench.device), gpu_name(bench.device)).as_ints()
     best = min(allowed, key=lambda c: [abs(a - b) for a, b in zip(c.as_ints(), start, strict=True)])
     for _ in range(2):
         for dimension in ("split_k", "block_n", "warps", "swap", "stages"):
             others = {replace(best, **{dimension: getattr(c, dimension)}) for c in allowed} & allowed
             best = min({best, *others}, key=measure)
     mx.config = best
-    key = (10 * mx.capability[0] + mx.capability[1], mx.path, shape.bits, shape.bucket, shape.n, shape.k)
-    return f"{key}: {best},"
+    key = {"path": mx.path, "bits": shape.bits, "m": shape.bucket, "n": shape.n, "k": shape.k}
+    return entry(key | {"config": best.as_ints()})
 
 
 def make_kv(arch: GameRFTConfig, window: int, batch: int, conf: KVConf, device: torch.device) -> KVCache:
@@ -460,7 +461,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     named = [str(kernel) for kernel in KernelChoice if kernel != KernelChoice.auto]
     parser.add_argument("--kernels", nargs="+", choices=named, help="only these (default: all but emulated ones)")
     parser.add_argument(
-        "--tune", action="store_true", help="search launch shapes of kernel=triton and cuda; prints TUNED entries"
+        "--tune",
+        action="store_true",
+        help="search launch shapes of kernel=triton and cuda; prints entries for tuned/",
     )
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=5)

@@ -18,6 +18,7 @@ from harness.kernels import launch
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda.shapes import CudaConfig, CudaShape, candidates, choose, fits
+from harness.kernels.tuned import entry, gpu_name
 from harness.mx.linears.cuda import CudaLinear
 
 TRIED = 64
@@ -39,7 +40,7 @@ class Bench(Protocol):
 
 
 def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
-    """Set `mx.config` to the fastest found; the entry for `cuda_config.TUNED`, and what was refused.
+    """Set `mx.config` to the fastest found; the entry for a file in `tuned/`, and what was refused.
 
     Launch shapes are compiled side by side. One that gives anything but the product of the decoded operands up to the
     order of summation is never timed, and named.
@@ -69,7 +70,7 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
                     module.config = config
                 timed[config] = bench.time([partial(module.product, rows) for module in modules])[0]
 
-    measure([choose(shape), *candidates(shape, TRIED)])
+    measure([choose(shape, gpu_name(x.device)), *candidates(shape, TRIED)])
     fastest = sorted(timed, key=timed.__getitem__)[:REFINED]
     measure([other for config in fastest for other in other_stages(config, shape)])
     best = min(timed, key=timed.__getitem__)
@@ -80,7 +81,8 @@ def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
     note = f" {len(wrong)} refused." if wrong else ""
     key = (shape.bits, shape.bucket, shape.n, shape.k)
     bench.tried.append({"shape": key, "us": [[*config.as_ints(), us] for config, us in timed.items()]})
-    return f"{key}: {best},  # {timed[best]:.2f} µs; {len(timed)} tried.{note}"
+    found = dict(zip(("bits", "m", "n", "k"), key, strict=True)) | {"config": best.as_ints()}
+    return f"{entry(found)}  {timed[best]:.2f} µs; {len(timed)} tried.{note}"
 
 
 def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find the launch shapes of `kernel=cuda` with which whole layers run fastest; prints entries for `cuda_config.TUNED`.
+"""Find the launch shapes of `kernel=cuda` with which whole layers run fastest; prints entries for `kernels/cuda/tuned`.
 
     python scripts/tune_layer.py                                # dit_v4, 8, 4 and 16 bits
     python scripts/tune_layer.py --model dit_v4_5b --bits 8 4
@@ -33,6 +33,7 @@ from harness.kernels import launch
 from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda import shapes as cuda_config
 from harness.kernels.cuda.shapes import CudaConfig
+from harness.kernels.tuned import entry
 from harness.kv import KVConf, KVStorage
 from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
@@ -205,10 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer, {time.monotonic() - start:.0f} s")
         for name, config in best.items():
             shape = layers.linears(name)[0].shape(layers.x[..., 0].numel())
-            print(f"    ({shape.bits}, {shape.bucket}, {shape.n}, {shape.k}): {config},", flush=True)
+            key = {"bits": shape.bits, "m": shape.bucket, "n": shape.n, "k": shape.k}
+            print(f"    {entry(key | {'config': config.as_ints()})}", flush=True)
             tried = [[*c.as_ints(), us] for tried_name, c, us in tuner.tried if tried_name == name]
-            key = [shape.bits, shape.bucket, shape.n, shape.k]
-            found.append({"shape": key, "best": asdict(config), "us": tried})
+            found.append({"shape": list(key.values()), "best": asdict(config), "us": tried})
         print("".join(f"  REFUSED {line}\n" for line in tuner.refused), end="", flush=True)
         del core, layers, tuner
         torch.cuda.empty_cache()

@@ -11,7 +11,6 @@ from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda.shapes import (
     MANY_ROWS,
     SHARED_BYTES,
-    TUNED,
     CudaConfig,
     CudaShape,
     candidates,
@@ -21,6 +20,7 @@ from harness.kernels.cuda.shapes import (
     launch_grid,
     layout,
     shared_bytes,
+    tuned,
 )
 from harness.mx.conf import Activation
 from harness.mx.linears import cuda as cuda_linear
@@ -56,10 +56,10 @@ def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
         assert held_groups(config, shape.k) * config.cluster * 64 >= shape.k
 
 
-@pytest.mark.parametrize("key", TUNED, ids=str)
+@pytest.mark.parametrize("key", tuned(), ids=str)
 def test_what_was_tuned_is_what_runs(key):
     bits, rows, n, k = key
-    assert choose(CudaShape(rows, n, k, bits)) == TUNED[key]
+    assert choose(CudaShape(rows, n, k, bits)) == tuned()[key]
 
 
 def test_a_block_of_its_own_takes_what_keeps_others_away():

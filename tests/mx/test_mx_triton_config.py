@@ -7,8 +7,10 @@ import torch
 
 from harness.formats.mx import BLOCK, E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
 from harness.formats.scales import ScaleMode
+from harness.kernels import tuned as tuned_files
+from harness.kernels.triton import shapes
 from harness.kernels.triton.packing import pack, padded_inputs, unpack
-from harness.kernels.triton.shapes import TUNED, GemmConfig, Shape, candidates, choose, rule, shared_bytes, steps
+from harness.kernels.triton.shapes import GemmConfig, Shape, candidates, choose, rule, shared_bytes, steps
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import resolve_kernel
 from harness.mx.linears import triton as triton_linear
@@ -105,9 +107,17 @@ def test_k_is_split_where_outputs_alone_leave_multiprocessors_idle():
 
 def test_a_measured_shape_wins_over_the_rule(monkeypatch):
     best = GemmConfig(64, 32, 7, 4, 2, True)
-    monkeypatch.setitem(TUNED, (90, "bf16", 8, 64, 4608, 1536), best)
-    assert choose(Shape(50, 4608, 1536, 8, "bf16"), HOPPER, 132) is best
-    assert choose(Shape(50, 4608, 1536, 8, "bf16"), AMPERE, 108) is not best
+    found = {"path": "bf16", "bits": 8, "m": 64, "n": 4608, "k": 1536, "config": best.as_ints()}
+    file = {"gpu": "NVIDIA H200", "capability": 90, "runs": [{"date": "", "commit": "", "shapes": [found]}]}
+    monkeypatch.setattr(tuned_files, "read", lambda package: (file,))
+    for cached in (tuned_files.shapes, shapes.tuned):
+        cached.cache_clear()
+    product = Shape(50, 4608, 1536, 8, "bf16")
+    assert choose(product, HOPPER, 132, "NVIDIA H200") == best
+    assert choose(product, HOPPER, 132, "NVIDIA H100") == best  # none of its own: of its compute capability
+    assert choose(product, AMPERE, 108, "NVIDIA A100") != best
+    for cached in (tuned_files.shapes, shapes.tuned):
+        cached.cache_clear()
     assert GemmConfig.from_ints(best.as_ints()) == best
 
 

@@ -20,6 +20,7 @@ from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda import shapes as cuda_config
 from harness.kernels.cuda.packing import GROUP
 from harness.kernels.cuda.shapes import CudaConfig, CudaShape, choose, launch_grid
+from harness.kernels.tuned import gpu_name
 
 _UNPACK_WARPS = 8
 
@@ -56,7 +57,7 @@ def mx_linear_now(
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     if m == 0:
         return out
-    shape = CudaConfig(*config) if config else choose(product)
+    shape = CudaConfig(*config) if config else choose(product, gpu_name(x.device))
     with torch.cuda.device(x.device):
         pdl = launch.dependent(x.device)
         function = load(shape, product, element, x.device, silu, pdl)
@@ -134,7 +135,7 @@ def compile_product(rows: int, n: int, k: int, element: str, silu: bool, device:
     """Have the kernel ready that `mx_linear` takes for so many rows and an [n, k] weight; any thread may ask."""
     product = CudaShape(rows, n, k, cuda_packing.element_bits(element))
     if not product.many:
-        compiled(choose(product), k, element, silu, launch.dependent(device))
+        compiled(choose(product, gpu_name(device)), k, element, silu, launch.dependent(device))
 
 
 def load(

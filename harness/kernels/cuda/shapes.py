@@ -1,6 +1,7 @@
 """Which shape of `kernel=cuda` runs for which Linear: a table of measured winners, and a rule for the rest.
 
-`scripts/microbench.py --tune` measures and prints entries for `TUNED`. Names are those of `mx_linear.cu`.
+`scripts/microbench.py --tune` measures and prints entries for `tuned/` (see `harness.kernels.tuned`). Names are
+those of `mx_linear.cu`.
 """
 
 import functools
@@ -8,10 +9,11 @@ import itertools
 import math
 from dataclasses import astuple, dataclass, replace
 
+from harness.kernels import tuned as tuned_files
 from harness.kernels.cuda.packing import ROWS, decoding, element_bits, groups, tile_bytes
 
 BUCKETS = (8, 16, 32, 64, 128, 256)
-"""Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
+"""Rows M are rounded up to one of these for `tuned`; more rows count as the last."""
 
 MANY_ROWS = BUCKETS[-1]
 """Of more rows, those of a frame of many clips (docs/performance.md) or of prefill, the product is a library's."""
@@ -78,79 +80,15 @@ class CudaShape:
         return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
 
 
-TUNED: dict[tuple[int, int, int, int], CudaConfig] = {
-    (8, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 3, 2),
-    (8, 64, 1536, 1536): CudaConfig(8, 1, 8, 1, 8, 3, 1),
-    (8, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 1, 2, blocks=2),
-    (8, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 2, 2),
-    (8, 8, 147456, 1536): CudaConfig(1, 3, 4, 2, 1, 1, 2, blocks=2),
-    (4, 64, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 4, 2),
-    (4, 64, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1),
-    (4, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 4, 4, 1, blocks=2),
-    (4, 64, 1536, 6144): CudaConfig(8, 1, 4, 1, 8, 3, 2, blocks=2),
-    (4, 8, 147456, 1536): CudaConfig(1, 3, 12, 1, 1, 2, 2),
-    (16, 64, 4608, 1536): CudaConfig(8, 1, 12, 1, 4, 1, 4),
-    (16, 64, 1536, 1536): CudaConfig(8, 1, 4, 2, 4, 4, 1),
-    (16, 64, 6144, 1536): CudaConfig(8, 1, 8, 1, 2, 2, 3),
-    (16, 64, 1536, 6144): CudaConfig(8, 1, 8, 1, 8, 3, 2),
-    (16, 8, 147456, 1536): CudaConfig(1, 2, 4, 2, 1, 2, 2),
-    (16, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 2, 2, share=2),
-    (8, 64, 7680, 2560): CudaConfig(8, 1, 16, 1, 4, 1, 4, share=2),
-    (4, 64, 7680, 2560): CudaConfig(8, 1, 8, 1, 2, 3, 2),
-    (16, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 5, 2, 2),
-    (8, 64, 2560, 2560): CudaConfig(8, 1, 8, 1, 5, 3, 2),
-    (4, 64, 2560, 2560): CudaConfig(8, 1, 4, 1, 5, 2, 4, blocks=2),
-    (16, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 4, 2, 2),
-    (8, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 2, 2, 2),
-    (4, 64, 10240, 2560): CudaConfig(8, 1, 12, 1, 2, 4, 2),
-    (16, 64, 2560, 10240): CudaConfig(8, 1, 8, 1, 8, 2, 2),
-    (8, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 7, 1, 3),
-    (4, 64, 2560, 10240): CudaConfig(8, 1, 12, 1, 7, 3, 2),
-    (8, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 1, 1, 2),
-    (8, 256, 1536, 6144): CudaConfig(16, 2, 8, 1, 8, 1, 2),
-    (8, 256, 4608, 1536): CudaConfig(16, 1, 16, 1, 3, 1, 4),
-    (8, 256, 1536, 1536): CudaConfig(16, 1, 4, 1, 4, 1, 3, blocks=2, share=2),
-    (4, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 1, 2, 2),
-    (4, 256, 1536, 6144): CudaConfig(16, 2, 8, 1, 8, 2, 2),
-    (4, 256, 4608, 1536): CudaConfig(8, 1, 12, 1, 1, 2, 2),
-    (4, 256, 1536, 1536): CudaConfig(8, 1, 4, 1, 2, 3, 2, blocks=2, share=2),
-    (16, 256, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 2, 2),
-    (16, 256, 1536, 6144): CudaConfig(8, 1, 12, 1, 6, 2, 2),
-    (16, 256, 4608, 1536): CudaConfig(16, 1, 8, 1, 3, 1, 4),
-    (16, 256, 1536, 1536): CudaConfig(8, 1, 8, 1, 2, 2, 2, share=4),
-    (8, 128, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 2, 2),
-    (8, 128, 1536, 6144): CudaConfig(16, 1, 8, 1, 8, 2, 2),
-    (8, 128, 4608, 1536): CudaConfig(8, 1, 8, 1, 3, 2, 2, blocks=2),
-    (8, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 4, 2, blocks=2, share=2),
-    (4, 128, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 2, 2),
-    (4, 128, 1536, 6144): CudaConfig(16, 1, 8, 1, 8, 4, 2),
-    (4, 128, 4608, 1536): CudaConfig(8, 1, 16, 1, 3, 3, 2),
-    (4, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1, blocks=2, share=2),
-    (16, 128, 6144, 1536): CudaConfig(8, 1, 12, 1, 2, 1, 4),
-    (16, 128, 1536, 6144): CudaConfig(8, 1, 12, 1, 6, 1, 4),
-    (16, 128, 4608, 1536): CudaConfig(16, 1, 12, 1, 4, 1, 4),
-    (16, 128, 1536, 1536): CudaConfig(8, 1, 4, 1, 4, 6, 1),
-    (8, 256, 10240, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 2),
-    (8, 256, 2560, 10240): CudaConfig(8, 2, 12, 1, 8, 1, 2),
-    (8, 256, 7680, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 2, share=2),
-    (8, 256, 2560, 2560): CudaConfig(16, 1, 12, 1, 4, 1, 2),
-    (4, 256, 10240, 2560): CudaConfig(16, 1, 16, 1, 4, 2, 2, share=2),
-    (4, 256, 2560, 10240): CudaConfig(8, 3, 8, 1, 8, 2, 2),
-    (4, 256, 7680, 2560): CudaConfig(8, 1, 16, 1, 2, 3, 2),
-    (4, 256, 2560, 2560): CudaConfig(8, 1, 12, 1, 2, 4, 2, share=2),
-    (16, 8, 552960, 2560): CudaConfig(1, 1, 16, 1, 4, 3, 2),
-    (8, 8, 552960, 2560): CudaConfig(1, 2, 16, 1, 2, 4, 1),
-    (4, 8, 552960, 2560): CudaConfig(1, 2, 12, 1, 2, 4, 1, blocks=2),
-    (8, 128, 10240, 2560): CudaConfig(16, 1, 12, 1, 4, 1, 2),
-    (8, 128, 2560, 10240): CudaConfig(8, 3, 8, 1, 8, 1, 2),
-    (8, 128, 7680, 2560): CudaConfig(16, 1, 16, 1, 4, 1, 3, share=2),
-    (8, 128, 2560, 2560): CudaConfig(8, 1, 12, 1, 4, 1, 2),
-    (4, 128, 10240, 2560): CudaConfig(8, 2, 12, 1, 2, 2, 2, share=4),
-    (4, 128, 2560, 10240): CudaConfig(8, 2, 12, 1, 8, 2, 2),
-    (4, 128, 7680, 2560): CudaConfig(8, 1, 16, 1, 2, 3, 2),
-    (4, 128, 2560, 2560): CudaConfig(8, 1, 12, 1, 4, 3, 2),
-}
-"""(bits, M bucket, N, K) to the fastest shape measured on an H100: of blocks in a layer, of modulation alone."""
+@functools.cache
+def tuned(gpu: str | None = None) -> dict[tuple[int, int, int, int], CudaConfig]:
+    """(bits, M bucket, N, K) to the fastest shape measured on `gpu`, or on any Hopper GPU where it has no file.
+
+    Of blocks in a layer, of modulation alone.
+    """
+    found = tuned_files.shapes("harness.kernels.cuda", gpu, 90)
+    return {(s["bits"], s["m"], s["n"], s["k"]): CudaConfig(*s["config"]) for s in found}
+
 
 _PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
 """Multiprocessors of an H100 or H200 that clusters of each size can fill."""
@@ -215,18 +153,18 @@ def launch_grid(config: CudaConfig, m: int, n: int) -> tuple[int, int]:
     return clusters * config.cluster * config.share, -(-m // (8 * config.m_tiles))
 
 
-def choose(shape: CudaShape) -> CudaConfig:
-    """The measured winner for `shape`, or for the product most like it whose winner fits, or `estimate`'s."""
-    return _nearest(shape) or _ranked(replace(shape, m=shape.bucket))[0]
+def choose(shape: CudaShape, gpu: str | None = None) -> CudaConfig:
+    """The winner for `shape` measured on `gpu`, or for the product most like it whose winner fits, or `estimate`'s."""
+    return _nearest(shape, tuned(gpu)) or _ranked(replace(shape, m=shape.bucket))[0]
 
 
-def _nearest(shape: CudaShape) -> CudaConfig | None:
+def _nearest(shape: CudaShape, measured: dict[tuple[int, int, int, int], CudaConfig]) -> CudaConfig | None:
     def distance(key: tuple[int, int, int, int]) -> float:
         return abs(math.log2(shape.n / key[2])) + abs(math.log2(shape.k / key[3]))
 
-    alike = [key for key in TUNED if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
-    fitting = [key for key in alike if fits(TUNED[key], shape)]
-    return TUNED[min(fitting, key=distance)] if fitting else None
+    alike = [key for key in measured if key[:2] == (shape.bits, shape.bucket) and distance(key) <= 2]
+    fitting = [key for key in alike if fits(measured[key], shape)]
+    return measured[min(fitting, key=distance)] if fitting else None
 
 
 def fits(config: CudaConfig, shape: CudaShape) -> bool:

@@ -15,6 +15,7 @@ from harness.formats.mx import BLOCK, FORMATS, carry_threshold
 from harness.formats.scales import ScaleMode
 from harness.kernels.triton import gemm as triton_kernels
 from harness.kernels.triton.shapes import GemmConfig, Shape, choose, machine
+from harness.kernels.tuned import gpu_name
 
 _QUANTISE_BLOCKS = 16  # MX blocks a program of quantise_rows takes
 
@@ -41,7 +42,7 @@ def _grid_and_partial(m: int, n: int, config: GemmConfig, tickets: Tensor) -> tu
 
 def _shape(config: list[int], shape: Shape, device: torch.device) -> GemmConfig:
     # Chosen here, within an operator, because torch.compile does not trace the choice.
-    return GemmConfig.from_ints(config) if config else choose(shape, *machine(device))
+    return GemmConfig.from_ints(config) if config else choose(shape, *machine(device), gpu_name(device))
 
 
 def _launch_options(config: GemmConfig) -> dict[str, int]:

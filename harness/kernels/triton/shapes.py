@@ -1,6 +1,7 @@
 """Which shape of `kernel=triton` runs for which Linear: a table of measured winners, and a rule for the rest.
 
-`scripts/microbench.py --tune` measures and prints entries for `TUNED`.
+`scripts/microbench.py --tune` measures and prints entries for files in `tuned/`
+(`harness.kernels.tuned`), of which there are none yet.
 """
 
 import functools
@@ -9,10 +10,12 @@ from typing import Literal
 
 import torch
 
+from harness.kernels import tuned as tuned_files
+
 Path = Literal["bf16", "fp8"]
 
 BUCKETS = (16, 64, 256, 1024)
-"""Rows M are rounded up to one of these for `TUNED`; more rows count as the last."""
+"""Rows M are rounded up to one of these for `tuned`; more rows count as the last."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,12 @@ class Shape:
         return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
 
 
-TUNED: dict[tuple[int, str, int, int, int, int], GemmConfig] = {}
-"""(compute capability as 90, path, bits, M bucket, N, K) to the fastest shape measured."""
+@functools.cache
+def tuned(gpu: str | None, capability: tuple[int, int]) -> dict[tuple[str, int, int, int, int], GemmConfig]:
+    """(path, bits, M bucket, N, K) to the fastest shape measured on `gpu`, or on another of its compute capability."""
+    found = tuned_files.shapes("harness.kernels.triton", gpu, 10 * capability[0] + capability[1])
+    return {(s["path"], s["bits"], s["m"], s["n"], s["k"]): GemmConfig.from_ints(s["config"]) for s in found}
+
 
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """Shared memory one block may use, by compute capability; 99 KiB on the others from 8.0 on."""
@@ -72,11 +79,10 @@ def machine(device: torch.device) -> tuple[tuple[int, int], int]:
     return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose(shape: Shape, capability: tuple[int, int], multiprocessors: int) -> GemmConfig:
+def choose(shape: Shape, capability: tuple[int, int], multiprocessors: int, gpu: str | None = None) -> GemmConfig:
     """The measured winner for `shape`, or what the rule says."""
-    arch = 10 * capability[0] + capability[1]
-    tuned = TUNED.get((arch, shape.path, shape.bits, shape.bucket, shape.n, shape.k))
-    return tuned or rule(shape, capability, multiprocessors)
+    measured = tuned(gpu, capability).get((shape.path, shape.bits, shape.bucket, shape.n, shape.k))
+    return measured or rule(shape, capability, multiprocessors)
 
 
 def rule(shape: Shape, capability: tuple[int, int], multiprocessors: int) -> GemmConfig:
