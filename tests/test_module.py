@@ -26,6 +26,10 @@ def test_recorded_clips_are_scored_against_the_recording(record, game, overrides
     assert section.drop.psnr == pytest.approx(dropped)
     assert 20 < section.fidelity.psnr < 100
     assert set(found.quality.by_tag) == {"motion", "stand_still"}
+    looks = section.appearance
+    assert looks["bf16"].sharpness > 0
+    assert looks["drop"].sharpness == pytest.approx(looks["bf16"].sharpness - looks["candidate"].sharpness)
+    assert looks["drop"].texture == pytest.approx(looks["candidate"].texture - looks["bf16"].texture)
     candidate = found.arms["candidate"]
     assert candidate.label == "mxfp4_mlp + mx_v_only"
     assert "E2M1" in candidate.numeric_path.linears

@@ -20,7 +20,8 @@ from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.data.noise import batch_noise
 from harness.kv import KVConf
-from harness.measure.figures import FrameScores
+from harness.measure.appearance import appearance
+from harness.measure.figures import Appearance, FrameScores
 from harness.measure.quality import score_frames
 from harness.measure.stability import frame_change
 from harness.models.dcae import to_frames
@@ -172,14 +173,18 @@ class RolloutModule(LightningModule):
     def _outcome(self, batch: ClipBatch, clip: int, rolled: dict[str, Rolled], recording: Tensor | None) -> ClipOutcome:
         frames = {name: to_frames(rolled[name].rgb[clip]) for name in self.arms}
         scores: dict[str, FrameScores] = {}
+        looks: dict[str, Appearance] = {}
         if recording is not None:
+            looks = {name: appearance(frames[name], recording[clip]) for name in self.arms}
+            if "candidate" in looks:
+                looks["drop"] = looks["candidate"].worse_than(looks["bf16"])
             scores = {name: score_frames(frames[name], recording[clip]) for name in self.arms}
             frames["recording"] = recording[clip]
         if "candidate" in self.arms:
             scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
         change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
         clip_id, fallback = batch.clip_ids[clip], self.guard.fallback
-        record = ClipRecord.of(clip_id, batch.tags[clip], scores, change=change, fallback=fallback)
+        record = ClipRecord.of(clip_id, batch.tags[clip], scores, change=change, fallback=fallback, appearance=looks)
         return ClipOutcome(record, batch.fps[clip], frames)
 
     def on_predict_epoch_end(self) -> None:

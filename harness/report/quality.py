@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.measure.figures import Appearance
 from harness.report.sections import ClipRecord, Curve, MeanScores, Quality, QualitySection, Scores
 
 
@@ -25,6 +26,8 @@ def _section(clips: Sequence[ClipRecord]) -> QualitySection:
     drops = [clip.drop for clip in clips if clip.drop is not None]
     if drops:
         section.drop = Scores(_mean([drop.psnr for drop in drops]), _mean([drop.ssim for drop in drops]))
+    names = clips[0].appearance
+    section.appearance = {name: Appearance.mean([clip.appearance[name] for clip in clips]) for name in names}
     return section
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.measure.figures import FrameScores, Stats
+from harness.measure.figures import Appearance, FrameScores, Stats
 
 PARTS = ("attention", "mlp", "modulation", "kv_get", "kv_update", "other")
 """Parts of a frame in the instrumented pass; ``other`` is what remains of the frame."""
@@ -403,7 +403,8 @@ class ClipRecord:
     ``scores``: ``bf16`` and ``candidate`` against the recording, ``fidelity`` of the candidate against BF16; what has
     no reference is left out. ``drop``: BF16 minus candidate, ``None`` unless both were scored. ``change``: mean change
     from frame to frame, in [0, 1], of the recording and each arm. ``fallback``: in force when it was rolled. ``video``:
-    path relative to the run's folder.
+    path relative to the run's folder. ``appearance``: of ``bf16`` and ``candidate``, and ``drop``, what the candidate
+    loses (positive = worse); empty without a recording.
     """
 
     clip_id: str
@@ -413,6 +414,7 @@ class ClipRecord:
     change: dict[str, list[float]] = field(default_factory=dict)
     fallback: str | None = None
     video: str | None = None
+    appearance: dict[str, Appearance] = field(default_factory=dict)
 
     @classmethod
     def of(cls, clip_id: str, tag: str, scores: dict[str, FrameScores], **more: Any) -> ClipRecord:
@@ -444,13 +446,14 @@ class MeanScores:
 
 @dataclass
 class QualitySection:
-    """Means over ``clips`` clips; ``None`` for what has no reference."""
+    """Means over ``clips`` clips; ``None`` for what has no reference. ``appearance``: as in :class:`ClipRecord`."""
 
     clips: int
     bf16: MeanScores | None = None
     candidate: MeanScores | None = None
     fidelity: MeanScores | None = None
     drop: Scores | None = None
+    appearance: dict[str, Appearance] = field(default_factory=dict)
 
 
 @dataclass

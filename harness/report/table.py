@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harness.measure.figures import Stats
+from harness.measure.figures import Appearance, Stats
 from harness.measure.trust import distrust
 from harness.report import drift
 from harness.report import gates as gates_room
@@ -145,9 +145,27 @@ def _quality_rows(record: RunRecord) -> Iterator[Row]:
                 show, change = _number(digits), _difference(digits)
                 shown = "" if record.candidate is None else show(theirs)
                 yield f"{metric}, {where}", show(ours), shown, change(ours, theirs)
+        yield from _appearance_rows(section.appearance, where)
         if section.fidelity is not None:
             shown = f"{section.fidelity.psnr:.2f} dB / {section.fidelity.ssim:.4f}"
             yield f"fidelity, {where}", "", shown, f"drop {drop.psnr:+.2f} dB" if drop else ""
+
+
+def _appearance_rows(looks: dict[str, Appearance], where: str) -> Iterator[Row]:
+    """What PSNR hides; see :mod:`harness.measure.appearance`."""
+    if "bf16" not in looks:
+        return
+    for metric, name, digits in (
+        ("sharpness", "sharpness", 3),
+        ("texture distance", "texture", 2),
+        ("action fidelity", "action_fidelity", 3),
+    ):
+        ours, show = getattr(looks["bf16"], name), _number(digits)
+        if ours is None:
+            continue
+        theirs = getattr(looks["candidate"], name) if "candidate" in looks else None
+        shown = show(theirs) if "candidate" in looks else ""
+        yield f"{metric}, {where}", show(ours), shown, _difference(digits)(ours, theirs)
 
 
 def _path_text(arm: ArmRecord) -> str:

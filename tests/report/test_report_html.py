@@ -28,6 +28,17 @@ def test_a_run_without_gates_says_so_and_shows_its_figures(tmp_path):
     assert "run.py quant=mxfp8_all" in text
 
 
+def test_what_psnr_hides_stands_beside_the_curves(tmp_path):
+    looks = {"sharpness": 0.8123, "texture": 4.5, "action_fidelity": None}
+    lost = {"sharpness": 0.2, "texture": 1.5, "action_fidelity": None}
+    shown = quality()
+    shown["all"]["appearance"] = {"bf16": looks, "candidate": {**looks, "sharpness": 0.6123}, "drop": lost}
+    text = page(record(quality=shown), tmp_path)
+    assert "sharpness (1 = as the recording)" in text
+    assert all(figure in text for figure in ("0.812", "0.612", "+0.200"))
+    assert "action fidelity" not in text, "nothing moved, so there is no figure"
+
+
 def test_nothing_in_the_page_points_outside_of_it(tmp_path):
     text = write_run_page(write(tmp_path, record(), videos=True)).read_text()
     assert re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', text) == []

@@ -1,6 +1,6 @@
 import pytest
 
-from harness.measure.figures import FrameScores
+from harness.measure.figures import Appearance, FrameScores
 from harness.report.quality import summarise_quality
 from harness.report.sections import ClipRecord
 
@@ -41,3 +41,10 @@ def test_a_lone_baseline_has_no_drop():
     lone = ClipRecord.of("a", "motion", {"bf16": FrameScores([30.0], [0.9])})
     assert summarise_quality([lone]).all.drop is None
     assert lone.drop is None
+
+
+def test_appearance_is_averaged_over_the_clips_that_have_it():
+    looks = [{"bf16": Appearance(0.8, 2.0, 0.9)}, {"bf16": Appearance(0.6, 4.0, None)}]
+    scores = {"bf16": FrameScores([30.0], [0.9])}
+    clips = [ClipRecord.of(name, "motion", scores, appearance=look) for name, look in zip("ab", looks, strict=True)]
+    assert summarise_quality(clips).all.appearance == {"bf16": Appearance(pytest.approx(0.7), 3.0, 0.9)}

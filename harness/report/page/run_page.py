@@ -81,6 +81,7 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
         curves=_curves(record),
         drift=list(drift.sentences(read(Drift, record["drift"]))) if record.get("drift") else [],
         clips=_clips(record),
+        looks=_looks(record),
         videos=videos,
         numerics=numerics_blocks(record),
         setup=_setup(record),
@@ -242,6 +243,21 @@ def _curve(
     mean = Series("fidelity", lines["fidelity"], "s-fid")
     title = f"Fidelity: {name} of candidate against BF16"
     return line_chart(title, [*(clips if len(clips) > 1 else []), mean], unit, y_range=limits)
+
+
+def _looks(record: Record) -> list[dict[str, Any]]:
+    """What PSNR hides, over all clips; see `harness/measure/appearance.py`."""
+    looks = pick(record, "quality.all.appearance") or {}
+    rows = []
+    for name, figure, digits in (
+        ("sharpness", "sharpness (1 = as the recording)", 3),
+        ("texture", "texture distance (0 = as the recording)", 2),
+        ("action_fidelity", "action fidelity (1 = moves as the recording)", 3),
+    ):
+        values = {arm: pick(looks, f"{arm}.{name}") for arm in ("bf16", "candidate", "drop")}
+        if values["bf16"] is not None:
+            rows.append({"figure": figure, "digits": digits, **values})
+    return rows
 
 
 def _clips(record: Record) -> list[dict[str, Any]]:
