@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.measure.environment import environment
+from harness.measure.timing import samples_ms
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import attend_from_projection, rms_norm
 from harness.models.rope import apply_rotary
@@ -104,15 +105,8 @@ def median_us(run: Callable[[], Any], calls: int, args: argparse.Namespace) -> f
     if args.device.type == "cpu":
         run()
         return None
-    graph, times = CapturedGraph(run, args.device), []
-    for _ in range(args.replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+    graph = CapturedGraph(run, args.device)
+    return statistics.median(samples_ms(graph.replay, args.device, args.replays, wait=True)) * 1e3 / calls
 
 
 def layers_over(

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.config import register
 from harness.kernels.cuda import conv, nvrtc
+from harness.measure.timing import samples_ms
 from harness.models.dcae import DCAEDecoder, ResBlock
 from harness.rollout import CompileConf, DecoderGroups, FrameDecoder
 from harness.rollout.compile import CapturedGraph
@@ -46,15 +47,7 @@ def graph_us(function: Callable[[], object], inner: int = 1) -> float:
             function()
 
     graph = CapturedGraph(run, torch.device("cuda"))
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / inner)
-    return statistics.median(times)
+    return statistics.median(samples_ms(graph.replay, torch.device("cuda"), REPLAYS, wait=True)) * 1e3 / inner
 
 
 Timed = list[tuple[str, Callable[[], object]]]
@@ -146,15 +139,7 @@ def compare(plan: Any, latent: Tensor, compile: bool) -> None:
         decode = FrameDecoder(copy.deepcopy(made), conf, groups)
         picture = decode(latent).float()
         error = ((picture - exact).norm() / exact.norm()).item()
-        times = []
-        for _ in range(REPLAYS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            decode(latent)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        ms = statistics.median(times)
+        ms = statistics.median(samples_ms(partial(decode, latent), torch.device("cuda"), REPLAYS, wait=True))
         print(
             f"{name:9} {ms:6.3f} ms, error {error:.2e} of float32's norm, ready after {decode.prepare_s:.1f} s",
             flush=True,

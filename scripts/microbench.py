@@ -46,6 +46,7 @@ from harness.kernels.tuned import entry, gpu_name
 from harness.kv import KVCache
 from harness.kv.conf import KVConf, KVFormat, KVStorage
 from harness.measure.environment import environment
+from harness.measure.timing import samples_ms
 from harness.models.attention import LayerAttend
 from harness.models.config_io import gamerft_config, model_section
 from harness.models.gamerft import GameRFTConfig, GameRFTCore, attend_from_projection, rms_norm
@@ -161,28 +162,9 @@ class Bench:
             with torch.cuda.graph(graph, stream=stream):
                 round_of_calls()
             run = graph.replay
-        times = sorted(self._samples(run))
+        times = sorted(1e3 * ms for ms in samples_ms(run, self.device, self.iterations, self.warmup))
         median, p90 = statistics.median(times), times[int(0.9 * (len(times) - 1))]
         return median / len(calls), p90 / len(calls)
-
-    def _samples(self, run: Callable[[], object]) -> list[float]:
-        for _ in range(self.warmup):
-            run()
-        self.synchronise()
-        if self.device.type != "cuda":
-            return [self._wall_us(run) for _ in range(self.iterations)]
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.iterations)]
-        for start, end in events:
-            start.record()
-            run()
-            end.record()
-        self.synchronise()
-        return [start.elapsed_time(end) * 1e3 for start, end in events]
-
-    def _wall_us(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e6
 
     def measure_bandwidth(self) -> None:
         """GB/s of a copy on the device, bytes read plus bytes written."""

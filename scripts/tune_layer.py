@@ -35,6 +35,7 @@ from harness.kernels.cuda import shapes as cuda_config
 from harness.kernels.cuda.shapes import CudaConfig
 from harness.kernels.tuned import entry
 from harness.kv import KVConf, KVStorage
+from harness.measure.timing import samples_ms
 from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.cuda import CudaLinear
@@ -101,13 +102,8 @@ class Layers:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             self.run()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
-        for start, end in [*events[:2], *events]:
-            start.record()
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / len(self.blocks)
+        times = samples_ms(graph.replay, torch.device("cuda"), REPLAYS, warmup=2)
+        return statistics.median(times) * 1e3 / len(self.blocks)
 
 
 NAMES = [spec.name for spec in GameRFTCore.block_linears if not spec.per_frame]

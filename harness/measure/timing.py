@@ -40,6 +40,29 @@ class Clock:
         return start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
 
 
+def samples_ms(
+    run: Callable[[], object], device: torch.device, count: int, warmup: int = 0, wait: bool = False
+) -> list[float]:
+    """Milliseconds of each of ``count`` calls of ``run``, after ``warmup`` calls that are not timed.
+
+    On a GPU between events around what a call queues; the calls follow one another without a gap unless ``wait``: then
+    each is waited for before the next begins. Elsewhere wall times.
+    """
+    clock = Clock(device)
+    for _ in range(warmup):
+        run()
+    clock.synchronise()
+    stamps = []
+    for _ in range(count):
+        start = clock.now()
+        run()
+        stamps.append((start, clock.now()))
+        if wait:
+            clock.synchronise()
+    clock.synchronise()
+    return [clock.elapsed_ms(start, end) for start, end in stamps]
+
+
 class FrameTimer:
     """Splits each frame's time into consecutive spans and keeps one row of milliseconds per frame.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
+from statistics import median
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from harness.measure.timing import samples_ms
 from harness.models.dcae import DCAEConfig, DCAEDecoder
 from harness.rollout import fused_decoder
 from harness.rollout.compile import CapturedGraph, CompileConf, compile_function, without_grad
@@ -119,20 +122,8 @@ def _fastest(conv: nn.Conv2d, shape: torch.Size) -> nn.Conv2d:
     timed = []
     for groups in sorted(candidates, reverse=True):
         candidate = channels_last(regroup(conv, groups))
-        timed.append((_gpu_ms(candidate, x), groups, candidate))
+        timed.append((median(samples_ms(partial(candidate, x), x.device, count=10, warmup=3)), groups, candidate))
     return min(timed, key=lambda entry: entry[:2])[2]
-
-
-def _gpu_ms(function: Callable[[Tensor], Tensor], x: Tensor, warmups: int = 3, runs: int = 10) -> float:
-    for _ in range(warmups):
-        function(x)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(runs):
-        function(x)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / runs
 
 
 class FrameDecoder:

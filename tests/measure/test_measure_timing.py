@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from harness.measure.figures import summarise
-from harness.measure.timing import FrameTimer, PartTimer
+from harness.measure.timing import FrameTimer, PartTimer, samples_ms
 
 CPU = torch.device("cpu")
 
@@ -86,3 +86,17 @@ def test_gpu_frames_are_timed_by_the_device():
         x = x @ x
     timer.lap()
     assert timer.take()[0]["work"] > 0.5
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_each_call_is_timed_once_and_warm_up_not_at_all(wait):
+    calls = []
+
+    def run():
+        calls.append(time.perf_counter())
+        time.sleep(0.01 if len(calls) > 2 else 0.1)
+
+    times = samples_ms(run, torch.device("cpu"), count=3, warmup=2, wait=wait)
+    assert len(calls) == 5
+    assert len(times) == 3
+    assert all(10 <= ms < 90 for ms in times)
