@@ -94,6 +94,19 @@ def test_a_checkpoint_that_would_run_code_is_refused(command, game, overrides, t
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_verdict_sets_the_exit_code_where_it_was_asked_for(command, tmp_path):
+    words = [*QUICK, "measure.videos=false", "quant=mxfp8_mlp", "hydra.run.dir=run"]
+    assert command(*words)[0] == 0
+    gates = load_record(tmp_path / "run" / "record.json").gates
+    assert (gates["title"], gates["verdict"]) == ("default gate", "undecided")
+    assert "random weights" in gates["reason"]
+    assert (
+        (tmp_path / "run" / "table.txt").read_text().startswith("Verdict (default gate, without speed, against BF16)")
+    )
+    for asked in ("gates=d", "gates.max_psnr_drop=0.3"):
+        assert command(*words, asked, "hydra.run.dir=again")[0] == 4
+
+
 def test_a_gate_that_cannot_be_evaluated_keeps_the_finished_run(command, monkeypatch, tmp_path):
     def broken(*_):
         raise GateError("gates: no figure")

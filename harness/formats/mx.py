@@ -1,7 +1,6 @@
 """The OCP Microscaling (MX) formats in plain torch: encode to, and decode from, blocks of 32 with one scale.
 
-Source: OCP Microscaling Formats (MX) Specification v1.0 (https://www.opencompute.org, 2023), and torchao 0.18
-(`torchao.prototype.mx_formats`), whose numbers `encode` and `decode` reproduce.
+Source: OCP Microscaling Formats (MX) Specification v1.0 (https://www.opencompute.org, 2023).
 
 A block is 32 consecutive values of the last dimension. It is stored as 32 elements P_i and one scale X,
 and stands for the values X * P_i.
@@ -16,21 +15,25 @@ and stands for the values X * P_i.
 Storage is always `torch.uint8`. Two E2M1 elements share a byte, the one with the lower index in the low
 nibble, which is torchao's packing (`pack_uint4`) and that of `torch.float4_e2m1fn_x2`.
 
-What happens at the edges, as in torchao where nothing else is said:
+What happens at the edges, by the specification:
 
 * Elements round to nearest, ties to even, and saturate at the largest finite element. Subnormal elements
   are kept.
 * Zero block: scale byte 0, elements 0 with their signs.
-* NaN in a block: scale byte 255, so the whole block decodes to NaN. Its elements mean nothing; E2M1, which
-  has no NaN, stores 0 (torchao stores arbitrary bits).
-* Infinity in a block without NaN: saturates; the spec leaves this open. The scale is byte 254 in `rceil`
-  and 2^(128 - emax) in the other modes; finite values beside it mostly vanish.
-* Scales that would be 2^-127 or less (amax below 2^(emax - 126), about 1e-36 for E4M3): torchao divides by
-  2^-126 (by 1 in `rceil`) yet stores byte 0, which stands for 2^-127, so the block decodes to half its value
-  (to 0 in `rceil`). The spec divides by 2^-127. Kept as torchao has it: no weight or activation lives there.
-* `rceil` is exact here for every float32. torchao's portable path takes ceil(log2(amax / max)) in float32,
-  which is one step low for amax less than about 1e-5 (relative) above max * 2^k. No BF16 value lies there,
-  so on BF16 input the two never differ.
+* NaN or infinity in a block: scale byte 255, so the whole block decodes to NaN: neither has a scale under which its
+  neighbours could be told. The elements of such a block mean nothing; E2M1, which has no NaN, stores 0.
+* Scales that would be less than 2^-127 (amax below 2^(emax - 127), about 1e-36 for E4M3) are 2^-127, byte 0, and the
+  block is divided by just that, so that small values become small elements.
+* `rceil` is exact here for every float32.
+
+Where torchao 0.18, whose numbers these are otherwise, does something else (`tests/mx/test_mx_formats.py` holds each):
+
+* Byte 0: it divides by 2^-126 (by 1 in `rceil`) yet stores byte 0, so such a block decodes to half its value (to 0 in
+  `rceil`).
+* Infinity without NaN: it saturates, under scale byte 254 in `rceil` and 2^(128 - emax) in the other modes, and
+  finite values beside it mostly vanish. Its pull request 4725 (2026) makes both as they are here.
+* `rceil`: its portable path takes ceil(log2(amax / max)) in float32, which is one step low for amax less than about
+  1e-5 (relative) above max * 2^k. No BF16 value lies there.
 
 Decoding to BF16 is exact: an element has at most 4 significant bits and the scale is a power of two. Only
 the ends of the range differ: products beyond 3.39e38 become infinite (byte 254 with 448), those below 2^-133
@@ -148,7 +151,7 @@ def encode(x: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rcei
     blocks = stored_values(x).unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(dim=-1, keepdim=True)
     scales = _biased_exponent(amax, fmt, scale_mode)
-    elements = _elements(blocks, _divisor(scales, scale_mode), fmt).flatten(-2)
+    elements = _elements(blocks, _reciprocal(scales), fmt).flatten(-2)
     return MXBlocks(elements, scales.to(torch.uint8).squeeze(-1))
 
 
@@ -175,16 +178,16 @@ def scale_bytes(amax: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleM
 def encode_with_scales(x: Tensor, scales: Tensor, fmt: ElementFormat) -> Tensor:
     """Elements of `x` [..., K] under given scales, for scales that cover more than a block or come from earlier values.
 
-    `scales` are E8M0 bytes (uint8, above 0) that broadcast to [..., K/32]. Elements as `encode` gives them: values
+    `scales` are E8M0 bytes (uint8) that broadcast to [..., K/32]. Elements as `encode` gives them: values
     too large for their scale saturate, and NaN is for the caller to mark in the scales.
     """
     blocks = stored_values(x).unflatten(-1, (-1, BLOCK))
-    return _elements(blocks, _divisor(scales.to(torch.int32), ScaleMode.floor).unsqueeze(-1), fmt).flatten(-2)
+    return _elements(blocks, _reciprocal(scales.to(torch.int32)).unsqueeze(-1), fmt).flatten(-2)
 
 
-def _elements(blocks: Tensor, divisor: Tensor, fmt: ElementFormat) -> Tensor:
+def _elements(blocks: Tensor, reciprocal: Tensor, fmt: ElementFormat) -> Tensor:
     """Element bytes of float32 blocks [..., 32]: [..., 32], or [..., 16] for E2M1."""
-    scaled = (blocks / divisor).clamp(-fmt.max, fmt.max)
+    scaled = (blocks * reciprocal).clamp(-fmt.max, fmt.max)
     return _pack_e2m1(scaled) if fmt.bits == 4 else scaled.to(fmt.float8).view(torch.uint8)
 
 
@@ -261,17 +264,14 @@ def _biased_exponent(amax: Tensor, fmt: ElementFormat, mode: ScaleMode) -> Tenso
     integer arithmetic on its bits is exact on every device, where a division or a log2 need not be.
     """
     bits = amax.view(torch.int32)
-    exponent = (bits >> 23) - fmt.emax
-    if mode != ScaleMode.floor:
-        exponent = exponent + ((bits & _MANTISSA) > carry_threshold(fmt, mode)).to(torch.int32)
-    exponent = exponent.clamp(0, 254)
-    if mode == ScaleMode.rceil:
-        exponent = torch.where(amax.isinf(), 254, exponent)
-    return torch.where(amax.isnan(), SCALE_NAN, exponent)
+    exponent = (bits >> 23) - fmt.emax + ((bits & _MANTISSA) > carry_threshold(fmt, mode)).to(torch.int32)
+    return torch.where(amax.isfinite(), exponent.clamp(min=0), SCALE_NAN)
 
 
 def carry_threshold(fmt: ElementFormat, mode: ScaleMode) -> int:
-    """Mantissa bits of amax above which the scale is one step larger than with `floor`."""
+    """Mantissa bits of amax above which the scale is one step larger than with `floor`: for that itself, none are."""
+    if mode == ScaleMode.floor:
+        return 2**23
     if mode == ScaleMode.ceil:
         return 0
     if mode == ScaleMode.rceil:
@@ -279,13 +279,13 @@ def carry_threshold(fmt: ElementFormat, mode: ScaleMode) -> int:
     return 2**23 - 2 ** (22 - fmt.mantissa) - 1
 
 
-def _divisor(scales: Tensor, mode: ScaleMode) -> Tensor:
-    """What torchao divides a block by (float32): the scale, but for bytes 0 and 255 (see the module)."""
-    divisor = (scales.clamp(min=1) << 23).view(torch.float32)  # byte 255 gives infinity here
-    if mode == ScaleMode.rceil:
-        divisor = torch.where(scales == 0, 1.0, divisor)
-        divisor = torch.where(scales == SCALE_NAN, float("nan"), divisor)
-    return divisor
+def _reciprocal(scales: Tensor) -> Tensor:
+    """1 / 2^(byte - 127), float32 of int32 bytes; 0 for NaN.
+
+    Multiplying by a power of two rounds as dividing does, and no scale has a subnormal reciprocal but the largest.
+    """
+    bits = torch.where(scales == 254, 1 << 22, (254 - scales) << 23)
+    return torch.where(scales == SCALE_NAN, 0, bits).to(torch.int32).view(torch.float32)
 
 
 def _pack_e2m1(scaled: Tensor) -> Tensor:

@@ -111,8 +111,6 @@ class MXCodec:
 
     def __init__(self, fmt: ElementFormat, scale_mode: ScaleMode) -> None:
         self.fmt, self.scale_mode, self.name = fmt, scale_mode, fmt.name
-        # Values that are finite stay below this scale; Inf gets it in every mode.
-        self._inf_scale = int(scale_bytes(torch.tensor(math.inf), fmt, scale_mode))
         self._max_code = _max_code(fmt)
 
     def allocate(self, shape: RingShape, device: torch.device) -> Stored:
@@ -165,7 +163,7 @@ class MXCodec:
     def log2_scales(self, scales: Tensor) -> Tensor:
         """See :class:`Codec`."""
         exponents = torch.where(scales == 0, -math.inf, scales.float() - E8M0_BIAS)
-        return torch.where(scales >= self._inf_scale, math.nan, exponents)
+        return torch.where(scales == SCALE_NAN, math.nan, exponents)
 
 
 class HeadEMACodec(MXCodec):
@@ -228,7 +226,7 @@ class HeadEMACodec(MXCodec):
 
     def _encode(self, x: Tensor, own: Tensor) -> Stored:
         amax = self.amax.clamp(min=self.conf.floor).unsqueeze(-1)
-        scales = scale_bytes(amax, self.fmt, self.scale_mode).clamp(min=1)
+        scales = scale_bytes(amax, self.fmt, self.scale_mode)
         scales = torch.where(own.isfinite(), scales, SCALE_NAN)[..., None, None]
         return Stored(encode_with_scales(x, scales, self.fmt), scales)
 

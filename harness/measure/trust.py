@@ -51,7 +51,6 @@ def _tails(arms: Mapping[str, Any]) -> list[str]:
         for span, part in SPANS:
             median, p90 = _figure(arms, arm, span, "median"), _figure(arms, arm, span, "p90")
             if median is not None and p90 is not None and p90 > TAIL * median:
-                texts.append(
-                    f"one frame in ten kept {name}'s {part} at least {p90 / median:.1f} times as long as the median"
-                )
+                times = f"{p90 / median:.1f} times as long as its median"
+                texts.append(f"one frame in ten took {name}'s {part} over {times}")
     return texts

@@ -20,6 +20,9 @@ from harness.models.embeddings import MLP, ControlEmbedding, TimestepEmbedding
 from harness.models.rope import MotionRotary, OrthoRotary, apply_rotary
 from harness.models.world import LinearSpec, WorldModel
 
+MOST_TIMES = 2**20
+"""Time positions that an ``ortho`` RoPE may have a table of; rollouts may be longer."""
+
 RMS_EPS = 1.1920928955078125e-07
 """float32 eps. ``F.rms_norm`` uses it by default for BF16 input too; explicit, so that fused kernels can match."""
 
@@ -72,6 +75,8 @@ class GameRFTConfig:
         ]
         if not problems:
             problems = self._shape_problems()
+        if self.rope_impl == "ortho" and self.n_frames > MOST_TIMES:
+            problems.append(f"n_frames={self.n_frames}: ortho RoPE keeps a table of them, of at most {MOST_TIMES}")
         if self.rope_impl not in ("motion", "ortho"):
             problems.append(f"rope_impl={self.rope_impl!r}: allowed are motion, ortho")
         if self.backbone != "dit":

@@ -69,6 +69,7 @@ class OrthoRotary(nn.Module):
     go on at the same spacing beyond.
     """
 
+    times: Tensor
     freqs: Tensor
     grid: Tensor
 
@@ -77,20 +78,21 @@ class OrthoRotary(nn.Module):
         self.n_frames = n_frames
         grid = torch.linspace(-1, 1, side + 1)[:side]
         space = torch.stack((grid.repeat_interleave(side), grid.repeat(side)))
+        self.register_buffer("times", bits(torch.linspace(-1, 1, n_frames)), persistent=False)
         self.register_buffer("freqs", bits(math.pi * torch.linspace(1, 128, head_dim // 8)), persistent=False)
         self.register_buffer("grid", bits(space), persistent=False)
 
     def time_position(self, frames: Tensor) -> Tensor:
-        """Position of each frame index, float32: ``linspace(-1, 1, n_frames)``, continued without end.
+        """Position of each frame index, float32: ``linspace(-1, 1, n_frames)``, continued at its spacing without end.
 
-        Spelled out the way ``torch.linspace`` rounds (from the left end in the first half, from the right end in
-        the second), since frequencies of 400 rad amplify the last bit.
+        Within ``n_frames`` it is the table itself. Its last bit depends on the machine's vector instructions, and
+        frequencies of 400 rad amplify that bit: no formula gives the same everywhere.
         """
-        frame = frames.to(torch.float32)
-        step = 2.0 / max(self.n_frames - 1, 1)
-        left = -1.0 + step * frame
-        right = 1.0 - step * (self.n_frames - 1 - frame)
-        return torch.where(frame < self.n_frames // 2, left, right)
+        last = self.n_frames - 1
+        inside = self.times[frames.clamp(max=last)].view(torch.float32)
+        step = 2.0 / max(last, 1)
+        beyond = self.times[-1].view(torch.float32) + step * (frames - last).to(torch.float32)
+        return torch.where(frames > last, beyond, inside)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(cos, sin)``, float32 ``[N*P, Dh/2]``, of absolute frame indices ``frames [N]``."""

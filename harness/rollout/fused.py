@@ -180,9 +180,8 @@ def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:
     """Compile-time arguments that say how the kernel encodes."""
     if fmt == "plain" or not store:
         return store, 0.0, 0, 0
-    element, never = FORMATS[fmt], 1 << 23
-    threshold = never if mode == ScaleMode.floor else carry_threshold(element, ScaleMode(mode))
-    return store, element.max, element.emax, threshold
+    element = FORMATS[fmt]
+    return store, element.max, element.emax, carry_threshold(element, ScaleMode(mode))
 
 
 @torch.library.custom_op(
@@ -251,7 +250,7 @@ def window_attention(
         heads, frames, tokens, dim, RMS_EPS, shape.share, shape.splits,
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
-        scale_mode == ScaleMode.rceil, keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
+        keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
         shape.combiners, POLLS if qkv.is_cuda else 1, dependent, dependent and AHEAD,
         num_warps=WARPS, num_stages=stages(dim), **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip

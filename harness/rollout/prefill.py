@@ -75,7 +75,7 @@ class HistoryAttention:
             heads, frames, kept, tokens, dim, RMS_EPS,
             key.format, *encoding(key.stores, key.format, mode.value),
             value.format, *encoding(value.stores, value.format, mode.value),
-            mode == ScaleMode.rceil, rows, num_warps=4,
+            rows, num_warps=4,
         )  # fmt: skip
         oldest = frames - kept
         if not key.stores:

@@ -108,6 +108,17 @@ def test_ortho_rotary_equals_its_table_and_goes_on_beyond_it():
     assert torch.equal(sin[:, 12:], torch.zeros_like(sin[:, 12:]))
 
 
+@pytest.mark.parametrize("n_frames", [1, 2, 60, 511, 1536, 4097])
+def test_ortho_angles_are_those_of_the_time_table_to_the_last_bit(n_frames):
+    """Whatever this machine's linspace rounds to: 400 rad times one bit of it would be beyond 1e-5 in K."""
+    rotary = OrthoRotary(head_dim=64, side=4, n_frames=n_frames)
+    cos, sin = rotary(torch.arange(n_frames))
+    time, freqs = torch.linspace(-1, 1, n_frames), torch.pi * torch.linspace(1, 128, 8)
+    angle = (time[:, None] * freqs).repeat_interleave(16, dim=0)
+    assert torch.equal(cos[:, :8], angle.cos())
+    assert torch.equal(sin[:, :8], angle.sin())
+
+
 def test_rotation_takes_adjacent_pairs_and_concatenates_halves():
     x = torch.arange(4.0).view(1, 1, 1, 4)
     cos, sin = torch.zeros(1, 2), torch.ones(1, 2)  # a quarter turn

@@ -163,11 +163,10 @@ def test_every_code_under_every_scale_decodes_exactly(fmt, wide):
 @pytest.mark.parametrize("mode", list(ScaleMode))
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_activations_are_encoded_as_in_formats(fmt, mode):
-    if fmt is E5M2 and not ON_GPU:
-        pytest.skip("Triton's interpreter truncates where the GPU rounds to E5M2")
     x = activations(9, 96)
     x[0, 3], x[1, 40], x[2, :BLOCK], x[3, :BLOCK], x[4, 0] = float("nan"), float("inf"), 0, -0.0, 3e38
     x[5] *= 1e-30
+    x[6] *= 2.0**-126 / 16  # under the smallest scale
     blocks = encode(x, fmt, mode)
     want = decode(blocks, fmt)
     torch.testing.assert_close(triton_ops.round_to_mx(x, fmt.name, str(mode)), want, rtol=0, atol=0, equal_nan=True)

@@ -28,7 +28,7 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
     fused._multiprocessors = lambda device: 132
     shape = fused.launch_shape(frames, tokens, dim, heads, torch.device("cpu"))
     types = dict.fromkeys(("qkv", "out", "own_k"), "*bf16") | TENSORS | {"scale": "fp32"}
-    constants = {"HEADS": heads, "FRAMES": frames, "TOKENS": tokens, "DIM": dim, "EPS": 1e-7, "RCEIL": True}
+    constants = {"HEADS": heads, "FRAMES": frames, "TOKENS": tokens, "DIM": dim, "EPS": 1e-7}
     constants |= {"SHARE": shape.share, "SPLITS": shape.splits}
     constants |= {
         "BLOCK_M": shape.block_m,

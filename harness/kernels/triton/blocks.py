@@ -60,28 +60,19 @@ def round_even(x):
 
 
 @triton.jit
-def biased_exponent(amax, EMAX: tl.constexpr, THRESHOLD: tl.constexpr, RCEIL: tl.constexpr):
+def biased_exponent(amax, EMAX: tl.constexpr, THRESHOLD: tl.constexpr):
     """E8M0 byte (int32) from a block's largest magnitude (float32 bits as int32; NaN if the block holds one).
 
     ``THRESHOLD``: fraction bits above which the scale is one step larger; see ``formats._biased_exponent``.
     """
     exponent = (amax >> 23) - EMAX + tl.where((amax & 0x7FFFFF) > THRESHOLD, 1, 0)
-    exponent = tl.minimum(tl.maximum(exponent, 0), 254)
-    if RCEIL:
-        exponent = tl.where(amax == 0x7F800000, 254, exponent)
-    return tl.where(amax > 0x7F800000, 255, exponent)
+    return tl.where(amax >= 0x7F800000, 255, tl.maximum(exponent, 0))
 
 
 @triton.jit
-def reciprocal(exponent, RCEIL: tl.constexpr):
-    """1 / what ``formats._divisor`` divides by. Powers of two: multiplying by it rounds as dividing does."""
-    bits = tl.where(exponent == 254, 0x00400000, (254 - tl.maximum(exponent, 1)) << 23)
-    if RCEIL:
-        bits = tl.where(exponent == 0, 0x3F800000, bits)
-        bits = tl.where(exponent == 255, 0x7FC00000, bits)
-    else:
-        bits = tl.where(exponent == 255, 0, bits)
-    return bits.to(tl.float32, bitcast=True)
+def reciprocal(exponent):
+    """1 / the scale of a byte that encoding gives: at most 253, or 255 for NaN, whose reciprocal is 0."""
+    return tl.where(exponent == 255, 0, (254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -110,28 +101,58 @@ def fp8_codes(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
+def fp8_values(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """Float32 of finite 8-bit codes (int32), by arithmetic that every GPU has."""
+    FACTOR: tl.constexpr = 1.329227995784916e36 if BIAS == 7 else 5.192296858534828e33  # 2^(127 - BIAS)
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << (23 - MANTISSA))
+    return bits.to(tl.float32, bitcast=True) * FACTOR
+
+
+@triton.jit
+def encode_blocks(x, FORMAT: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Codes (int32, one a value) and E8M0 bytes (int32, ``[..., 1]``) of float32 blocks ``x [..., 32]``."""
+    # Magnitudes order like their bits, NaN above infinity: an integer maximum never loses a NaN.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scales = biased_exponent(tl.max(magnitude, len(x.shape) - 1, keep_dims=True), EMAX, THRESHOLD)
+    scaled = x * reciprocal(scales)
+    scaled = tl.where(scaled != scaled, scaled, tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST))
+    if FORMAT == "e2m1":
+        codes = e2m1_codes(scaled)
+    elif FORMAT == "e4m3":
+        codes = fp8_codes(scaled, 3, 7)
+    else:
+        codes = fp8_codes(scaled, 2, 15)
+    return codes, scales
+
+
+@triton.jit
+def code_values(codes, FORMAT: tl.constexpr):
+    """Float32 of the finite codes that :func:`encode_blocks` gives."""
+    if FORMAT == "e2m1":
+        values = e2m1_values(codes)
+    elif FORMAT == "e4m3":
+        values = fp8_values(codes, 3, 7)
+    else:
+        values = fp8_values(codes, 2, 15)
+    return values
+
+
+@triton.jit
 def encode_tile(
     x,
     FORMAT: tl.constexpr,
     LARGEST: tl.constexpr,
     EMAX: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    RCEIL: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Quantise float32 ``x [ROWS, DIM]``: element bytes ``[ROWS, DIM]`` (E2M1: ``[ROWS, DIM / 2]``), scale bytes."""
-    blocks = tl.reshape(x, (ROWS, DIM // 32, 32))
-    # Magnitudes order like their bits, NaN above infinity: an integer maximum never loses a NaN.
-    magnitude = blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    scales = biased_exponent(tl.max(magnitude, 2), EMAX, THRESHOLD, RCEIL)
-    scaled = blocks * reciprocal(scales, RCEIL)[:, :, None]
-    scaled = tl.where(scaled != scaled, scaled, tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST))
+    codes, exponents = encode_blocks(tl.reshape(x, (ROWS, DIM // 32, 32)), FORMAT, LARGEST, EMAX, THRESHOLD)
+    scales = tl.reshape(exponents, (ROWS, DIM // 32))
     if FORMAT == "e2m1":
-        low, high = tl.split(tl.reshape(e2m1_codes(scaled), (ROWS, DIM // 2, 2)))
+        low, high = tl.split(tl.reshape(codes, (ROWS, DIM // 2, 2)))
         elements = (low | (high << 4)).to(tl.uint8)
-    elif FORMAT == "e4m3":
-        elements = tl.reshape(fp8_codes(scaled, 3, 7), (ROWS, DIM)).to(tl.uint8)
     else:
-        elements = tl.reshape(fp8_codes(scaled, 2, 15), (ROWS, DIM)).to(tl.uint8)
+        elements = tl.reshape(codes, (ROWS, DIM)).to(tl.uint8)
     return elements, scales.to(tl.uint8)

@@ -25,13 +25,7 @@ were integers, and rounds to BF16 carelessly.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def e8m0_to_float(byte):
-    """2^(byte - 127) as float32 of an int32 byte; 0 stands for 2^-127 (subnormal), 255 for NaN."""
-    bits = tl.where(byte == 0, 1 << 22, byte << 23)
-    bits = tl.where(byte == 255, 0x7FC00000, bits)
-    return bits.to(tl.float32, bitcast=True)
+from harness.kernels.triton.blocks import code_values, e2m1_values, encode_blocks, fp8_codes, fp8_values, scale_values
 
 
 @triton.jit
@@ -68,15 +62,13 @@ def decode8(byte, scale, ELEMENT: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.c
     if WIDE:
         wide = byte.to(tl.int32)
         if ELEMENT == "e4m3":
-            bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-            value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+            value = fp8_values(wide, 3, 7)
             value = tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
         else:
-            bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 21)
-            value = bits.to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
+            value = fp8_values(wide, 2, 15)
             value = tl.where((wide & 0x7F) == 0x7C, value * float("inf"), value)
             value = tl.where((wide & 0x7F) > 0x7C, float("nan"), value)
-        return to_bf16(value * e8m0_to_float(scale), NATIVE)
+        return to_bf16(value * scale_values(scale), NATIVE)
     elif NATIVE:
         # Per 32-bit register, four bytes become two pairs of BF16: bytes to upper halves, magnitude shifted down.
         if ELEMENT == "e4m3":
@@ -142,10 +134,9 @@ def decode8(byte, scale, ELEMENT: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.c
 @triton.jit
 def nibble_to_bf16(nibble, scale, WIDE: tl.constexpr, NATIVE: tl.constexpr):
     """BF16 values of E2M1 codes 0 … 15 (int32) under E8M0 scale bytes of the same shape."""
-    bits = ((nibble & 8) << 28) | ((nibble & 7) << 22)
-    value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+    value = e2m1_values(nibble)
     if WIDE:
-        factor = e8m0_to_float(scale)
+        factor = scale_values(scale)
     else:
         factor = (scale << 23).to(tl.float32, bitcast=True)
     return to_bf16(value * factor, NATIVE)
@@ -356,7 +347,7 @@ def weight_scale(words, i: tl.constexpr, SPARE: tl.constexpr, WIDE: tl.constexpr
     """float32 scale of block `i` of the four in int32 `words`, times 2^SPARE."""
     byte = (words >> (8 * i)) & 0xFF
     if WIDE:
-        return e8m0_to_float(byte) * (1 << SPARE)
+        return scale_values(byte) * (1 << SPARE)
     else:
         return ((byte + SPARE) << 23).to(tl.float32, bitcast=True)
 
@@ -426,37 +417,6 @@ def gemm_fp8(
 
 
 @triton.jit
-def round_half_even(x):
-    """Nearest integer of |x| < 2^22, ties to even: adding 1.5 * 2^23 leaves no bits for a fraction."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def round_to_e2m1(scaled):
-    """Nearest E2M1 value of float32 within [-6, 6], ties to even codes; 0 for NaN."""
-    a = tl.abs(scaled)
-    a = tl.where(a == a, a, 0.0)
-    fine = round_half_even(a * 2.0) * 0.5
-    middle = round_half_even(a)
-    coarse = round_half_even(a * 0.5) * 2.0
-    magnitude = tl.where(a < 2.0, fine, tl.where(a < 4.0, middle, coarse))
-    return tl.where(scaled.to(tl.int32, bitcast=True) < 0, -magnitude, magnitude)
-
-
-@triton.jit
-def float_to_e4m3(value):
-    """E4M3 byte (int32) of float32 within [-448, 448], ties to even; 0x7F for NaN.
-
-    By integer arithmetic, so that it also runs where the GPU has no E4M3: scaling by 2^-120 puts E4M3's exponent
-    field, subnormals included, where float32 has its own, and the rounding carries into it.
-    """
-    bits = (tl.abs(value) * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
-    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return tl.where(value == value, rounded | sign, 0x7F)
-
-
-@triton.jit
 def quantise_rows(
     x,
     elements,
@@ -466,7 +426,6 @@ def quantise_rows(
     K,
     blocks,
     ELEMENT: tl.constexpr,
-    MODE: tl.constexpr,
     EMAX: tl.constexpr,
     MAX: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -483,37 +442,21 @@ def quantise_rows(
     columns = tl.arange(0, 32)
     real = (block < blocks)[:, None]
     source = block[:, None] * 32 + columns[None, :]
-    values = tl.load(x + source, mask=real, other=0.0).to(tl.float32)
-    amax_bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # orders NaN above infinity
-    exponent = (amax_bits >> 23) - EMAX
-    if MODE != "floor":
-        exponent += ((amax_bits & 0x7FFFFF) > THRESHOLD).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(exponent, 0), 254)
-    if MODE == "rceil":
-        exponent = tl.where(amax_bits == 0x7F800000, 254, exponent)
-    exponent = tl.where(amax_bits > 0x7F800000, 255, exponent)
-    # 1 / divisor: a scale byte of 0 divides by 2^-126, in rceil by 1; 254 needs 2^-127, which is subnormal.
-    inverse_bits = tl.where(exponent >= 254, 1 << 22, (254 - tl.maximum(exponent, 1)) << 23)
-    inverse = inverse_bits.to(tl.float32, bitcast=True)
-    if MODE == "rceil":
-        inverse = tl.where(exponent == 0, 1.0, inverse)
-    inverse = tl.where(exponent == 255, float("nan"), inverse)
-    scaled = values * inverse[:, None]
-    scaled = tl.where(scaled > MAX, MAX, tl.where(scaled < -MAX, -MAX, scaled))
-    scale = e8m0_to_float(exponent)
-    if ELEMENT == "e2m1":
-        scaled = round_to_e2m1(scaled)
+    # A BF16 is a float32's upper half (and Triton's interpreter would convert subnormal ones wrongly).
+    halves = tl.load(x + source, mask=real, other=0.0).to(tl.uint16, bitcast=True).to(tl.int32)
+    values = (halves << 16).to(tl.float32, bitcast=True)
+    codes, exponent = encode_blocks(values, ELEMENT, MAX, EMAX, THRESHOLD)
+    scale = scale_values(exponent)
+    scaled = code_values(codes, ELEMENT)
     if DECODE:
-        if ELEMENT == "e4m3":
-            code = float_to_e4m3(scaled)
-            nothing = tl.full((ROWS, 32), 127, tl.int32)
-            scaled = decode8(code, nothing, "e4m3", True, NATIVE).to(tl.float32)
-        elif ELEMENT == "e5m2":
-            scaled = scaled.to(tl.float8e5).to(tl.float32)
-        tl.store(decoded + source, to_bf16(scaled * scale[:, None], NATIVE), mask=real)
+        tl.store(decoded + source, to_bf16(scaled * scale, NATIVE), mask=real)
     else:
         m = block // (K // 32)
         k = block % (K // 32)
         target = (k * M + m)[:, None] * 32 + columns[None, :]
-        tl.store(elements + target, float_to_e4m3(scaled).to(tl.uint8), mask=real)
-        tl.store(scales + k * M + m, scale, mask=block < blocks)
+        if ELEMENT == "e4m3":
+            stored = codes
+        else:
+            stored = fp8_codes(scaled, 3, 7)
+        tl.store(elements + target, stored.to(tl.uint8), mask=real)
+        tl.store(scales + (k * M + m)[:, None], scale, mask=real)

@@ -47,7 +47,6 @@ def store_tile(
     LARGEST: tl.constexpr,
     EMAX: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    RCEIL: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
@@ -55,7 +54,7 @@ def store_tile(
     if FORMAT == "plain":
         tl.store(data + rows[:, None] * DIM + tl.arange(0, DIM)[None, :], x, mask=ok[:, None])
     else:
-        elements, scale = encode_tile(x.to(tl.float32), FORMAT, LARGEST, EMAX, THRESHOLD, RCEIL, ROWS, DIM)
+        elements, scale = encode_tile(x.to(tl.float32), FORMAT, LARGEST, EMAX, THRESHOLD, ROWS, DIM)
         WIDTH: tl.constexpr = DIM // 2 if FORMAT == "e2m1" else DIM
         tl.store(data + rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], elements, mask=ok[:, None])
         blocks = tl.arange(0, DIM // 32)

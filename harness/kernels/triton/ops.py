@@ -160,7 +160,6 @@ def _quantise(x: Tensor, elements: Tensor, scales: Tensor, decoded: Tensor, elem
         k,
         blocks,
         ELEMENT=element,
-        MODE=mode,
         EMAX=fmt.emax,
         MAX=fmt.max,
         THRESHOLD=carry_threshold(fmt, ScaleMode(mode)),

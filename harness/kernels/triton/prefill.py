@@ -39,7 +39,6 @@ def heads_kernel(
     V_LARGEST: tl.constexpr,
     V_EMAX: tl.constexpr,
     V_THRESHOLD: tl.constexpr,
-    RCEIL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Grid (frames and their blocks of ``ROWS`` tokens, B*H). Contiguous ``qkv [B, FRAMES*TOKENS, 3*HEADS*DIM]``.
@@ -70,13 +69,13 @@ def heads_kernel(
             WIDTH_K: tl.constexpr = DIM // 2 if K_FORMAT == "e2m1" else DIM
             data = k_ring + row * (KEPT * TOKENS * WIDTH_K)
             scales = k_scales + row * (KEPT * TOKENS * (DIM // 32))
-            store_tile(k, data, scales, slot, ok, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, RCEIL, ROWS, DIM)
+            store_tile(k, data, scales, slot, ok, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, ROWS, DIM)
         if V_STORE:
             WIDTH_V: tl.constexpr = DIM // 2 if V_FORMAT == "e2m1" else DIM
             data = v_ring + row * (KEPT * TOKENS * WIDTH_V)
             scales = v_scales + row * (KEPT * TOKENS * (DIM // 32))
             v = load_rows(part + 2 * HEADS * DIM, place, ok, STRIDE, DIM)
-            store_tile(v, data, scales, slot, ok, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, RCEIL, ROWS, DIM)
+            store_tile(v, data, scales, slot, ok, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, ROWS, DIM)
 
 
 @triton.jit

@@ -322,7 +322,6 @@ def window_kernel(
     V_LARGEST: tl.constexpr,
     V_EMAX: tl.constexpr,
     V_THRESHOLD: tl.constexpr,
-    RCEIL: tl.constexpr,
     KEEP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -445,9 +444,7 @@ def window_kernel(
             mine = ok & (tl.program_id(2) == 0)  # every block of queries is here; one stores
             place = current * TOKENS + token
             if K_STORE:
-                store_tile(
-                    own_keys, k_data, k_factors, place, mine, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, RCEIL, OWN, DIM
-                )
+                store_tile(own_keys, k_data, k_factors, place, mine, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, OWN, DIM)
             if V_STORE:
                 store_tile(
                     own_values,
@@ -459,7 +456,6 @@ def window_kernel(
                     V_LARGEST,
                     V_EMAX,
                     V_THRESHOLD,
-                    RCEIL,
                     OWN,
                     DIM,
                 )

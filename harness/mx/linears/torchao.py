@@ -23,6 +23,8 @@ class TorchaoMXLinear(MXModule):
 
     `weight` is a parameter holding a torchao MXTensor [N, K] with swizzled scales, `bias` BF16 [N] or None. `native`
     runs on the GPU's MX path; otherwise torchao decodes both operands to BF16 and multiplies those (emulated).
+    Activations are encoded by torchao 0.18, which differs from `formats.mx.encode` in blocks with infinity or below the
+    smallest scale (see there).
     """
 
     weight: Any
