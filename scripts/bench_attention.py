@@ -18,10 +18,10 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,10 @@ from harness.measure.timing import samples_ms
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import attend_from_projection, rms_norm
 from harness.models.rope import apply_rotary
-from harness.rollout import AttentionKind, CompileConf, fused
-from harness.rollout.attention import check_attention, layer_attention
+from harness.rollout import AttentionKind, CompileConf
+from harness.rollout.attention import FusedAttention, OneProjectedLayer, check_attention, layer_attention
 from harness.rollout.compile import CapturedGraph, compile_function
+from harness.rollout.fused import WindowConfig
 
 MX = KVStorage.mx
 STORAGES = {
@@ -52,35 +53,7 @@ L2_BYTES = 50e6
 """Of an H200; caches in rotation hold several times as much."""
 
 
-class LaunchShape(NamedTuple):
-    """What ``harness.rollout.fused`` launches by: see WAVES, BLOCK_ROWS, STAGES and MIN_ROWS there.
-
-    Stages and rows are those of heads of 64 elements, from which it derives what larger heads have.
-    """
-
-    waves: int
-    block: int
-    stages: int
-    min_rows: int
-
-
-def own_shape() -> LaunchShape:
-    """The launch shape in force."""
-    return LaunchShape(fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.MIN_ROWS)
-
-
-SWEEP = [LaunchShape(*shape) for shape in itertools.product((1, 2), (64, 128), (2, 3), (64, 96, 192))]
-
-
-@contextmanager
-def launched_by(shape: LaunchShape) -> Iterator[None]:
-    """Run our kernel with another launch shape."""
-    before = own_shape()
-    fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.MIN_ROWS = shape
-    try:
-        yield
-    finally:
-        fused.WAVES, fused.BLOCK_ROWS, fused.STAGES, fused.MIN_ROWS = before
+SWEEP = [WindowConfig(*shape) for shape in itertools.product((1, 2), (64, 128), (2, 3), (64, 96, 192))]
 
 
 def make_caches(conf: KVConf, frames: int, args: argparse.Namespace) -> list[KVCache]:
@@ -110,7 +83,12 @@ def median_us(run: Callable[[], Any], calls: int, args: argparse.Namespace) -> f
 
 
 def layers_over(
-    caches: list[KVCache], kind: AttentionKind, qkv: Tensor, rotary: tuple[Tensor, Tensor], heads: int
+    caches: list[KVCache],
+    kind: AttentionKind,
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    heads: int,
+    config: WindowConfig,
 ) -> list[Callable[[], Tensor]]:
     """Attention of one frame from ``qkv [B, P, 3*H*Dh]`` on, over each of the caches; compiled once for all of them."""
 
@@ -118,7 +96,12 @@ def layers_over(
         return attend_from_projection(attend, 0, qkv, heads, rotary)
 
     run = compile_function(layer, CompileConf(enabled=qkv.device.type == "cuda"))
-    attends = [layer_attention(cache, 0, kind, store=True) for cache in caches]
+    attends: list[LayerAttend] = [
+        OneProjectedLayer(FusedAttention(cache, True, config))
+        if kind is AttentionKind.fused
+        else layer_attention(cache, 0, kind, store=True)
+        for cache in caches
+    ]
     return [functools.partial(run, attend, qkv, rotary) for attend in attends]
 
 
@@ -131,7 +114,9 @@ def expected_output(cache: KVCache, qkv: Tensor, rotary: tuple[Tensor, Tensor], 
 
 
 @torch.no_grad()
-def measure(conf: KVConf, kind: AttentionKind, frames: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    conf: KVConf, kind: AttentionKind, frames: int, config: WindowConfig, args: argparse.Namespace
+) -> dict[str, Any]:
     """One row: time, bandwidth and error against float32 attention to the unpacked window."""
     check_attention(kind, args.device, args.dim)
     caches = make_caches(conf, frames, args)
@@ -140,7 +125,7 @@ def measure(conf: KVConf, kind: AttentionKind, frames: int, args: argparse.Names
     angles = torch.rand(args.tokens, args.dim // 2, device=args.device)
     rotary = (angles.cos(), angles.sin())
     expected = expected_output(caches[0], qkv, rotary, args.heads)
-    runs = layers_over(caches, kind, qkv, rotary, args.heads)
+    runs = layers_over(caches, kind, qkv, rotary, args.heads, config)
     error = (runs[0]().float() - expected).norm() / expected.norm()
     us = median_us(lambda: [run() for run in runs], len(runs), args)
     size = caches[0].nbytes().allocated
@@ -174,12 +159,11 @@ def main(argv: list[str] | None = None) -> int:
     for frames, storage, kind in itertools.product(windows, args.storages.split(","), args.kinds.split(",")):
         if kind != "fused" and storage != "bf16":
             continue
-        for shape in SWEEP if args.sweep and kind == "fused" else [own_shape()]:
+        for config in SWEEP if args.sweep and kind == "fused" else [WindowConfig()]:
             row: dict[str, Any] = {"storage": storage, "attention": kind}
-            row |= shape._asdict() if kind == "fused" else {}
+            row |= asdict(config) if kind == "fused" else {}
             try:
-                with launched_by(shape):
-                    row |= measure(STORAGES[storage], AttentionKind(kind), frames, args)
+                row |= measure(STORAGES[storage], AttentionKind(kind), frames, config, args)
             except Exception as error:  # whatever stops one row is that row's result; the others still count
                 row["failed"], failed = f"{type(error).__name__}: {error}"[:300], True
             rows.append(row)

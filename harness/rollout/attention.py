@@ -130,10 +130,12 @@ class FusedAttention:
         cache: the rings.
         store: whether this is a frame's last step, whose K and V are kept. A plain ring keeps every step's, as its
             ``window`` would.
+        config: how the window is shared out; None: the defaults.
     """
 
-    def __init__(self, cache: KVCache, store: bool) -> None:
+    def __init__(self, cache: KVCache, store: bool, config: fused.WindowConfig | None = None) -> None:
         self.cache, self.store = cache, store
+        self.config = [] if config is None else config.as_ints()
         self._views = [{name: fused.ring_view(ring) for name, ring in rings.items()} for rings in cache.rings]
         heads = self._views[0]["k"].data.shape[1]
         self.arrived = fused.arrival_counters(cache.batch, heads, cache.tokens, cache.device)
@@ -145,7 +147,7 @@ class FusedAttention:
         store_k, store_v = (view.scales is None or (self.store and view.stores) for view in (key, value))
         keep_k = self.store and not key.stores
         mode = key.scale_mode or value.scale_mode or ScaleMode.rceil
-        ways = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, keep_k)
+        ways = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, self.config, keep_k)
         rings = (key.data, key.scales, value.data, value.scales)
         out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *ways)
         if keep_k:

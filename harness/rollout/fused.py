@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +23,14 @@ from harness.kv.codecs import HeadEMACodec, Int8Codec, MXCodec
 from harness.kv.storage import FrameRing, PlainRing, QuantisedRing
 from harness.models.gamerft import RMS_EPS
 
-WAVES = 2
-"""Programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to combine, and
-all of them at work at the same time, since they wait for each other. So one where fewer find room (before Hopper)."""
-
-MIN_ROWS = 96
-"""Rows of the window, of heads of 64, that are worth a split of their own: fewer cost less to read than their sums to
-combine. Larger heads need as many more."""
-
 OWN_ROWS = 128
 """Rows of the window that take about as long as a frame's own K and V, which are normalised, rotated and stored."""
 
 OWN_ELEMENTS = 4096
 """Elements of a tile of the frame's own K or V: what is quantised in registers."""
 
-STAGES, WARPS = 2, 4
-"""Tiles in flight per program, one more of heads above 64, and its warps: one warpgroup, what 64 queries occupy."""
+WARPS = 4
+"""Of a program: one warpgroup, what 64 queries occupy."""
 
 AHEAD = True
 """Whether programs ask for their share while their queries are still computed, see `harness.kernels.launch`."""
@@ -52,8 +45,29 @@ ten times what they differ by where all are at work."""
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""
 
-BLOCK_ROWS = 64
-"""Rows of the window in a tile: larger ones wait less often and take more registers."""
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """How the window is shared out; the defaults were fastest on an H100 (`scripts/bench_attention.py --sweep`).
+
+    Attributes:
+        waves: programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to
+            combine, and all of them at work at the same time, since they wait for each other. Before Hopper, where
+            fewer find room, it is 1 whatever this says.
+        block_rows: rows of the window in a tile: larger ones wait less often and take more registers.
+        stages: tiles in flight per program, one more of heads above 64.
+        min_rows: rows of the window, of heads of 64, that are worth a split of their own: fewer cost less to read than
+            their sums to combine. Larger heads need as many more.
+    """
+
+    waves: int = 2
+    block_rows: int = 64
+    stages: int = 2
+    min_rows: int = 96
+
+    def as_ints(self) -> list[int]:
+        """For an operator's signature."""
+        return list(astuple(self))
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -113,8 +127,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _waves(device: torch.device) -> int:
-    return WAVES if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else 1
+def _waves(device: torch.device, config: WindowConfig) -> int:
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return config.waves if hopper else 1
 
 
 class Shape(NamedTuple):
@@ -143,15 +158,22 @@ def _query_rows(tokens: int) -> int:
     return min(_padded(tokens), MAX_QUERIES)
 
 
-def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torch.device) -> Shape:
+def launch_shape(
+    frames: int,
+    tokens: int,
+    dim: int,
+    programs: int,
+    device: torch.device,
+    config: WindowConfig = WindowConfig(),
+) -> Shape:
     """How a window of ``frames`` frames, the current one included, is shared out where ``programs`` = B*H read one."""
     block_m, past = _query_rows(tokens), (frames - 1) * tokens
     query_blocks, own = math.ceil(tokens / block_m), min(_padded(tokens), OWN_ELEMENTS // dim)
-    block_n = min(BLOCK_ROWS, _padded(past)) if past else BLOCK_ROWS
+    block_n = min(config.block_rows, _padded(past)) if past else config.block_rows
     tiles, rest = divmod(past, block_n)
     extra = math.ceil(OWN_ROWS / block_n) + (rest > 0)  # what the last split has to do beside its share, in tiles
-    places = _waves(device) * _multiprocessors(device)
-    wanted = min(places // (programs * query_blocks), 1 + past // max(1, MIN_ROWS * dim // 64))
+    places = _waves(device, config) * _multiprocessors(device)
+    wanted = min(places // (programs * query_blocks), 1 + past // max(1, config.min_rows * dim // 64))
     share = math.ceil((tiles + extra) / max(1, wanted))
     splits = max(1, math.ceil(tiles / share))
     last = tiles - (splits - 1) * share
@@ -161,9 +183,9 @@ def launch_shape(frames: int, tokens: int, dim: int, programs: int, device: torc
     return Shape(splits, share, query_blocks, block_m, block_n, _padded(rest) if rest else 0, own, combiners)
 
 
-def stages(dim: int) -> int:
+def stages(dim: int, config: WindowConfig = WindowConfig()) -> int:
     """Tiles in flight per program of heads of ``dim``."""
-    return STAGES + (dim > 64)
+    return config.stages + (dim > 64)
 
 
 def arrival_counters(batch: int, heads: int, tokens: int, device: torch.device) -> Tensor:
@@ -204,6 +226,7 @@ def window_attention(
     v_per: str,
     v_store: bool,
     scale_mode: str,
+    config: list[int],
     keep_k: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one frame to the R - 1 other frames of a ring and to its own K and V, from its projection on.
@@ -228,6 +251,7 @@ def window_attention(
         v_per: likewise.
         v_store: likewise.
         scale_mode: a :class:`ScaleMode`.
+        config: :meth:`WindowConfig.as_ints`, or empty for the defaults.
         keep_k: also return K, for a ring that the kernel cannot store into.
 
     Returns:
@@ -237,7 +261,8 @@ def window_attention(
 
     (batch, tokens), (heads, frames) = qkv.shape[:2], k_ring.shape[1:3]
     dim, programs = qkv.shape[2] // (3 * heads), batch * heads
-    shape = launch_shape(frames, tokens, dim, programs, qkv.device)
+    how = WindowConfig(*config)
+    shape = launch_shape(frames, tokens, dim, programs, qkv.device, how)
     out, own_k = _results(qkv, heads, keep_k)
     parts = (shape.splits, programs, tokens) if shape.splits > 1 else (0,)
     sums, totals = (qkv.new_empty(*parts, *last, dtype=torch.float32) for last in ((dim,), ()))
@@ -252,7 +277,7 @@ def window_attention(
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
         shape.combiners, POLLS if qkv.is_cuda else 1, dependent, dependent and AHEAD,
-        num_warps=WARPS, num_stages=stages(dim), **({"launch_pdl": True} if dependent else {}),
+        num_warps=WARPS, num_stages=stages(dim, how), **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out, own_k
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from harness.rollout import fused
+from harness.rollout.fused import WindowConfig
 from scripts import bench_attention
 
 TINY = ["--device", "cpu", "--heads", "1", "--dim", "32", "--tokens", "16", "--frames", "2"]
@@ -29,8 +30,7 @@ def test_torchs_attention_is_measured_on_bf16_alone(tmp_path, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy below 2.4")
-def test_our_attention_is_measured_on_every_storage_and_put_back_as_it_was(tmp_path):
-    shape = bench_attention.own_shape()
+def test_our_attention_is_measured_on_every_storage_and_by_every_launch_shape(tmp_path):
     code, rows = rows_of(tmp_path, "--kinds", "fused", "--storages", "bf16,mx_kv,i8_kv")
     assert code == 0
     assert [row["storage"] for row in rows] == ["bf16", "mx_kv", "i8_kv"]
@@ -38,11 +38,10 @@ def test_our_attention_is_measured_on_every_storage_and_put_back_as_it_was(tmp_p
     assert rows[1]["bytes"] < rows[2]["bytes"] < rows[0]["bytes"]
     code, rows = rows_of(tmp_path, "--kinds", "fused", "--storages", "mxfp4_kv", "--sweep")
     assert code == 0
-    tried = {tuple(row[name] for name in shape._fields) for row in rows}
+    tried = {WindowConfig(*(row[name] for name in WindowConfig.__dataclass_fields__)) for row in rows}
     assert tried == set(bench_attention.SWEEP)
     assert len(rows) == len(tried) == 24
-    assert shape in tried
-    assert bench_attention.own_shape() == shape
+    assert WindowConfig() in tried
 
 
 def test_a_row_that_fails_is_reported_and_does_not_end_the_run(tmp_path, monkeypatch):
