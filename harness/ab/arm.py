@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from harness.calib.source import CalibratedWeights
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
+from harness.export.write import weights_fingerprint
 from harness.kv import KVConf, KVStats
 from harness.measure.memory import PeakProbe
 from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
 from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
+from harness.mx.weights import WeightSource
 from harness.report.sections import PARTS, FrameTimes
 from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
 
@@ -66,7 +69,7 @@ class Arm:
         kv: formats of its cache.
         plan: everything both arms share.
         decode: the decoder, already warm.
-        calibrated: weights chosen beforehand for its MX Linears; None rounds to nearest.
+        source: who chooses the blocks of its MX Linears; None rounds to nearest.
 
     Raises:
         ValueError: if the formats do not fit the model, or the kernel the device.
@@ -79,10 +82,10 @@ class Arm:
         kv: KVConf,
         plan: RunPlan,
         decode: Decode,
-        calibrated: CalibratedWeights | None = None,
+        source: WeightSource | None = None,
     ) -> None:
-        self.device, self.decode, self.kv, self.calibrated = plan.device, decode, kv, calibrated
-        self.assembled = assemble(core, quant, kv, plan.setup, calibrated)
+        self.device, self.decode, self.quant, self.kv, self.source = plan.device, decode, quant, kv, source
+        self.assembled = assemble(core, quant, kv, plan.setup, source)
         self.core, self.cache, self.rollout = core, self.assembled.cache, self.assembled.rollout
         self.probe = PeakProbe(self.device)
         self.kv_stats = KVStats(self.cache)
@@ -91,6 +94,16 @@ class Arm:
         self.recompiles = self.graph_breaks = 0
         self.parts: list[dict[str, float]] = []
         self.overlap: Overlap | None = None
+
+    @property
+    def calibrated(self) -> CalibratedWeights | None:
+        """The calibration that chose its weights, if one did."""
+        return self.source if isinstance(self.source, CalibratedWeights) else None
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of all weights in their formats; ``None`` without MX Linears."""
+        return weights_fingerprint(self.core) if self.assembled.summary.enabled else None
 
     @torch.inference_mode()
     def roll(

@@ -28,7 +28,7 @@ def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, 
     """
 
     def judge() -> None:
-        if conf.gates.enabled and not (conf.gates.implied and record.candidate is None):
+        if conf.gates.enabled and not (conf.gates.implied and len(record.arms) < 2):
             record.gates = evaluate(asdict(record), conf.gates, baseline)
             save_record(record, folder / "record.json")
 

@@ -58,9 +58,15 @@ class Guard:
             self.incidents += self._visible("bf16", rolled, batch, clip, reference)
 
     def settle(
-        self, arm: Arm, rolled: dict[str, Rolled], batch: ClipBatch, clips: int, noise: Noise
+        self,
+        arm: Arm,
+        rolled: dict[str, Rolled],
+        batch: ClipBatch,
+        clips: int,
+        noise: Noise,
+        recording: Tensor | None,
     ) -> Fallback | None:
-        """Judge the candidate's rollout of the first ``clips`` clips of a batch against BF16's.
+        """Judge the candidate's rollout of the first ``clips`` clips of a batch against BF16's, or the recording's.
 
         Returns:
             What to rebuild the candidate with before it rolls the batch again; ``None`` to keep what it rolled.
@@ -72,7 +78,9 @@ class Guard:
         found = self._non_finite("candidate", arm, ours, batch, noise)
         for clip in range(clips):
             if clip not in ours.non_finite:
-                reference = to_frames(rolled["bf16"].rgb[clip])
+                reference = None if recording is None else recording[clip]
+                if "bf16" in rolled:
+                    reference = to_frames(rolled["bf16"].rgb[clip])
                 found += self._visible("candidate", ours, batch, clip, reference)
         if not found:
             return None
@@ -116,7 +124,13 @@ class Guard:
         mouse, btn = batch.mouse[clip, window:], batch.btn[clip, window:]
         moving = (mouse.ne(0).any(1) | btn[:, MOVES].ne(0).any(1)).cpu()
         frames = to_frames(rolled.rgb[clip])
-        found = detect(frames, moving, self.plan.conf.stability, reference, same_model=name == "candidate")
+        found = detect(
+            frames,
+            moving,
+            self.plan.conf.stability,
+            reference,
+            same_model=name == "candidate" and "bf16" in self.plan.arm_names,
+        )
         clip_id = batch.clip_ids[clip]
         return [
             Incident(kind, name, clip_id, frame, f"arm {name}: clip {clip_id} has {seen} from generated frame {frame}")

@@ -25,8 +25,12 @@ from harness.calib.clips import check_disjoint, open_clips
 from harness.calib.plan import make_encoder
 from harness.config import RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
+from harness.export.judged import header_of
+from harness.export.layout import ExportError
+from harness.export.write import write_export
 from harness.report.gates import check_comparable
-from harness.report.record import RunRecord, load_record
+from harness.report.record import COMPLETE, RunRecord, load_record
+from harness.report.table import bytes_text
 from harness.threads import usable_cores
 
 
@@ -58,12 +62,26 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
     module = RolloutModule(plan)
 
     def concluded(record: RunRecord) -> list[Exception]:
-        return conclude(record, plan.conf, baseline, context.folder)
+        problems = conclude(record, plan.conf, baseline, context.folder)
+        if plan.conf.export is not None and record.status == COMPLETE:
+            problems += export_judged(plan, module, record, Path(plan.conf.export))
+        return problems
 
     with Ending(trainer, module, data, parts, recorder, concluded) as ending:
         parts.clean()
         trainer.predict(module, data, return_predictions=False)
     return ending.record
+
+
+def export_judged(plan: RunPlan, module: RolloutModule, record: RunRecord, path: Path) -> list[Exception]:
+    """Write what the candidate rolled out with; returns what went wrong, so that it takes nothing else with it."""
+    arm = module.arms["candidate"]
+    try:
+        header = write_export(arm.core, header_of(plan, arm.quant, arm.kv, record), path)
+    except (ExportError, OSError) as error:
+        return [error]
+    print(f"Exported: {path} ({bytes_text(path.stat().st_size)}, weights {header.fingerprint[:12]})")
+    return []
 
 
 def build_data(plan: RunPlan) -> ClipDataModule:

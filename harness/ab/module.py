@@ -15,10 +15,10 @@ from harness.ab.arm import Arm, Rolled
 from harness.ab.fallback import Fallback
 from harness.ab.guard import Guard
 from harness.ab.numerics import FRAMES, layer_numerics
-from harness.calib.plan import plan_weights
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.data.noise import batch_noise
+from harness.export.load import load_arms
 from harness.kv import KVConf
 from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance, FrameScores
@@ -27,7 +27,7 @@ from harness.measure.stability import frame_change
 from harness.models.dcae import to_frames
 from harness.mx.conf import MXConf
 from harness.report.sections import BatchTimes, ClipRecord
-from harness.rollout import LatentDecoder, load_core, load_dcae
+from harness.rollout import LatentDecoder, load_dcae
 from harness.rollout.linears import unpack
 
 OVERLAP_FRAMES = 64
@@ -98,19 +98,16 @@ class RolloutModule(LightningModule):
         Raises:
             ValueError: if a checkpoint does not fit, or a Linear that is to be MX cannot be.
         """
-        conf = self.plan.conf
-        model = conf.model
-        core = load_core(self.plan.arch, model.checkpoint, model.seed, self.plan.device, model.weights)
-        self.weights_choice = core.weights_choice
-        self.parameters_total = sum(parameter.numel() for parameter in core.parameters())
+        plan, conf = self.plan, self.plan.conf
+        loaded = load_arms(plan, plan.arm_names)
+        last, _ = loaded[plan.arm_names[-1]]
+        self.weights_choice = getattr(last, "weights_choice", None)
+        self.parameters_total = sum(parameter.numel() for parameter in last.parameters())
         self._load_decoder()
-        candidate = None if conf.is_baseline else copy.deepcopy(core)
-        calibrated = None if candidate is None else plan_weights(self.plan, candidate)
-        arms = {"bf16": Arm(core, MXConf(), KVConf(), self.plan, self.decode)}
-        if candidate is not None:
-            arms["candidate"] = Arm(candidate, conf.quant, conf.kv, self.plan, self.decode, calibrated)
+        formats = {"bf16": (MXConf(), KVConf()), "candidate": (conf.quant, conf.kv)}
+        arms = {name: Arm(core, *formats[name], plan, self.decode, source) for name, (core, source) in loaded.items()}
         if conf.quant.list and self.trainer.is_global_zero:
-            print(arms.get("candidate", arms["bf16"]).assembled.summary.listing())
+            print(arms[plan.arm_names[-1]].assembled.summary.listing())
         self.arms = arms
 
     def _load_decoder(self) -> None:
@@ -143,9 +140,10 @@ class RolloutModule(LightningModule):
             rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient)
             self.guard.check_finite(name, self.arms[name], rolled[name], batch, noise)
         recording = self._recording(batch)
-        self.guard.note_baseline(rolled["bf16"], batch, clips, recording)
+        if "bf16" in rolled:
+            self.guard.note_baseline(rolled["bf16"], batch, clips, recording)
         if "candidate" in self.arms:
-            while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise):
+            while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise, recording):
                 self._rebuild(fallback)
                 rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame)
         # A clip with NaN (only if the run was told to go on) has no score to give.
@@ -180,7 +178,7 @@ class RolloutModule(LightningModule):
                 looks["drop"] = looks["candidate"].worse_than(looks["bf16"])
             scores = {name: score_frames(frames[name], recording[clip]) for name in self.arms}
             frames["recording"] = recording[clip]
-        if "candidate" in self.arms:
+        if len(self.arms) == 2:
             scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
         change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
         clip_id, fallback = batch.clip_ids[clip], self.guard.fallback
@@ -201,6 +199,6 @@ class RolloutModule(LightningModule):
             noise = self.noise(batch.clip_ids, min(OVERLAP_FRAMES, self.plan.conf.data.future_frames))
             for arm in self.arms.values():
                 arm.measure_overlap(batch, noise)
-        if conf.numerics_rows and "candidate" in self.arms:
+        if conf.numerics_rows and len(self.arms) == 2:
             bf16, candidate = self.arms["bf16"], self.arms["candidate"]
             self.numerics = layer_numerics(bf16, candidate, batch, noise, conf.numerics_rows)

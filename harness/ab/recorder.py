@@ -54,6 +54,8 @@ RANDOM_WEIGHTS = "Random weights: speed is real, quality is not."
 
 def arm_labels(plan: RunPlan, choices: dict[str, str]) -> dict[str, str]:
     """What to call each arm: the config groups that make the candidate differ."""
+    if plan.export is not None:
+        return {"bf16": "BF16", "candidate": f"{plan.export.header.label} (exported)"}
     parts = []
     if plan.conf.quant.enabled:
         parts.append(label("quant", plan.conf.quant, choices.get("quant", "")))
@@ -144,6 +146,7 @@ def arm_record(name: str, arm: Arm, label: str, plan: RunPlan, blocks: Sequence[
         parts=_parts(arm),
         memory=_memory(arm),
         kv_stats=read(KVStored, arm.kv_stats.report()),
+        weights_sha256=arm.weights_sha256,
         compile=_compilation(arm, conf.compile),
         calibration=_calibration(arm),
     )
@@ -179,6 +182,11 @@ def _data(data: ClipDataModule, done: int) -> Data:
         f"{described['future_frames']} generated frames, reference: {described['reference']}"
     )
     return read(Data, {**described, "name": described["source"], "summary": summary})
+
+
+def _plain(conf: Any) -> Any:
+    """A config dataclass as a record holds it."""
+    return OmegaConf.to_container(OmegaConf.structured(conf), enum_to_str=True)
 
 
 def _notes(plan: RunPlan, choices: dict[str, str], arms: dict[str, Arm], weights_choice: str | None) -> list[str]:
@@ -244,6 +252,8 @@ class Recorder(Callback):
         plan, context, outputs = module.plan, self.context, self.outputs
         now, clips = datetime.now(UTC), list(outputs.clips)
         config: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)
+        if plan.export is not None:  # formats are the file's, whatever was typed
+            config |= {name: _plain(getattr(plan.conf, name)) for name in ("quant", "kv")}
         return RunRecord(
             run_id=context.folder.name,
             started=self.started.isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness import kv as kv_room
 from harness.calib import conf as calib_conf
+from harness.config.exports import differences, read_export
 from harness.config.extras import missing_logger
 from harness.config.flags import FlagError
 from harness.config.places import missing_file
@@ -31,6 +32,7 @@ from harness.config.slurm import slurm_problems
 from harness.config.values import at_once, value_problems
 from harness.data import conf as data_conf
 from harness.data.sources import ClipShape
+from harness.export.read import Export
 from harness.measure import stability as stability_room
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
@@ -56,6 +58,15 @@ class RunPlan:
     dcae: DCAEConfig
     vae_scale: float
     device: torch.device
+    export: Export | None = None
+    """The exported checkpoint that the candidate is, where ``model.checkpoint`` is one; its formats are in ``conf``."""
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The arms of the run, in the order they are built."""
+        if self.export is not None and self.conf.model.baseline is None:
+            return ("candidate",)
+        return ("bf16",) if self.conf.is_baseline else ("bf16", "candidate")
 
     @property
     def setup(self) -> RolloutSetup:
@@ -97,7 +108,10 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     assert isinstance(conf, RunConf)
     problems = list(value_problems(conf))
     device = _device(conf.trainer, problems)
+    export = read_export(conf, problems)
     arch, dcae, vae_scale = _read_model(conf, problems)
+    if export is not None and arch is not None and arch != export.arch:
+        problems.append(f"model.checkpoint={conf.model.checkpoint}: {differences(arch, export.arch)}")
     if arch is not None and dcae is not None:
         _check_values(conf, arch, device, problems)
         with collect(problems):
@@ -113,7 +127,17 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     assert arch is not None
     assert dcae is not None
     assert vae_scale is not None
-    return RunPlan(conf, arch, dcae, vae_scale, device)
+    return RunPlan(conf, arch, dcae, vae_scale, device, export)
+
+
+def plan_of(config: Mapping[str, Any]) -> RunPlan:
+    """The plan of a run from the config that its record holds; nothing is exported again. Raises as plan_run does."""
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(RunConf), OmegaConf.create({**config, "export": None}))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the record's config: {str(error).splitlines()[0]}") from error
+    assert isinstance(cfg, DictConfig)
+    return plan_run(cfg)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -171,6 +195,7 @@ def _read_model(conf: RunConf, problems: list[str]) -> tuple[GameRFTConfig | Non
             vae_scale = _vae_scale(conf)
     for name, path in (
         ("model.checkpoint", model.checkpoint),
+        ("model.baseline", model.baseline),
         ("decoder.checkpoint", decoder.checkpoint),
         ("decoder.encoder", decoder.encoder),
     ):

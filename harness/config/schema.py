@@ -37,6 +37,7 @@ class ModelConf:
         checkpoint: weights, in any form that :mod:`harness.models.checkpoint` reads; null = seeded random weights.
         weights: key of the set of weights to take from a checkpoint that holds several, such as ``ema`` or ``model``;
             null = the averaged (EMA) one where there is one.
+        baseline: BF16 checkpoint that an exported ``checkpoint`` is compared with; null = it is rolled out alone.
         seed: of random weights.
         window: frames a new frame sees, itself included, if the sampler does not say otherwise.
         calibration: clips to calibrate on, if ``calib`` does not say otherwise.
@@ -46,6 +47,7 @@ class ModelConf:
     arch: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     weights: str | None = None
+    baseline: str | None = None
     seed: int = 0
     window: int = MISSING
     calibration: list[str] = field(default_factory=list)
@@ -139,7 +141,8 @@ class RunConf:
 
     ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
     ``flags``: the old environment flags that are set, see :mod:`harness.config.flags`. ``threads``: CPU threads of
-    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use.
+    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use. ``export``:
+    file (.safetensors) to write the candidate's packed weights to once the run is complete, see docs/export.md.
     """
 
     model: ModelConf = field(default_factory=ModelConf)
@@ -161,6 +164,7 @@ class RunConf:
     seed: int = 0
     flags: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
+    export: str | None = None
 
     @property
     def is_baseline(self) -> bool:

@@ -46,8 +46,9 @@ class ExportHeader:
         vae_scale: the decoder's latents are this times the model's.
         quant: fields of :class:`harness.mx.conf.MXConf`, kernel left to the machine.
         kv: fields of :class:`harness.kv.KVConf`. sampler: fields of :class:`harness.rollout.SamplerConf`.
+        label: what a person calls the formats, such as ``mxfp8_all + mx_v_only``.
         calibration: who chose the blocks: method, clips, fingerprint; empty for nearest rounding.
-        verdict: what the run said: ``run_id``, ``verdict``, ``title``; empty without a gate.
+        verdict: what the run's gate said: ``verdict`` (``none`` without a gate), ``title``, ``against``.
         quantization_config: formats by Linear, as compressed-tensors writes them into a model's config.
         digests: SHA-256 of every tensor, see :func:`digest`.
         version: of this layout.
@@ -58,6 +59,7 @@ class ExportHeader:
     quant: dict[str, Any]
     kv: dict[str, Any]
     sampler: dict[str, Any]
+    label: str
     calibration: dict[str, Any]
     verdict: dict[str, Any]
     quantization_config: dict[str, Any]

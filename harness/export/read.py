@@ -7,6 +7,7 @@ digest in the header before it is used.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ class Export:
         self._check_sizes(origin)
         if not self.quant.enabled:
             raise ExportError(f"{origin}: quant is not enabled, so nothing in the file is MX")
+
+    def agrees(self, name: str, conf: MXConf | KVConf) -> bool:
+        """Whether ``conf`` (``quant`` or ``kv``) asks for what the file holds; the kernel is not a format."""
+        theirs = self.quant if name == "quant" else self.kv
+        return self.taken_over(name, conf, theirs) == conf
+
+    def taken_over(self, name: str, own: Any, theirs: Any) -> Any:
+        """The file's formats under ``own``'s kernel: what the machine runs is not the file's to say."""
+        return dataclasses.replace(theirs, kernel=own.kernel, list=own.list) if name == "quant" else theirs
 
     def _check_sizes(self, origin: str) -> None:
         """Before a model is built to the header's word: no more layers than tensors, no size beyond any model's."""

@@ -75,6 +75,11 @@ class RunRecord:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def first(self) -> ArmRecord:
+        """The BF16 arm; the only arm where an exported checkpoint was rolled out alone."""
+        return self.arms["bf16"] if "bf16" in self.arms else next(iter(self.arms.values()))
+
+    @property
     def candidate(self) -> ArmRecord | None:
         """The candidate arm; ``None`` where the run measured the baseline alone."""
         return self.arms.get("candidate")

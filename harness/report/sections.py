@@ -336,7 +336,8 @@ class ArmRecord:
     ``label``: what a person calls it, such as ``mxfp8_all + mx_v_only``. ``speed_is_meaningful``: false where a kernel
     is emulated: its times say nothing about the format. ``transform``: ``None`` where no Linear was meant to be MX.
     ``parts``, ``kv_stats``, ``numerics``: ``None`` if not asked for. ``calibration``: ``None`` where weights were
-    rounded to nearest.
+    rounded to nearest. ``weights_sha256``: of all weights in their formats, by which an export is known to be what was
+    judged; ``None`` without MX Linears.
     """
 
     label: str
@@ -350,6 +351,7 @@ class ArmRecord:
     kv_stats: KVStored | None = None
     numerics: Numerics | None = None
     calibration: Calibration | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass

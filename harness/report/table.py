@@ -64,14 +64,14 @@ class _Rows:
     """Builds rows that show the same figure of both arms."""
 
     def __init__(self, record: RunRecord) -> None:
-        self.bf16, self.candidate = record.arms["bf16"], record.candidate
+        self.first, self.candidate = record.first, record.candidate if len(record.arms) == 2 else None
 
     def row(self, name: str, figure: Callable[[ArmRecord], float | None], show: Show, change: Change) -> Row:
-        bf16 = figure(self.bf16)
+        first = figure(self.first)
         if self.candidate is None:
-            return name, show(bf16), "", ""
+            return name, show(first), "", ""
         candidate = figure(self.candidate)
-        return name, show(bf16), show(candidate), change(bf16, candidate)
+        return name, show(first), show(candidate), change(first, candidate)
 
 
 def _speed_rows(record: RunRecord) -> Iterator[Row]:
@@ -86,7 +86,7 @@ def _speed_rows(record: RunRecord) -> Iterator[Row]:
         ("prefill ms, median", lambda arm: _median(arm.speed.prefill_ms)),
         ("cold start s (compile, warm-up)", lambda arm: arm.compile.cold_start_s),
     ]
-    if record.arms["bf16"].speed.overlapped is not None:
+    if record.first.speed.overlapped is not None:
         figures.append(("FPS, decoding overlapped", _overlapped))
     for name, figure in figures:
         yield rows.row(name, figure, show, _ratio)
@@ -97,7 +97,7 @@ def _overlapped(arm: ArmRecord) -> float | None:
 
 
 def _part_rows(record: RunRecord) -> Iterator[Row]:
-    parts = record.arms["bf16"].parts
+    parts = record.first.parts
     if parts is None:
         return
     rows = _Rows(record)
@@ -120,7 +120,7 @@ def _memory_rows(record: RunRecord) -> Iterator[Row]:
         ("peak allocated (both arms in)", lambda memory: memory.peak_allocated),
         ("peak reserved (both arms in)", lambda memory: memory.peak_reserved),
     ]
-    memory = record.arms["bf16"].memory
+    memory = record.first.memory
     for name, figure in figures:
         if figure(memory) is not None:
             yield rows.row(name, lambda arm, figure=figure: figure(arm.memory), bytes_text, _ratio)  # type: ignore[misc]
@@ -136,14 +136,16 @@ def _quality_rows(record: RunRecord) -> Iterator[Row]:
         sections |= record.quality.by_tag
     for name, section in sections.items():
         where = f"{name} ({section.clips})"
-        bf16, candidate, drop = section.bf16, section.candidate, section.drop
-        if bf16 is not None:
+        drop = section.drop
+        first = section.bf16 if "bf16" in record.arms else section.candidate
+        second = section.candidate if len(record.arms) == 2 else None
+        if first is not None:
             for metric, digits, ours, theirs in (
-                ("PSNR dB", 2, bf16.psnr, None if candidate is None else candidate.psnr),
-                ("SSIM", 4, bf16.ssim, None if candidate is None else candidate.ssim),
+                ("PSNR dB", 2, first.psnr, None if second is None else second.psnr),
+                ("SSIM", 4, first.ssim, None if second is None else second.ssim),
             ):
                 show, change = _number(digits), _difference(digits)
-                shown = "" if record.candidate is None else show(theirs)
+                shown = show(theirs) if len(record.arms) == 2 else ""
                 yield f"{metric}, {where}", show(ours), shown, change(ours, theirs)
         yield from _appearance_rows(section.appearance, where)
         if section.fidelity is not None:
@@ -222,10 +224,10 @@ def _notes(record: RunRecord) -> Iterator[str]:
     for arm in record.arms.values():
         if arm.compile.enabled:
             yield _compile_text(arm)
-    parts = record.arms["bf16"].parts
+    parts = record.first.parts
     if parts:
         yield f"Parts: {parts.method}."
-    if candidate is not None:
+    if candidate is not None and len(record.arms) == 2:
         yield "Drop = BF16 - candidate, paired clip by clip; fidelity = candidate against BF16."
     if record.drift is not None:
         yield from drift.sentences(record.drift)
@@ -258,17 +260,15 @@ def build(record: RunRecord) -> RenderableType:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     candidate = record.candidate
-    if candidate is None:
-        headings = ["BF16", "", ""]
-    else:
-        mark = "" if candidate.speed_is_meaningful else " *"
-        headings = ["BF16", candidate.label + mark, "candidate / BF16"]
+    headings = [arm.label + ("" if arm.speed_is_meaningful else " *") for arm in record.arms.values()]
+    if len(headings) == 2:
+        headings.append("candidate / BF16")
     for heading in headings:
         table.add_column(heading, justify="right")
     sections = (_speed_rows, _part_rows, _memory_rows, _quality_rows)
     for section in sections:
         for row in section(record):
-            table.add_row(*row)
+            table.add_row(*row[: len(headings) + 1])
         table.add_section()
     notes: list[RenderableType] = [Text(note) for note in _notes(record)]
     if candidate is not None and not candidate.speed_is_meaningful:

@@ -10,19 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.calib.plan import make_encoder, plan_weights
+from harness.calib.plan import make_encoder
 from harness.config import RunPlan
 from harness.data.clips import ClipError
 from harness.data.conf import BUTTON_NAMES, Source
 from harness.data.datamodule import ClipDataModule, collate
 from harness.data.sources import ClipEntry
+from harness.export.load import load_arms
 from harness.kv import KVConf
 from harness.models.dcae import to_frames
 from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.linears.decoded import KeepDecoded, Kept, keep_decoded
 from harness.mx.transform import TransformSummary
-from harness.rollout import LatentDecoder, Rollout, load_core, load_dcae
+from harness.mx.weights import WeightSource
+from harness.rollout import LatentDecoder, Rollout, load_dcae
 from harness.rollout.assembly import put_into_formats, warm_rollout
 from harness.session.action import Action
 
@@ -95,15 +97,14 @@ class Engine:
     def __init__(self, plan: RunPlan, arms: Sequence[str] | None = None, keep: KeepDecoded = KeepDecoded.auto) -> None:
         self.plan, self.shape, self.device = plan, plan.clip_shape, plan.device
         conf = plan.conf
-        available = [BF16] if conf.is_baseline else list(ARMS)
+        available = list(plan.arm_names)
         wanted = available if arms is None else list(arms)
         if not wanted or any(name not in available for name in wanted):
             raise ValueError(f"arms={wanted}: this config (quant, kv) has {', '.join(available)}")
         formats = {BF16: (MXConf(), KVConf()), CANDIDATE: (conf.quant, conf.kv)}
-        core = load_core(plan.arch, conf.model.checkpoint, conf.model.seed, plan.device, conf.model.weights)
         with torch.inference_mode(False):
-            cores = {name: core if name == wanted[-1] else copy.deepcopy(core) for name in wanted}
-            self.arms = {name: self._arm(name, cores[name], *formats[name], keep) for name in wanted}
+            loaded = load_arms(plan, wanted)
+            self.arms = {name: self._arm(name, *loaded[name], *formats[name], keep) for name in wanted}
         self._decoder = load_dcae(plan.dcae, conf.decoder.checkpoint, conf.decoder.seed, plan.device)
         self._contexts: dict[tuple[str, int], Context] = {}
         self._lock = threading.Lock()
@@ -120,9 +121,10 @@ class Engine:
         count = self.shape.buttons
         return tuple(BUTTON_NAMES[:count]) + tuple(f"B{i}" for i in range(len(BUTTON_NAMES), count))
 
-    def _arm(self, name: str, core: WorldModel, quant: MXConf, kv: KVConf, keep: KeepDecoded) -> EngineArm:
-        calibrated = plan_weights(self.plan, core) if name == CANDIDATE else None
-        summary, _ = put_into_formats(core, quant, self.plan.setup, calibrated)
+    def _arm(
+        self, name: str, core: WorldModel, source: WeightSource | None, quant: MXConf, kv: KVConf, keep: KeepDecoded
+    ) -> EngineArm:
+        summary, _ = put_into_formats(core, quant, self.plan.setup, source)
         return EngineArm(name, core, kv, summary, keep_decoded(core, keep))
 
     def _open_data(self) -> ClipDataModule:

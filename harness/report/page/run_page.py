@@ -96,8 +96,8 @@ DIFFERS = 0.005
 
 def _tiles(record: Record) -> list[dict[str, str]]:
     """The figures that a decision rests on."""
-    if "candidate" not in record["arms"]:
-        return _baseline_tiles(record)
+    if len(record["arms"]) < 2:
+        return _lone_tiles(record)
     every = pick(record, "quality.all") or {}
     bf16, candidate = record["arms"]["bf16"], record["arms"]["candidate"]
     tiles = []
@@ -131,9 +131,9 @@ def _drop_name(record: Record, drop: float) -> str:
     return "PSNR drop, all frames" if other else "PSNR drop"
 
 
-def _baseline_tiles(record: Record) -> list[dict[str, str]]:
-    arm = record["arms"].get("bf16")
-    psnr, ssim = pick(record, "quality.all.bf16.psnr"), pick(record, "quality.all.bf16.ssim")
+def _lone_tiles(record: Record) -> list[dict[str, str]]:
+    name, arm = next(iter(record["arms"].items()), ("bf16", None))
+    psnr, ssim = pick(record, f"quality.all.{name}.psnr"), pick(record, f"quality.all.{name}.ssim")
     scored = [{"name": "PSNR", "value": f"{number(psnr)} dB", "note": f"SSIM {number(ssim, 4)}, against the recording"}]
     decoded = f"{number(pick(arm, 'speed.total_fps'), 1)} with decode"
     return [
