@@ -47,7 +47,8 @@ def header(quant, **changed):
         "kv": {"storage": "bf16"},
         "sampler": dataclasses.asdict(SETUP.sampler),
         "calibration": {},
-        "verdict": {"run_id": "run", "verdict": "ship"},
+        "label": "mx",
+        "verdict": {"verdict": "ship"},
         "quantization_config": {},
     }
     return ExportHeader(**{**fields, **changed})
