@@ -275,6 +275,8 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
 
 def _logger_problems(logger: dict[str, Any]) -> Iterator[str]:
     """Whether there is such a logger, and each argument is one that it has."""
+    if not logger:
+        return  # a session logs nothing
     target = str(logger.get("_target_", ""))
     if (missing := missing_logger(target)) is not None:
         yield missing
