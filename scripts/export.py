@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.export.judged import export_run
+from harness.ab.judged import export_run
 from harness.report.record import load_record
 from harness.report.table import bytes_text
 

@@ -18,6 +18,7 @@ from harness.ab.callbacks import ClipOutputs, RolloutProgress
 from harness.ab.conclude import conclude
 from harness.ab.context import RunContext
 from harness.ab.ending import Ending
+from harness.ab.judged import header_of
 from harness.ab.module import RolloutModule
 from harness.ab.processes import ProcessParts, check_clips, check_processes
 from harness.ab.recorder import Recorder, arm_labels
@@ -25,7 +26,6 @@ from harness.calib.clips import check_disjoint, open_clips
 from harness.calib.plan import make_encoder
 from harness.config import RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
-from harness.export.judged import header_of
 from harness.export.layout import ExportError
 from harness.export.write import write_export
 from harness.report.gates import check_comparable

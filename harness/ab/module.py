@@ -12,13 +12,13 @@ from lightning import LightningModule
 from torch import Tensor
 
 from harness.ab.arm import Arm, Rolled
+from harness.ab.arms import load_arms
 from harness.ab.fallback import Fallback
 from harness.ab.guard import Guard
 from harness.ab.numerics import FRAMES, layer_numerics
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.data.noise import batch_noise
-from harness.export.load import load_arms
 from harness.kv import KVConf
 from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance, FrameScores
@@ -174,7 +174,7 @@ class RolloutModule(LightningModule):
         looks: dict[str, Appearance] = {}
         if recording is not None:
             looks = {name: appearance(frames[name], recording[clip]) for name in self.arms}
-            if "candidate" in looks:
+            if len(looks) == 2:
                 looks["drop"] = looks["candidate"].worse_than(looks["bf16"])
             scores = {name: score_frames(frames[name], recording[clip]) for name in self.arms}
             frames["recording"] = recording[clip]

@@ -155,18 +155,19 @@ def _quality_rows(record: RunRecord) -> Iterator[Row]:
 
 def _appearance_rows(looks: dict[str, Appearance], where: str) -> Iterator[Row]:
     """What PSNR hides; see :mod:`harness.measure.appearance`."""
-    if "bf16" not in looks:
+    first, second = ("bf16", "candidate") if "bf16" in looks else ("candidate", "")
+    if first not in looks:
         return
     for metric, name, digits in (
         ("sharpness", "sharpness", 3),
         ("texture distance", "texture", 2),
         ("action fidelity", "action_fidelity", 3),
     ):
-        ours, show = getattr(looks["bf16"], name), _number(digits)
+        ours, show = getattr(looks[first], name), _number(digits)
         if ours is None:
             continue
-        theirs = getattr(looks["candidate"], name) if "candidate" in looks else None
-        shown = show(theirs) if "candidate" in looks else ""
+        theirs = getattr(looks[second], name) if second in looks else None
+        shown = show(theirs) if second in looks else ""
         yield f"{metric}, {where}", show(ours), shown, _difference(digits)(ours, theirs)
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from harness.ab.arms import load_arms
 from harness.calib.plan import make_encoder
 from harness.config import RunPlan
 from harness.data.clips import ClipError
 from harness.data.conf import BUTTON_NAMES, Source
 from harness.data.datamodule import ClipDataModule, collate
 from harness.data.sources import ClipEntry
-from harness.export.load import load_arms
 from harness.kv import KVConf
 from harness.models.dcae import to_frames
 from harness.models.world import WorldModel

@@ -2,8 +2,8 @@
 
 import pytest
 
+from harness.ab.judged import export_run
 from harness.config import ConfigError, plan_run
-from harness.export.judged import export_run
 from harness.export.layout import ExportError
 from harness.export.read import Export
 from harness.report.record import load_record

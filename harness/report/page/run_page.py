@@ -255,7 +255,7 @@ def _looks(record: Record) -> list[dict[str, Any]]:
         ("action_fidelity", "action fidelity (1 = moves as the recording)", 3),
     ):
         values = {arm: pick(looks, f"{arm}.{name}") for arm in ("bf16", "candidate", "drop")}
-        if values["bf16"] is not None:
+        if values["bf16"] is not None or values["candidate"] is not None:
             rows.append({"figure": figure, "digits": digits, **values})
     return rows
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from harness.ab.arms import load_arms
 from harness.config import RunPlan, plan_of
 from harness.export.layout import ExportError, ExportHeader
-from harness.export.load import load_arms
 from harness.export.write import weights_fingerprint, write_export
 from harness.kv import KVConf
 from harness.models.world import WorldModel
