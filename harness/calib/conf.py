@@ -30,7 +30,7 @@ class CalibConf:
     """
 
     method: CalibMethod = CalibMethod.none
-    clips: DataConf = field(default_factory=lambda: DataConf(limit=8, future_frames=8, seed=1))
+    clips: DataConf = field(default_factory=lambda: DataConf(limit=8, future_frames=16, seed=1))
     damping: float = 0.01
     sweeps: int = 2
     folder: str = "outputs/calibration"

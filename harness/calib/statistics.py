@@ -7,8 +7,8 @@ from torch import Tensor
 
 from harness.calib.gptq import DOUBLE_INPUTS
 
-ROWS_PER_INPUT = 32
-"""Rows that are enough, for each input: more cost time and were seen to gain nothing."""
+ROWS_PER_INPUT = 128
+"""Rows that are enough, for each input; with 32 and half the frames the demo in MXFP4 came out 2 dB less like BF16."""
 
 
 def every(rows: int, inputs: int) -> int:
