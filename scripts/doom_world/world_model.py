@@ -16,6 +16,7 @@ from scripts.doom_world.adversarial import PatchJudge, balanced, judge_loss, rea
 from scripts.doom_world.attention import StreamAttention
 from scripts.doom_world.autoencoder import TimedModule
 from scripts.doom_world.bank import SequenceBank
+from scripts.doom_world.muon import StackedMuon
 
 
 class WorldModelTask(TimedModule):
@@ -50,7 +51,7 @@ class WorldModelTask(TimedModule):
         matrices = [p for block in self.core.blocks for p in block.parameters() if p.ndim == 2]
         taken = {id(p) for p in matrices}
         rest = [p for p in self.core.parameters() if id(p) not in taken]
-        muon = torch.optim.Muon(matrices, lr=2 * self.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        muon = StackedMuon(matrices, lr=2 * self.lr, weight_decay=0.01)
         return [muon, torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)]
 
     def loss(self) -> Tensor:

@@ -14,6 +14,7 @@ from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, 
 from scripts import train_doom
 from scripts.doom_world.autoencoder import time_cosine
 from scripts.doom_world.bank import Controls, SequenceBank
+from scripts.doom_world.muon import StackedMuon
 
 STAGES = ["autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "export"]
 
@@ -95,3 +96,20 @@ def test_sequences_never_cross_an_episodes_end():
 def test_the_learning_rate_follows_the_clock():
     factors = [time_cosine(seconds, 100) for seconds in (0, 1, 2, 51, 100, 1000)]
     assert factors == pytest.approx([0, 0.5, 1, 0.51, 0.02, 0.02])
+
+
+def test_stacked_muon_is_torchs_muon():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (8, 24), (24, 8), (16, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    first, begin = StackedMuon(ours, lr=0.1), [p.detach().clone() for p in ours]
+    second = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        first.step()
+        second.step()
+    for a, b, start in zip(ours, theirs, begin, strict=True):
+        torch.testing.assert_close(a, b, atol=0.1 * float((b - start).abs().max()), rtol=0)  # both in BF16 inside
