@@ -6,7 +6,8 @@
 
 Rolls every `motion` clip out and compares its first frames with the recording, beside two baselines: the last context
 frame repeated (a model that ignores time), and the same model fed another clip's future actions (a model that ignores
-the player). Arguments are config overrides as `harness/run.py` takes them; `future_frames=N` is the number of
+the player). A second table shows what PSNR hides: sharpness, texture and whether the picture moves as the actions ask.
+Arguments are config overrides as `harness/run.py` takes them; `future_frames=N` is the number of
 generated frames to judge (16). Exits 1 unless the model beats the first by 1.5 dB and the second at all, 2 on bad
 input.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -31,6 +32,8 @@ from harness.config import RunPlan, plan_run, register
 from harness.config.compose import compose
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
+from harness.measure.appearance import appearance
+from harness.measure.figures import Appearance
 from harness.measure.quality import frame_psnr
 from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
@@ -41,12 +44,18 @@ MARGIN_DB = 1.5
 
 @dataclass(frozen=True)
 class WorldModelFigures:
-    """Mean PSNR in dB over clips and generated frames, and the per-clip values behind each."""
+    """Mean PSNR in dB over clips and generated frames, and the per-clip values behind each.
+
+    ``looks``: per clip what PSNR hides of the model's frames; ``disobeyed``: the action fidelity of those it made under
+    another clip's actions, which ought to be far lower.
+    """
 
     clip_ids: list[str]
     model: list[float]
     repeat: list[float]
     shuffled: list[float]
+    looks: list[Appearance] = field(default_factory=list)
+    disobeyed: list[float | None] = field(default_factory=list)
 
     def mean(self, arm: str) -> float:
         """Mean over clips of ``model``, ``repeat`` or ``shuffled``."""
@@ -116,21 +125,46 @@ def world_model_figures(overrides: list[str] | None = None, frames: int = 16) ->
     module, arm = bf16_arm(run)
     noise = module.noise(batch.clip_ids, frames)
 
-    def scores(batch: ClipBatch) -> list[float]:
-        return psnr(to_frames(arm.roll(batch, noise, lambda: None).rgb), pictures[:, window:])
+    def roll(batch: ClipBatch) -> Tensor:
+        return to_frames(arm.roll(batch, noise, lambda: None).rgb)
 
+    recorded = pictures[:, window:]
     repeated = pictures[:, window - 1 : window].expand(-1, frames, -1, -1, -1)
+    model, shuffled = roll(batch), roll(replace(batch, mouse=other_mouse, btn=other_btn))
+    looks, others = (
+        [appearance(*pair) for pair in zip(arms.cpu(), recorded, strict=True)] for arms in (model, shuffled)
+    )
     return WorldModelFigures(
         clip_ids=batch.clip_ids,
-        model=scores(batch),
-        repeat=psnr(repeated, pictures[:, window:]),
-        shuffled=scores(replace(batch, mouse=other_mouse, btn=other_btn)),
+        model=psnr(model, recorded),
+        repeat=psnr(repeated, recorded),
+        shuffled=psnr(shuffled, recorded),
+        looks=looks,
+        disobeyed=[look.action_fidelity for look in others],
     )
 
 
 def psnr(frames: Tensor, recorded: Tensor) -> list[float]:
     """Mean PSNR over the frames of each clip."""
     return [statistics.fmean(frame_psnr(a, b)) for a, b in zip(frames.cpu(), recorded, strict=True)]
+
+
+def looks_table(figures: WorldModelFigures) -> Table:
+    """What PSNR hides, clip by clip."""
+    table = Table(title="What PSNR hides (see docs/quality.md)", title_justify="left")
+    for column in ("clip", "sharpness", "texture distance", "action fidelity", "…, another clip's actions"):
+        table.add_column(column, justify="left" if column == "clip" else "right", no_wrap=column == "clip")
+
+    def add(name: str, *values: float | None) -> None:
+        table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in values))
+
+    for name, look, other in zip(figures.clip_ids, figures.looks, figures.disobeyed, strict=True):
+        add(name, look.sharpness, look.texture, look.action_fidelity, other)
+    table.add_section()
+    mean = Appearance.mean(figures.looks)
+    others = [other for other in figures.disobeyed if other is not None]
+    add("mean", mean.sharpness, mean.texture, mean.action_fidelity, statistics.fmean(others) if others else None)
+    return table
 
 
 def main(argv: list[str]) -> int:
@@ -152,7 +186,7 @@ def main(argv: list[str]) -> int:
         table.add_row(row[0], *(f"{value:.2f}" for value in row[1:]))
     table.add_section()
     table.add_row("mean", *(f"{figures.mean(arm):.2f}" for arm in ("model", "repeat", "shuffled")))
-    Console().print(table)
+    Console().print(table, looks_table(figures))
     print("a world model" if figures.passes else f"not a world model: it must beat 'repeat' by {MARGIN_DB} dB")
     return 0 if figures.passes else 1
 

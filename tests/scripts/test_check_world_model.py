@@ -1,5 +1,7 @@
 """The shipped demo model earns its name, computed from the shipped weights and clips."""
 
+import statistics
+
 import pytest
 
 from scripts.check_world_model import MARGIN_DB, WorldModelFigures, main, world_model_figures
@@ -11,6 +13,9 @@ def test_the_demo_model_predicts_play_and_listens_to_the_player():
     assert len(figures.clip_ids) >= 6
     assert figures.mean("model") >= figures.mean("repeat") + MARGIN_DB
     assert figures.mean("model") > figures.mean("shuffled")
+    obeyed = [look.action_fidelity for look in figures.looks]
+    assert statistics.fmean(obeyed) > statistics.fmean(figures.disobeyed) + 0.3
+    assert all(0.2 < look.sharpness < 1 for look in figures.looks)
 
 
 def test_a_model_must_beat_both_baselines():
