@@ -30,7 +30,7 @@ def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
 class StackedMuon(Optimizer):
     """Muon with Nesterov momentum, decoupled weight decay and updates of AdamW's size, 0.2·√(larger side)·lr.
 
-    A small model has many small matrices of few shapes; one by one they leave a GPU waiting for launches: on an H100 the
+    A small model has many small matrices of few shapes; one by one they leave a GPU waiting: on an H100 the
     `flow` stage went from 9.3 to 16.2 steps a second with this.
 
     Args:
