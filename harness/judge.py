@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from harness.config import ROOT
+from harness.config import CONF
 from harness.report.gates import EXIT_CODES, GateError, GatesConf, build_table, evaluate, next_lines, verdict_line
 from harness.report.gates.advice import changed
 from harness.report.page.run_page import run_page, write_run_page
@@ -28,7 +28,7 @@ from harness.report.record import RecordError, RunRecord, load_record, save_reco
 from harness.report.table import render
 
 RECORD = "record.json"
-FOLDER = ROOT / "conf" / "gates"
+FOLDER = CONF / "gates"
 
 
 def gates_conf(name: str | None, own: Any, changes: Sequence[str]) -> GatesConf:

@@ -10,6 +10,8 @@ import gc
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
@@ -35,6 +37,9 @@ from harness.config.compose import one_line
 from harness.kernels.cache import place_compilers
 from harness.measure.stability import InstabilityError
 from harness.report.gates import EXIT_CODES
+
+if TYPE_CHECKING:
+    from harness.api import RunResult
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
@@ -116,6 +121,18 @@ def cli() -> None:
             print(f"error: the sweep broke off: {error}\n{AFTER_BREAK}", file=sys.stderr)
         raise
 
+
+class _CallableModule(ModuleType):
+    """So that ``harness.run(cfg)`` runs a config, though ``harness.run`` is this module."""
+
+    def __call__(self, cfg: DictConfig, folder: str | Path | None = None) -> RunResult:
+        """See :func:`harness.api.run`."""
+        from harness.api import run as run_config
+
+        return run_config(cfg, folder)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     cli()

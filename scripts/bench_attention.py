@@ -27,8 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.measure.environment import environment
 from harness.measure.timing import samples_ms

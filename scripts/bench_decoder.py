@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from harness.config import register
 from harness.kernels.cuda import conv, nvrtc
 from harness.measure.timing import samples_ms

@@ -33,8 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from harness.config import RunPlan, plan_run, register
 from harness.config.compose import compose
 from harness.measure.environment import environment

@@ -12,12 +12,9 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.report.gates.intervals import mean_interval, t_quantile
 

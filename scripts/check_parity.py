@@ -27,8 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from harness.kv import KVCache, KVConf
 from harness.models.checkpoint import load_decoder, load_gamerft, read_state
 from harness.models.config_io import read_dcae_config, read_gamerft_config, read_yaml

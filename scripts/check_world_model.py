@@ -19,8 +19,6 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 from rich.console import Console
 from rich.table import Table

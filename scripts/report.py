@@ -1,36 +1,8 @@
-"""Write a run's or a sweep's page again, from records alone.
+"""Write a run's or a sweep's page again, from records alone: see ``harness/commands/report.py``."""
 
-python scripts/report.py outputs/<run>
-python scripts/report.py --sweep outputs/multirun/<sweep>
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from harness.report.page.run_page import write_run_page
-from harness.report.record import RecordError
-from harness.report.sweep import SweepError, write_sweep_page
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; its exit code is 0, or 2 where there is nothing to write a page from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="+", help="folder with a record.json, or of a sweep")
-    parser.add_argument("--sweep", action="store_true", help="the folders are sweeps: rebuild their runs' pages too")
-    options = parser.parse_args(arguments)
-    for folder in options.folder:
-        try:
-            print(write_sweep_page(folder, rebuild_runs=True) if options.sweep else write_run_page(folder))
-        except (RecordError, SweepError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
-
+from harness.commands.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from harness.commands.microbench import FORMATS, read_model
+from harness.commands.tune_cuda import checker, other_stages, reason
 from harness.kernels import launch
 from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda import shapes as cuda_config
@@ -44,8 +44,6 @@ from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import AttentionKind, frame_attention
 from harness.rollout.linears import pack
 from harness.rollout.steps import through_layer_fused
-from scripts.microbench import FORMATS, read_model
-from scripts.tune_cuda import checker, other_stages, reason
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12

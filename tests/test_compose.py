@@ -193,3 +193,13 @@ def test_the_command_ends_with_one_line_and_no_folder(tmp_path, words, said):
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == ["FILE"]
+
+
+def test_without_the_demo_one_sentence_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("harness.config.places.ROOT", tmp_path)
+    monkeypatch.setattr("harness.config.places.ASSETS", tmp_path / "assets")
+    with pytest.raises(ConfigError) as caught:
+        plan_run(compose("model=doom"))
+    assert str(caught.value).startswith("the demo model is not part of the installed package: run in a clone")
+    assert len(str(caught.value).splitlines()) == 1
+    assert plan_run(compose("model=smoke")).conf.data.source == "synthetic"

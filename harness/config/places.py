@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -22,11 +23,13 @@ def asset(path: str) -> str:
     return str(ROOT / path)
 
 
-def missing_file(path: str | Path) -> str:
-    """What to say of a file or folder that is not there, and what to do about it."""
-    if not ASSETS.is_dir() and Path(path).is_relative_to(ASSETS):
-        return (
-            "the demo model is not part of the installed package; get a clone of the repository and run there, or "
-            "choose model=smoke, or your own model.checkpoint, decoder.checkpoint and data.paths"
-        )
-    return "no such file" if not Path(path).exists() else "not a file"
+NO_DEMO = (
+    "the demo model is not part of the installed package: run in a clone of the repository, or choose model=smoke, or "
+    "your own model.config_file, model.checkpoint, decoder.config_file, decoder.checkpoint, data=owl_cache or clips "
+    "and data.paths"
+)
+
+
+def lacks_demo(paths: Iterable[str | None]) -> bool:
+    """Whether any of ``paths`` is of the demo, which is not here."""
+    return not ASSETS.is_dir() and any(Path(path).is_relative_to(ASSETS) for path in paths if path is not None)

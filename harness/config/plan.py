@@ -24,7 +24,7 @@ from harness.calib import conf as calib_conf
 from harness.config.exports import differences, read_export
 from harness.config.extras import missing_logger
 from harness.config.flags import FlagError
-from harness.config.places import missing_file
+from harness.config.places import NO_DEMO, lacks_demo
 from harness.config.problems import ConfigError, collect, unknown
 from harness.config.schema import RunConf, TrainerConf
 from harness.config.sizes import needs_of, size_problems
@@ -106,6 +106,10 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {_root(error)}") from error
     assert isinstance(conf, RunConf)
+    model, decoder = conf.model, conf.decoder
+    files = (model.config_file, model.checkpoint, decoder.config_file, decoder.checkpoint, decoder.encoder)
+    if lacks_demo((*files, *conf.data.paths)):
+        raise ConfigError(NO_DEMO)
     problems = list(value_problems(conf))
     device = _device(conf.trainer, problems)
     export = read_export(conf, problems)
@@ -200,7 +204,7 @@ def _read_model(conf: RunConf, problems: list[str]) -> tuple[GameRFTConfig | Non
         ("decoder.encoder", decoder.encoder),
     ):
         if path is not None and not Path(path).is_file():
-            problems.append(f"{name}={path}: {missing_file(path)}")
+            problems.append(f"{name}={path}: {'no such file' if not Path(path).exists() else 'a folder, not a file'}")
     if arch and dcae and (arch.channels, arch.sample_size) != (dcae.latent_channels, dcae.latent_size):
         problems.append(
             f"the model's latents are {arch.channels}×{arch.sample_size}×{arch.sample_size}, the decoder takes "

@@ -93,7 +93,11 @@ class DecoderConf:
 
 @dataclass
 class AttentionConf:
-    """How a frame attends to its window."""
+    """How a frame attends to its window.
+
+    Attributes:
+        kind: see :class:`AttentionKind`.
+    """
 
     kind: AttentionKind = AttentionKind.sdpa
 
@@ -139,10 +143,30 @@ class MeasureConf:
 class RunConf:
     """A whole run.
 
-    ``logger``: ``_target_``, one of Lightning's loggers, and its arguments.
-    ``flags``: the old environment flags that are set, see :mod:`harness.config.flags`. ``threads``: CPU threads of
-    torch, for jobs that share a machine; null = torch's own choice, at most the cores this process may use. ``export``:
-    file (.safetensors) to write the candidate's packed weights to once the run is complete, see docs/export.md.
+    Attributes:
+        model: which GameRFT runs.
+        decoder: which DCAE decodes latents to frames.
+        data: which clips, and which of their frames.
+        quant: MX Linears of the candidate.
+        kv: storage of the candidate's K and V.
+        calib: how MX weights are chosen.
+        attention: how a frame attends to its window.
+        compile: how a frame runs.
+        sampler: how frames are sampled.
+        trainer: where it runs.
+        logger: ``_target_``, one of Lightning's loggers, and its arguments.
+        measure: what is measured beside quality.
+        gates: the thresholds of the verdict.
+        on_instability: what an instability of the candidate does, see
+            :data:`harness.measure.stability.OnInstability`.
+        stability: when a frame counts as unstable.
+        drift: where two rollouts count as apart.
+        seed: of all noise and synthetic clips, 0 to 2^64 - 1.
+        flags: the old environment flags that are set, see :mod:`harness.config.flags`; read, never typed.
+        threads: CPU threads of torch, for jobs that share a machine, at least 1; null = torch's own choice, at most
+            the cores this process may use.
+        export: file (.safetensors) to write the candidate's packed weights to once the run is complete, see
+            docs/export.md; null = none.
     """
 
     model: ModelConf = field(default_factory=ModelConf)

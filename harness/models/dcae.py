@@ -25,8 +25,20 @@ MOST_STAGES, MOST_BLOCKS = 16, 256
 class DCAEConfig:
     """Shape of a DCAE. Field names are those of upstream ``model:`` YAML sections.
 
-    ``sample_size`` is (height, width) of a frame. Channels double from ``ch_0`` at the frame to at most ``ch_max`` at
-    the latent, one stage per entry of ``*_blocks_per_stage``; both lists are read from the latent side.
+    Channels double from ``ch_0`` at the frame to at most ``ch_max`` at the latent, one stage per entry of
+    ``*_blocks_per_stage``.
+
+    Attributes:
+        model_id: a name; nothing depends on it.
+        sample_size: height and width of a frame, in pixels.
+        channels: of a frame: 3.
+        latent_size: side of a latent, in tokens, at least 1.
+        latent_channels: of a latent, at least 1; ``ch_max`` must be a multiple of it.
+        ch_0: channels at the frame, at least 1.
+        ch_max: the most channels of a stage, at least 1.
+        encoder_blocks_per_stage: residual blocks of each stage of the encoder, read from the latent side.
+        decoder_blocks_per_stage: the same of the decoder; each stage doubles the side.
+        use_middle_block: whether residual blocks follow at the latent's resolution.
     """
 
     model_id: str = "dcae"

@@ -31,8 +31,27 @@ RMS_EPS = 1.1920928955078125e-07
 class GameRFTConfig:
     """Shape of a GameRFT. Field names are those of upstream ``model:`` YAML sections.
 
-    ``n_frames`` only sets the time scale of ``ortho`` RoPE; rollouts may be longer. ``cfg_prob`` (the training-time
-    chance of dropping the conditioning) is accepted and has no effect at inference.
+    Attributes:
+        model_id: a name; nothing depends on it.
+        n_layers: transformer blocks, at least 1.
+        n_heads: attention heads, at least 1; ``d_model`` must be divisible by it, into heads divisible by 8.
+        d_model: width of a token, in numbers.
+        channels: of a latent.
+        sample_size: side of a latent, in tokens.
+        tokens_per_frame: ``sample_size`` squared.
+        n_frames: frames of a training sample: only sets the time scale of ``ortho`` RoPE; rollouts may be longer.
+        n_buttons: buttons of an action, at least 1.
+        n_mouse_axes: of an action: 2.
+        local_window: frames that a local layer sees, its own included, at least 1; null = no limit.
+        global_window: frames that a global layer sees; null = no limit.
+        local_idx: every so many layers one is global, the first among them; at least 1.
+        rope_impl: rotary position embedding, ``motion`` or ``ortho``.
+        rope_ats_delta: pixels by which ``motion`` RoPE shifts space a frame.
+        causal: whether a frame sees earlier frames alone.
+        uncond: whether the model ignores the controls.
+        cfg_prob: chance of dropping the conditioning in training; accepted, without effect at inference.
+        backbone: only ``dit`` is supported.
+        has_audio: only false is supported.
     """
 
     model_id: str = "game_rft"

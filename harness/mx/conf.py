@@ -50,7 +50,13 @@ class Element8Bit(StrEnum):
 
 @dataclass
 class CategoryBits:
-    """Bits of the Linears of one category; None: as `MXConf.bits`."""
+    """Bits of the Linears of one category, where they are to differ from `MXConf.bits`.
+
+    Attributes:
+        mlp: 8, 4, or null = as `bits`.
+        attn: 8, 4, or null = as `bits`.
+        modulation: 8, 4, or null = as `bits`.
+    """
 
     mlp: int | None = None
     attn: int | None = None
@@ -61,11 +67,20 @@ class CategoryBits:
 class MXConf:
     """MX Linears as config: simple field types, so that it serves as a Hydra structured config.
 
-    `scale_mode` defaults to `rceil`, the default of torchao's `MXDynamicActivationMXWeightConfig`.
-    `bits_by_category`: bits of a category in scope where they are to differ from `bits`.
-    `late_layers`: only the last so many blocks (more than there are means all); None means all.
-    `include` and `exclude` are glob patterns over module names; see `harness.mx.select`.
-    `list` prints what was transformed, and what was kept and why, once the model is set up; the run then goes on.
+    Attributes:
+        enabled: whether any Linear becomes MX.
+        bits: of a weight's element, 8 or 4.
+        scope: which Linears, see :class:`Scope`.
+        kernel: what computes the product, see :class:`KernelChoice`.
+        activation: what enters the product, see :class:`Activation`.
+        scale_mode: how an E8M0 scale follows from amax; `rceil` is the default of torchao's
+            `MXDynamicActivationMXWeightConfig` too.
+        late_layers: only the last so many blocks, at least 1 (more than there are means all); null = all.
+        include: glob patterns over module names that are taken whatever the scope; see `harness.mx.select`.
+        exclude: glob patterns over module names that stay BF16.
+        element_8bit: element format at 8 bits.
+        bits_by_category: bits of a category in scope where they are to differ from `bits`.
+        list: print what was transformed, and what was kept and why, once the model is set up; the run then goes on.
     """
 
     enabled: bool = False

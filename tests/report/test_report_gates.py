@@ -7,6 +7,7 @@ import report_cases
 from gate_cases import arm, checks, full, gate, incident, record, scores
 from rich.console import Console
 
+from harness.judge import main as judge
 from harness.report.gates import (
     DO_NOT_SHIP,
     SHIP,
@@ -19,7 +20,6 @@ from harness.report.gates import (
     verdict_line,
 )
 from harness.report.record import load_record
-from scripts.gates import main as judge
 
 
 def test_gate_a_is_the_plans():

@@ -8,8 +8,8 @@ from gate_cases import full, gate, incident, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.judge import main as judge
 from harness.report.gates import DO_NOT_SHIP, SHIP, GateError, evaluate
-from scripts.gates import main as judge
 
 NONSENSE = [
     None,

@@ -6,11 +6,11 @@ from dataclasses import asdict
 import pytest
 from report_cases import NASTY, arm, clip, quality, record, write
 
+from harness.commands.report import main
 from harness.report.gates import GatesConf, evaluate
 from harness.report.page.charts import Series, column_chart, line_chart, make_axis, nice_ticks, pareto
 from harness.report.page.run_page import run_page, write_run_page
 from harness.report.record import RecordError
-from scripts.report import main
 
 
 def page(run_record, folder, **options):

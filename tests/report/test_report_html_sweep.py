@@ -9,8 +9,8 @@ import pytest
 import yaml
 from report_cases import NASTY, quality, record, write
 
+from harness.commands.report import main
 from harness.report.sweep import SweepError, read_sweep, write_sweep_page
-from scripts.report import main
 
 # A job script with the hook of conf/run.yaml, quick because it has no model: job 1 fails, job 2 kills its process.
 JOB = """

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from scripts import bench_attention, bench_rollout, bench_summary, microbench
+from harness.commands import microbench
+from scripts import bench_attention, bench_rollout, bench_summary
 
 
 def rollout(name, ms=None, **others):

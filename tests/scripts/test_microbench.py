@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from harness.commands import microbench
 from harness.mx.linears.base import MXLinear
 from harness.mx.weights import nearest
 from harness.rollout.attention import AttentionKind
-from scripts import microbench
 
 QUICK = ["--device", "cpu", "--model", "smoke", "--iterations", "1", "--warmup", "0"]
 

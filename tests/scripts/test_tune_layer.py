@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from harness.commands import tune_cuda
 from harness.kv import KVStorage
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.mx.linears.cuda import CudaLinear
-from scripts import tune_cuda, tune_layer
+from scripts import tune_layer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")

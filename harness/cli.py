@@ -1,0 +1,71 @@
+"""The command ``mx-world``: one sub-command per entry point, imported when it is called.
+
+``mx-world quant=mxfp8_all`` is ``mx-world run quant=mxfp8_all``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from harness import __version__
+
+COMMANDS = {
+    "run": (
+        "harness.run:cli",
+        "roll clips out in BF16 and in MX and compare; the default",
+    ),
+    "ladder": ("harness.ladder.command:cli", "climb to the most aggressive configuration that ships"),
+    "gates": ("harness.judge:main", "judge a finished run again, from its record alone"),
+    "report": ("harness.commands.report:main", "write a run's or a sweep's page again, from records alone"),
+    "microbench": ("harness.commands.microbench:main", "time kernels and attention by themselves"),
+    "play": ("harness.play:main", "play a world model live in a browser"),
+    "fields": ("harness.config.reference:main", "every field of the config: type, default, allowed values, meaning"),
+    "schema": ("harness.report.schema:main", "the JSON schema of a run's record"),
+}
+"""Where each sub-command is, and what it does. It reads its arguments from ``sys.argv`` and may return an exit code."""
+
+WITH_WORDS = ("play",)
+"""Sub-commands whose function takes the arguments."""
+
+
+def usage() -> str:
+    """What ``--help`` shows."""
+    lines = [f"  {name:12}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "May this world model run in MX formats?",
+            "",
+            "mx-world COMMAND --help tells more; words such as quant=mxfp8_all alone start a run.",
+            "",
+            *lines,
+            "",
+            "  --version   of the product",
+        ]
+    )
+
+
+def main() -> None:
+    """Call the sub-command that was named."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if "--version" in arguments:
+        print(f"mx-world {__version__}")
+        return
+    name = arguments[0] if arguments[0] in COMMANDS else "run"
+    if name == "run" and arguments[0].isidentifier() and arguments[0] != "run":
+        from harness.config.problems import unknown
+
+        print(f"error: {arguments[0]}: {unknown('command', arguments[0], list(COMMANDS))}", file=sys.stderr)
+        sys.exit(2)
+    module, _, function = COMMANDS[name][0].partition(":")
+    # A run in several processes repeats this command in each, so it must mean the same without the sub-command.
+    sys.argv[:] = [sys.argv[0], *arguments[arguments[0] == name :]]
+    called = getattr(importlib.import_module(module), function)
+    sys.exit(called(sys.argv[1:]) if name in WITH_WORDS else called())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Write a run's or a sweep's page again, from records alone.
+
+python scripts/report.py outputs/<run>
+python scripts/report.py --sweep outputs/multirun/<sweep>
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from harness.report.page.run_page import write_run_page
+from harness.report.record import RecordError
+from harness.report.sweep import SweepError, write_sweep_page
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit code is 0, or 2 where there is nothing to write a page from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="+", help="folder with a record.json, or of a sweep")
+    parser.add_argument("--sweep", action="store_true", help="the folders are sweeps: rebuild their runs' pages too")
+    options = parser.parse_args(arguments)
+    for folder in options.folder:
+        try:
+            print(write_sweep_page(folder, rebuild_runs=True) if options.sweep else write_run_page(folder))
+        except (RecordError, SweepError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
