@@ -78,7 +78,7 @@ def validate(conf: PlayConf) -> None:
     bounds = {
         "port": (0, 65535),
         "max_sessions": (1, 64),
-        "fps": (0.1, 240),
+        "fps": (0.1, 1000),
         "quality": (1, 100),
         "in_flight": (1, 64),
         "stall_s": (0.1, 3600),

@@ -39,13 +39,17 @@ class Outbox:
         self._states: dict[str, dict[str, Any]] = {}
         self._notices: deque[dict[str, Any]] = deque(maxlen=NOTICES)
         self._sent: deque[tuple[int, float]] = deque()
+        self._newest = 0
         self.dropped = 0
 
     def put_frame(self, frame: PackedFrame) -> None:
-        """The newest frame; one that still waits is dropped."""
+        """The newest frame; one that still waits is dropped, and so is one that comes after a newer one."""
         with self._lock:
+            if frame.serial <= self._newest:
+                self.dropped += 1
+                return
             self.dropped += self._frame is not None
-            self._frame = frame
+            self._frame, self._newest = frame, frame.serial
         self._wake()
 
     def put_state(self, kind: str, **fields: Any) -> None:

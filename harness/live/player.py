@@ -25,6 +25,7 @@ from harness.live.protocol import Message, pack_frame
 from harness.live.shelf import Shelf
 from harness.session import BF16, CANDIDATE, Recorder, Recording, Session, SessionError
 from harness.session.recording import Replayer
+from harness.threads import usable_cores
 
 log = logging.getLogger(__name__)
 RATE_FRAMES = 40
@@ -108,10 +109,13 @@ class Player:
         self._serial, self._due = 0, 0.0
         self._done_at: deque[float] = deque(maxlen=RATE_FRAMES)
         self._waiting: Drawing | None = None
-        self._encoding = False
+        # Beside a GPU, cores are free to encode on; on a CPU they are the model's.
+        self._encoders = 1 if session.engine.device.type == "cpu" else min(4, usable_cores())
+        self._encoding = 0
         self._encode_lock = threading.Lock()
+        self._encoder = ThreadPoolExecutor(self._encoders, "play-encode")
+        self._saver = ThreadPoolExecutor(1, "play-save")
         self._encode_ms, self._dropped = 0.0, 0
-        self._encoder, self._saver = ThreadPoolExecutor(1, "play-encode"), ThreadPoolExecutor(1, "play-save")
         self._thread = threading.Thread(target=self._run, name="play", daemon=True)
 
     # What the network calls.
@@ -272,9 +276,9 @@ class Player:
         with self._encode_lock:
             self._dropped += self._waiting is not None
             self._waiting = drawing
-            if self._encoding:
+            if self._encoding == self._encoders:
                 return
-            self._encoding = True
+            self._encoding += 1
         self._encoder.submit(self._encode_all)
 
     def _encode_all(self) -> None:
@@ -283,7 +287,7 @@ class Player:
             with self._encode_lock:
                 drawing, self._waiting = self._waiting, None
                 if drawing is None:
-                    self._encoding = False
+                    self._encoding -= 1
                     return
             try:
                 self.outbox.put_frame(PackedFrame(drawing.serial, self._encode(drawing)))

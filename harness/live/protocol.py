@@ -97,7 +97,7 @@ MESSAGES: dict[str, dict[str, Check]] = {
     },
     "arm": {"arm": _one_of("bf16", "candidate")},
     "view": {"view": _one_of(*VIEWS)},
-    "limit": {"fps": _number(0.1, 240)},
+    "limit": {"fps": _number(0.1, 1000)},
     "codec": {"codec": _one_of("jpeg", "webp"), "quality": _whole(1, 100)},
     "record": {"on": _flag},
     "replay": {"id": _text(200)},

@@ -294,11 +294,16 @@ class _Server(uvicorn.Server):
 
 
 def run_server(game: Game) -> None:
-    """Serve until Ctrl-C. Raises ``OSError`` where the address cannot be had."""
-    config = uvicorn.Config(
-        build_app(game),
-        host=game.conf.host,
-        port=game.conf.port,
+    """Serve until Ctrl-C."""
+    _Server(uvicorn_config(build_app(game), game.conf), game).run()
+
+
+def uvicorn_config(app: Starlette, conf: PlayConf) -> uvicorn.Config:
+    """How the application is served: small messages, pings, no log of requests (a URL may hold a token)."""
+    return uvicorn.Config(
+        app,
+        host=conf.host,
+        port=conf.port,
         ws="wsproto",
         ws_max_size=2 * LARGEST_MESSAGE,
         ws_per_message_deflate=False,  # frames are compressed already
@@ -312,4 +317,3 @@ def run_server(game: Game) -> None:
         limit_concurrency=64,
         timeout_graceful_shutdown=2,
     )
-    _Server(config, game).run()

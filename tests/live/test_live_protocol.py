@@ -110,6 +110,8 @@ def test_a_browser_that_does_not_draw_gets_no_more_and_the_newest_frame_waits():
     assert outbox.take() == b"99"
     outbox.drawn(99)
     assert outbox.waiting_s() == 0
+    outbox.put_frame(PackedFrame(98, b"98"))
+    assert outbox.take() is None, "encoded later than the one after it: never shown"
 
 
 def test_words_wait_newest_only_and_never_pile_up():
