@@ -4,7 +4,7 @@
     python scripts/bench_play.py --seconds 600 --curve 60 model=smoke quant=mxfp4_all
 
 First the session by itself, each arm: frames a second with decoding, nobody looking. Then the server of harness/play.py
-in this process and a client over a WebSocket on loopback, which changes its input with every frame that it gets.
+in this process and a client in another over a WebSocket on loopback, which changes its input with every frame.
 Action to frame is from the moment an input is sent until the first frame made with it has come, undecoded: a browser
 adds its own decoding. Needs the extras [play] and websocket-client (which [pages] brings).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import websocket
 
 import harness  # noqa: F401  (how threads wait is settled before torch is imported)
 from harness.live.protocol import PROTOCOL, unpack_frame
-from harness.live.server import Game, build_app, uvicorn_config
+from harness.live.server import SWITCH_S, Game, build_app, uvicorn_config
 from harness.session import Action, Session
 from harness.session.open import load_play
 from harness.threads import usable_cores
@@ -89,6 +90,24 @@ class Player:
 
 def played(game: Game, port: int, arm: str, view: str, seconds: float, curve: float | None) -> dict[str, Any]:
     """Figures of a game of so many seconds."""
+    asked = [str(x) for x in ("--client", port, arm, view, "--seconds", seconds, "--curve", curve or 0)]
+    client = subprocess.Popen([sys.executable, __file__, *asked], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    figures = {}
+    for line in client.stdout:
+        if line.startswith("{"):
+            figures = json.loads(line)
+        else:
+            print(line, end="", flush=True)
+    if client.wait():
+        raise SystemExit("the client failed")
+    while game.pool.used:
+        time.sleep(0.05)
+    return figures
+
+
+def client(port: int, arm: str, view: str, seconds: float, curve: float) -> dict[str, Any]:
+    """The other process."""
     player = Player(port)
     player.send(type="arm", arm=arm)
     player.send(type="view", view=view)
@@ -98,12 +117,11 @@ def played(game: Game, port: int, arm: str, view: str, seconds: float, curve: fl
     player.latencies.clear()
     player.play(seconds, curve)
     player.socket.close()
-    while game.pool.used:
-        time.sleep(0.05)
     frames, waits = player.frames, sorted(player.latencies)
     rss = [header["rss"] / 2**20 for _, header, _ in frames]
     return {
-        "fps": (len(frames) - 1) / (frames[-1][0] - frames[0][0]),
+        "fps": (frames[-1][1]["frame"] - frames[0][1]["frame"]) / (frames[-1][0] - frames[0][0]),
+        "shown": (len(frames) - 1) / (frames[-1][0] - frames[0][0]),
         "p50": waits[len(waits) // 2],
         "p99": waits[min(len(waits) - 1, int(len(waits) * 0.99))],
         "bytes": statistics.mean(size for *_, size in frames),
@@ -120,7 +138,13 @@ def main() -> None:
     parser.add_argument("--curve", type=float, help="print the memory every so many seconds")
     parser.add_argument("--arms", default="bf16,candidate", help="which to play, and split")
     parser.add_argument("words", nargs="*", help="as for harness/play.py")
+    parser.add_argument("--client", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.client:
+        port, arm, view = given.client
+        print(json.dumps(client(int(port), arm, view, given.seconds, given.curve)))
+        return
+    sys.setswitchinterval(SWITCH_S)
     words = ["play.fps=1000", "play.max_sessions=1", "play.idle_s=86400", "play.port=0", *given.words]
     engine, conf, labels = load_play(words)
     torch.set_num_threads(engine.plan.conf.threads or min(torch.get_num_threads(), usable_cores()))
@@ -132,7 +156,8 @@ def main() -> None:
     port = server.servers[0].sockets[0].getsockname()[1]
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{' '.join(given.words)} on {device}, torch {torch.__version__}", flush=True)
-    print(f"{'':24} engine fps  played fps  share   p50 ms   p99 ms  KiB/frame  encode ms  dropped  MiB first, last")
+    columns = "engine fps  played fps  share  shown fps   p50 ms   p99 ms  KiB/frame  encode ms  dropped  MiB, end"
+    print(f"{'':24} {columns}")
     arms = [arm for arm in given.arms.split(",") if arm in (*engine.arms, "split")]
     clip = game.shelf.context(game.shelf.first().id, 0)
     for arm in arms:
@@ -142,12 +167,10 @@ def main() -> None:
         game.pool.take_back(session)
         view = "split" if arm == "split" else "one"
         row = played(game, port, engine.default_arm if arm == "split" else arm, view, given.seconds, given.curve)
-        print(
-            f"{labels.get(arm, arm):24} {base:10.1f} {row['fps']:11.1f} {row['fps'] / base:6.2f} {row['p50']:8.1f} "
-            f"{row['p99']:8.1f} {row['bytes'] / 1024:10.1f} {row['encode']:10.2f} {row['dropped']:8d}  "
-            f"{row['rss'][0]:.1f}, {row['rss'][1]:.1f}",
-            flush=True,
-        )
+        speed = f"{base:10.1f} {row['fps']:11.1f} {row['fps'] / base:6.2f} {row['shown']:10.1f}"
+        waits = f"{row['p50']:8.1f} {row['p99']:8.1f} {row['bytes'] / 1024:10.1f} {row['encode']:10.2f}"
+        held = f"{row['dropped']:8d}  {row['rss'][0]:.1f}, {row['rss'][1]:.1f}"
+        print(f"{labels.get(arm, arm):24} {speed} {waits} {held}", flush=True)
     server.should_exit = True
 
 

@@ -27,6 +27,7 @@ class PlayConf:
         token: what the URL must carry as ``?token=``; null = none on loopback, a random one elsewhere.
         max_sessions: browsers that may play at once; each has its own world, caches and thread.
         fps: the most frames a second that are generated, and what the game is meant to run at.
+        show_fps: the most frames a second that are compressed and sent; those between them are generated, but dropped.
         codec: of the frames. quality: of it, 1 to 100.
         in_flight: frames that may be on their way to a browser before it has said that it drew one; beyond, frames are
             dropped, newest wins.
@@ -44,6 +45,7 @@ class PlayConf:
     token: str | None = None
     max_sessions: int = 2
     fps: float = 35.0
+    show_fps: float = 120.0
     codec: Codec = Codec.jpeg
     quality: int = 90
     in_flight: int = 4
@@ -79,6 +81,7 @@ def validate(conf: PlayConf) -> None:
         "port": (0, 65535),
         "max_sessions": (1, 64),
         "fps": (0.1, 1000),
+        "show_fps": (1, 1000),
         "quality": (1, 100),
         "in_flight": (1, 64),
         "stall_s": (0.1, 3600),

@@ -106,7 +106,8 @@ class Player:
         self._world: World | None = None
         self._recorder: Recorder | None = None
         self._replayer: Replayer | None = None
-        self._serial, self._due = 0, 0.0
+        self._skipped = False
+        self._serial, self._due, self._show_at = 0, 0.0, 0.0
         self._done_at: deque[float] = deque(maxlen=RATE_FRAMES)
         self._waiting: Drawing | None = None
         # Beside a GPU, cores are free to encode on; on a CPU they are the model's.
@@ -253,8 +254,14 @@ class Player:
 
     def _show(self, frame: Tensor, taken: Taken | None) -> None:
         """Hand the newest frame of every live arm to the encoder; one that still waits there is dropped."""
-        session = self._session
+        session, now = self._session, time.monotonic()
         self._serial += 1
+        if self._reason is None and now < self._show_at:
+            self._dropped += 1
+            self._skipped = True
+            return
+        self._skipped = False
+        self._show_at = max(now, self._show_at + 1 / self._conf.show_fps)
         header = {
             "serial": self._serial,
             "frame": session.frame,
@@ -439,6 +446,8 @@ class Player:
         if self._reason is None:
             self._paused_at = time.monotonic()
         self._reason = reason
+        if self._skipped and self._session.live:
+            self._show(self._session.frame_of(self._session.arm), None)  # what it stops at is seen
         self._tell()
 
     def _resume(self) -> None:

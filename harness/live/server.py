@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from harness.live.shelf import Shelf
 from harness.session import Engine, Session
 
 log = logging.getLogger(__name__)
+SWITCH_S = 1e-4
+"""How long a Python thread may keep the others waiting; by default 5 ms, more than a frame on a GPU."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SEND_TIMEOUT_S = 60.0
 """Seconds in which a message must have left; a connection that takes none for so long is lost."""
@@ -211,6 +214,7 @@ async def _play(websocket: WebSocket, game: Game, session: Session) -> None:
     finally:
         # Nothing is waited for: this task may itself have been cancelled, and the session has to come back anyway.
         for task in (sender, receiver):
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or it is told as forgotten
             task.cancel()
         threading.Thread(target=_end, args=(player, game, session), name="play-end").start()
 
@@ -295,6 +299,7 @@ class _Server(uvicorn.Server):
 
 def run_server(game: Game) -> None:
     """Serve until Ctrl-C."""
+    sys.setswitchinterval(SWITCH_S)
     _Server(uvicorn_config(build_app(game), game.conf), game).run()
 
 

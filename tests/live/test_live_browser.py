@@ -1,0 +1,221 @@
+"""The page in headless Chromium: played with keys and a mouse, formats switched, split, recorded, replayed."""
+
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra [pages])")
+
+import uvicorn  # noqa: E402
+
+from harness.config import ROOT  # noqa: E402
+from harness.live.server import build_app, uvicorn_config  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+COUNT_MOVES = """
+    window.moved = 0;
+    const socket = game.link.socket, hear = socket.onmessage;
+    socket.onmessage = event => {
+      if (typeof event.data !== "string") moved += Math.abs(unpackFrame(event.data).mouse[0]);
+      hear(event);
+    };
+"""
+"""Adds up how far frames say that the mouse was moved."""
+
+
+class Served:
+    """A game on a port of its own."""
+
+    def __init__(self, game):
+        self.game, self.server = game, uvicorn.Server(uvicorn_config(build_app(game), game.conf))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.02)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture
+def open_game(make_game, browser):
+    started = []
+
+    def opened(**fields):
+        served = Served(make_game(port=0, fps=35.0, **fields))
+        started.append(served)
+        browser.get(f"http://127.0.0.1:{served.port}/")
+        wait_for(browser, "return game.drawn > 0 && game.state !== null")
+        return served
+
+    yield opened
+    errors = [entry["message"] for entry in browser.get_log("browser")]
+    browser.get("about:blank")
+    for served in started:
+        served.stop()
+    assert errors == []
+
+
+def wait_for(driver, script, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = driver.execute_script(script)
+        if found:
+            return found
+        time.sleep(0.05)
+    state = driver.execute_script("return [game.state, document.getElementById('notices').innerText]")
+    raise AssertionError(f"never true within {seconds} s: {script}; {state}")
+
+
+def actions(driver):
+    return webdriver.ActionChains(driver)
+
+
+def tap(driver, key):
+    actions(driver).send_keys(key).perform()
+
+
+def test_a_game_is_played_with_keys_and_mouse_switched_split_recorded_and_replayed(open_game, browser):
+    served = open_game()
+    assert served.game.pool.used == 1
+    browser.find_element("id", "begin").click()
+    wait_for(browser, "return game.state.playing")
+    tap(browser, "c")
+    wait_for(browser, "return game.state.recording")
+    actions(browser).key_down("w").perform()
+    wait_for(browser, "return game.last.buttons.includes('W')")
+    assert "down" in browser.find_element("id", "key-W").get_attribute("class")
+    actions(browser).key_up("w").perform()
+    wait_for(browser, "return !game.last.buttons.includes('W')")
+    browser.execute_script(COUNT_MOVES)
+    actions(browser).move_to_element_with_offset(browser.find_element("id", "stage"), 60, 20).perform()
+    actions(browser).move_by_offset(40, 5).perform()
+    wait_for(browser, "return moved > 0")
+    actions(browser).click_and_hold().perform()
+    wait_for(browser, "return game.last.buttons.includes('LMB')")
+    actions(browser).release().perform()
+    tap(browser, "1")
+    wait_for(browser, "return game.state.arm === 'bf16' && game.last.arm === 'bf16'")
+    tap(browser, "3")
+    wait_for(browser, "return document.querySelectorAll('.pane').length === 2 && game.last.psnr")
+    assert browser.find_element("id", "psnr").text.startswith("PSNR ")
+    tap(browser, "4")
+    wait_for(browser, "return document.querySelectorAll('.pane').length === 3")
+    wait_for(browser, "return document.getElementById('p50').textContent.endsWith('ms')")
+    assert float(browser.find_element("id", "fps").text) > 1
+    tap(browser, "4")
+    wait_for(browser, "return document.querySelectorAll('.pane').length === 1")
+    tap(browser, "c")
+    saved = wait_for(browser, "return document.querySelector('#notices [data-saved]')?.dataset.saved")
+    tap(browser, "p")
+    wait_for(browser, "return !game.state.playing && game.state.reason === 'player'")
+    frame = browser.execute_script("return game.last.frame")
+    tap(browser, "n")
+    wait_for(browser, f"return game.last.frame === {frame + 1}")
+    choose = "const clip = document.getElementById('clip'); clip.value = arguments[0]; clip.onchange()"
+    browser.execute_script(choose, f"played/{saved}")
+    browser.find_element("id", "replay").click()
+    wait_for(browser, "return document.getElementById('notices').innerText.includes('bit for bit')")
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith(("blob:", "data:", "ws:"))] == []
+
+
+def test_a_second_tab_too_many_is_told_and_can_connect_later(open_game, browser):
+    open_game(max_sessions=1)
+    first = browser.current_window_handle
+    url = browser.current_url
+    browser.switch_to.new_window("tab")
+    browser.get(url)
+    wait_for(browser, "return document.getElementById('why').textContent.includes('all 1 sessions are in use')")
+    second = browser.current_window_handle
+    browser.switch_to.window(first)
+    browser.get("about:blank")
+    browser.switch_to.window(second)
+    time.sleep(1)
+    browser.find_element("id", "begin").click()
+    wait_for(browser, "return game.drawn > 0 && game.state !== null")
+    browser.close()
+    browser.switch_to.window(first)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_fits_phone_and_desktop(open_game, browser, width):
+    touch = width < 600
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": touch}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+    try:
+        open_game()
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert browser.find_element("id", "touch").is_displayed() is touch
+        if touch:
+            browser.find_element("id", "begin").click()
+            wait_for(browser, "return game.state.playing")
+            browser.execute_script("document.getElementById('stick').scrollIntoView({block: 'center'})")
+            stick = browser.find_element("id", "stick")
+            pointer = webdriver.common.action_chains.ActionChains(browser)
+            pointer.move_to_element_with_offset(stick, 0, -50).click_and_hold().perform()
+            wait_for(browser, "return game.last.buttons.includes('W')")
+            pointer.release().perform()
+            wait_for(browser, "return !game.last.buttons.includes('W')")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+def shift_right(before, after):
+    """By how many pixels ``after`` is ``before`` moved to the right: the best match of luma over the middle rows."""
+    one, two = (np.asarray(picture, dtype=np.float32).mean(2)[16:80] for picture in (before, after))
+    span = range(-32, 33)
+    errors = [np.mean((one[:, max(0, -s) : 128 - max(0, s)] - two[:, max(0, s) : 128 - max(0, -s)]) ** 2) for s in span]
+    return span[int(np.argmin(errors))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "assets/doom/dit.safetensors").is_file(), reason="the demo model is not here")
+def test_turning_left_moves_the_demos_picture_right():
+    from harness.session import Action, open_session
+
+    with open_session("model=doom", "quant=mxfp4_mlp") as session:
+        for clip in ("my_way_home_1000001_motion", "defend_the_center_1000008_motion"):
+            seen = session.reset(clip)
+            left = [session.step(Action((), (-2.0, 0.0))) for _ in range(6)][-1]
+            session.reset(clip)
+            right = [session.step(Action((), (2.0, 0.0))) for _ in range(6)][-1]
+            assert shift_right(seen, left) > 2
+            assert shift_right(seen, right) < -2
