@@ -18,15 +18,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import torch
 import uvicorn
 import websocket
 
-import harness  # noqa: F401  (how threads wait is settled before torch is imported)
 from harness.live.protocol import PROTOCOL, unpack_frame
 from harness.live.server import SWITCH_S, Game, build_app, uvicorn_config
 from harness.session import Action, Session
