@@ -8,32 +8,73 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.kv.cache import KVCache
 from harness.kv.codecs import Codec, Stored
 from harness.kv.storage import FrameRing
 
+Array = NDArray[np.float64]
 
-class FrameFigures(NamedTuple):
-    """One frame of one ring: elements of magnitude max, scales that stand for NaN or Inf, and the log2 of the others.
 
-    Scales of zeros count neither way; ``None`` where no scale is left. For an unquantised ring ``nonfinite`` counts
-    elements and there is nothing else.
-    """
+FIGURES = ("saturated", "nonfinite", "log2_scale_min", "log2_scale_mean", "log2_scale_max")
+"""Of one frame of one ring: elements of magnitude max, scales that stand for NaN or Inf, and the log2 of the others.
 
-    saturated: int
-    nonfinite: int
-    log2_scale_min: float | None
-    log2_scale_mean: float | None
-    log2_scale_max: float | None
+Scales of zeros count neither way; NaN where no scale is left. For an unquantised ring ``nonfinite`` counts elements and
+there is nothing else.
+"""
+SCALES = FIGURES[2:]
+REPORTED = 20
+"""Places with NaN or Inf that a report names, at most."""
+
+
+@dataclass
+class KVSamples:
+    """Figures of consecutive samples, as plain data: ``figures[sample][ring]`` are :data:`FIGURES`."""
+
+    frames: list[int]
+    figures: list[list[list[float]]]
+
+
+@dataclass
+class _Frame:
+    """A frame's figures over all rollouts that reached it, each float64 ``[rings]``."""
+
+    rollouts: int
+    saturated: Array
+    nonfinite: Array
+    low: Array
+    mean_sum: Array
+    means: Array
+    high: Array
+
+    @classmethod
+    def empty(cls, rings: int) -> _Frame:
+        zeros = np.zeros(rings)
+        return cls(0, zeros, zeros, np.full(rings, np.inf), zeros, zeros, np.full(rings, -np.inf))
+
+    def add(self, figures: Array) -> None:
+        """Take one rollout's figures ``[rings, 5]`` in."""
+        saturated, nonfinite, low, mean, high = figures.T
+        self.rollouts += 1
+        self.saturated = self.saturated + saturated
+        self.nonfinite = self.nonfinite + nonfinite
+        self.low = np.fmin(self.low, low)
+        self.mean_sum = self.mean_sum + np.nan_to_num(mean)
+        self.means = self.means + ~np.isnan(mean)
+        self.high = np.fmax(self.high, high)
 
 
 class KVStats:
     """Saturation, scales and non-finite values of every layer's K and V, frame by frame.
+
+    What is kept grows with the frames of a rollout, not with the number of rollouts.
 
     Args:
         cache: whose frames are sampled.
@@ -47,18 +88,32 @@ class KVStats:
                 groups[ring.format_name].append((layer, name))
         self._groups = list(groups.values())  # those of a format are reduced together
         self._places = [place for group in self._groups for place in group]
-        self._samples: dict[int, list[Tensor]] = defaultdict(list)
-        """By frame, of each rollout that reached it: figures float64 ``[rings, 5]`` on the CPU."""
+        self._new: list[tuple[int, Tensor]] = []
+        self._frames: dict[int, _Frame] = {}
 
     def sample(self) -> None:
         """Take note of the frame just stored; waits for the device, so only between frames."""
         figures = torch.cat([self._figures(group) for group in self._groups])
-        self._samples[int(self.cache.frame)].append(figures.double().cpu())
+        self._new.append((int(self.cache.frame), figures.double().cpu()))
 
     def _figures(self, group: list[tuple[int, str]]) -> Tensor:
         frames = [self.cache.rings[layer][name].frame(self.cache.slot(layer)) for layer, name in group]
         layer, name = group[0]
         return _figures(frames, self.cache.rings[layer][name].codec)
+
+    def take(self) -> KVSamples:
+        """The samples since the last call, which :meth:`report` counts from now on."""
+        new, self._new = self._new, []
+        samples = KVSamples([frame for frame, _ in new], [figures.tolist() for _, figures in new])
+        self.add(samples)
+        return samples
+
+    def add(self, samples: KVSamples) -> None:
+        """Count samples of another cache of the same shape and formats: another process's, or an earlier run's."""
+        for frame, figures in zip(samples.frames, samples.figures, strict=True):
+            if frame not in self._frames:
+                self._frames[frame] = _Frame.empty(len(self._places))
+            self._frames[frame].add(np.asarray(figures, dtype=np.float64))
 
     def report(self) -> dict[str, Any]:
         """All samples so far, as plain data.
@@ -69,36 +124,41 @@ class KVStats:
         of ``saturated_share`` and the log2 scales, over all rollouts. ``nonfinite``: where NaN or Inf was stored
         (plain rings too), in order of frame and layer, the first twenty.
         """
-        frames = sorted(self._samples)
-        over = {frame: torch.stack(self._samples[frame]) for frame in frames}  # [rollouts, rings, 5]
+        self.take()
+        indices = sorted(self._frames)
+        frames = [self._frames[index] for index in indices]
         return {
-            "frames": frames,
-            "layers": self._layers(list(over.values())) if frames else [],
-            "nonfinite": self._nonfinite(over)[:20],
+            "frames": indices,
+            "layers": self._layers(frames) if frames else [],
+            "nonfinite": self._nonfinite(indices, frames),
         }
 
-    def _layers(self, samples: list[Tensor]) -> list[dict[str, Any]]:
+    def _layers(self, frames: list[_Frame]) -> list[dict[str, Any]]:
+        table = _Table(frames)
         found = ((place, self.cache.rings[place[0]][place[1]], row) for row, place in enumerate(self._places))
         entries = [
-            {"layer": layer, "tensor": name, "format": ring.format_name, **_entry(ring, [s[:, row] for s in samples])}
+            {"layer": layer, "tensor": name, "format": ring.format_name, **table.entry(ring, row)}
             for (layer, name), ring, row in found
             if ring.codec is not None
         ]
         return sorted(entries, key=lambda entry: (entry["layer"], entry["tensor"]))
 
-    def _nonfinite(self, over: dict[int, Tensor]) -> list[dict[str, Any]]:
+    def _nonfinite(self, indices: list[int], frames: list[_Frame]) -> list[dict[str, Any]]:
         """Frame by frame, layer by layer."""
-        found = [
-            {"frame": frame, "layer": layer, "tensor": name, "count": count}
-            for frame, figures in over.items()
-            for row, (layer, name) in enumerate(self._places)
-            if (count := int(figures[:, row, 1].sum()))
-        ]
-        return sorted(found, key=lambda entry: (entry["frame"], entry["layer"], entry["tensor"]))
+        found: list[dict[str, Any]] = []
+        for index, frame in zip(indices, frames, strict=True):
+            places = [(*self._places[row], int(frame.nonfinite[row])) for row in np.flatnonzero(frame.nonfinite)]
+            found += [
+                {"frame": index, "layer": layer, "tensor": name, "count": count}
+                for layer, name, count in sorted(places)
+            ]
+            if len(found) >= REPORTED:
+                break
+        return found[:REPORTED]
 
 
 def _figures(frames: list[Stored], codec: Codec | None) -> Tensor:
-    """:class:`FrameFigures` of rings of one format, float32 ``[rings, 5]``; NaN stands for None."""
+    """The :data:`FIGURES` of rings of one format, float32 ``[rings, 5]``."""
     elements = torch.stack([frame.elements for frame in frames]).flatten(1)
     none = torch.full((len(frames),), math.nan, device=elements.device)
     if codec is None:
@@ -113,34 +173,39 @@ def _figures(frames: list[Stored], codec: Codec | None) -> Tensor:
     return torch.stack((codec.saturated(elements), log2.isnan().sum(1), *scales), dim=1)
 
 
-def _entry(ring: FrameRing, samples: list[Tensor]) -> dict[str, Any]:
-    """A ring's figures from its rows ``[rollouts, 5]`` of every frame."""
-    size = ring.shape.numel // ring.shape.frames
-    total, over_time = _summary(torch.cat(samples)), [_summary(rows) for rows in samples]
-    elements = size * sum(len(rows) for rows in samples)
-    shares = [figures.saturated / (size * len(rows)) for figures, rows in zip(over_time, samples, strict=True)]
-    scales = ("log2_scale_min", "log2_scale_mean", "log2_scale_max")
-    return {
-        "elements": elements,
-        "saturated_share": total.saturated / elements,
-        **total._asdict(),
-        "over_time": {
-            "saturated_share": [round(share, 6) for share in shares],
-            **{key: [getattr(figures, key) for figures in over_time] for key in scales},
-        },
-    }
+class _Table:
+    """The figures of all frames, each float64 ``[frames, rings]``."""
+
+    def __init__(self, frames: list[_Frame]) -> None:
+        self.rollouts = np.array([frame.rollouts for frame in frames])
+        self.saturated, self.nonfinite, self.mean_sum, self.means, self.low, self.high = (
+            np.stack([getattr(frame, name) for frame in frames])
+            for name in ("saturated", "nonfinite", "mean_sum", "means", "low", "high")
+        )
+
+    def entry(self, ring: FrameRing, row: int) -> dict[str, Any]:
+        """A ring's totals, and its figures over time."""
+        size = ring.shape.numel // ring.shape.frames
+        elements, saturated = size * int(self.rollouts.sum()), int(self.saturated[:, row].sum())
+        count = self.means[:, row]
+        low, high, total = self.low[:, row], self.high[:, row], self.mean_sum[:, row]
+        with np.errstate(invalid="ignore"):
+            means = total / count
+            mean = total.sum() / count.sum()
+        shares = self.saturated[:, row] / (size * self.rollouts)
+        return {
+            "elements": elements,
+            "saturated_share": saturated / elements,
+            "saturated": saturated,
+            "nonfinite": int(self.nonfinite[:, row].sum()),
+            **dict(zip(SCALES, _rounded(np.array([low.min(), mean, high.max()])), strict=True)),
+            "over_time": {
+                "saturated_share": shares.round(6).tolist(),
+                **dict(zip(SCALES, map(_rounded, (low, means, high)), strict=True)),
+            },
+        }
 
 
-def _summary(rows: Tensor) -> FrameFigures:
-    """Figures ``[N, 5]`` of several frames as one: sums, the lowest, the mean and the highest."""
-    saturated, nonfinite, low, mean, high = rows.unbind(1)
-    means = mean[~mean.isnan()]
-    if not len(means):
-        return FrameFigures(int(saturated.sum()), int(nonfinite.sum()), None, None, None)
-    return FrameFigures(
-        int(saturated.sum()),
-        int(nonfinite.sum()),
-        round(float(low.nan_to_num(math.inf).min()), 3),
-        round(float(means.mean()), 3),
-        round(float(high.nan_to_num(-math.inf).max()), 3),
-    )
+def _rounded(values: Array) -> list[float | None]:
+    """Three decimals; None for what is not finite: no scale was left."""
+    return [value if math.isfinite(value) else None for value in values.round(3).tolist()]
