@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: no traceback
     import harness  # noqa: F401  (how threads wait is settled before torch is imported)
 
 import hydra
@@ -31,6 +33,8 @@ from harness import __version__
 from harness.ab.context import RunContext
 from harness.ab.job import execute
 from harness.ab.processes import ProcessError
+from harness.ab.signals import Signals, Stopped
+from harness.ab.streams import patient_streams
 from harness.config import CONF, ConfigError
 from harness.config.command import check_command, read_command
 from harness.config.compose import one_line
@@ -40,9 +44,6 @@ from harness.report.gates import EXIT_CODES
 
 if TYPE_CHECKING:
     from harness.api import RunResult
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
 
 AFTER_BREAK = (
     "Each job's folder keeps what it had finished (record.json, videos, frames.csv); the sweep's report.html shows "
@@ -77,10 +78,6 @@ def main(cfg: DictConfig) -> None:
         verdict = run(cfg)
         if verdict is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
             sys.exit(EXIT_CODES[verdict])
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit with code 1
-            sys.exit(INTERRUPTED)
-        raise
     except (ValueError, OSError, InstabilityError, ProcessError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError(str(error)) from error  # Hydra goes on with the other jobs and ends with this
@@ -99,8 +96,21 @@ def cli() -> None:
     """The command.
 
     Exit code 0: done, and with gates: ship; 1: the run broke; 2: something in the command, config or files is wrong;
-    3: do not ship; 4: undecided; 130: Ctrl-C. A sweep's verdicts are in its records: it ends with 0 if its runs ran.
+    3: do not ship; 4: undecided; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. A sweep's verdicts are in its records: it
+    ends with 0 if its runs ran.
     """
+    with patient_streams():
+        try:
+            with Signals():
+                _command()
+        except Stopped as stop:
+            notes = getattr(stop, "__notes__", [])  # what went wrong on the way out
+            if not getattr(rank_zero_only, "rank", 0):  # others end with the first process, which says so
+                print(f"stopped by {stop.signal.name}", *(f"and: {note}" for note in notes), sep="\n", file=sys.stderr)
+            sys.exit(stop.exit_code)
+
+
+def _command() -> None:
     asked = sys.argv[1:]
     if "--version" in asked:
         print(f"mx-world {__version__}")

@@ -1,6 +1,5 @@
 """Several processes give the figures of one, and none of them can make the others hang."""
 
-import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,15 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from harness.ab import processes as parallel
-from harness.ab.processes import ProcessError, ProcessParts, check_clips, check_processes
+from harness.ab.processes import ProcessError, Processes, check_clips, check_processes
 from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
 from harness.measure.stability import OnInstability
+from harness.report.journal import End, FinishedBatch, Journal, Line
 from harness.report.record import load_record
-from harness.report.sections import IncidentRecord
+from harness.report.sections import BatchTimes, IncidentRecord
 from harness.run import run
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.limit=3", "measure.parts_frames=1"]
 SMOKE += ["quant=mxfp4_mlp", "kv=mx_v_only"]
+BATCH = Line(batch=FinishedBatch(["a"], [], BatchTimes(["a"], [], {})))
 
 BROKEN = """
 import os, signal, sys
@@ -68,7 +69,7 @@ def test_two_processes_give_the_figures_of_one(composed, tmp_path):
     assert len(rows) == 1 + 3 * 2 * 2
     assert all((folder / "run" / clip.video).stat().st_size > 500 for clip in both.clips)
     assert done.stdout.count("fidelity, all clips (3)") == 1
-    assert not (folder / "run" / "processes").exists()
+    assert not (folder / "run" / "journal").exists()
     logged = (folder / "run" / "log" / "metrics.csv").read_text().splitlines()
     assert len(logged) == 1 + 3
 
@@ -87,12 +88,13 @@ def test_a_process_that_fails_ends_the_run_and_finished_clips_are_kept(tmp_path)
 def test_a_killed_process_ends_the_run_soon_and_what_is_finished_stays(tmp_path):
     fault = "if self.global_rank == 1 and batch_idx == 1: os.kill(os.getpid(), signal.SIGKILL)"
     done = start(tmp_path, "data.limit=4", fault=fault)
-    assert done.returncode != 0
+    assert done.returncode == 1
     kept = list((tmp_path / "run" / "videos").glob("*.mp4"))
     assert len(kept) >= 2
     record = load_record(tmp_path / "run" / "record.json")
-    assert record.status in ("running", "failed")  # whether Lightning ends this process or our own watch comes first
-    assert 1 <= len(record.clips) == len({clip.clip_id for clip in record.clips})
+    assert record.status == "failed"
+    assert record.incidents[0].message == "process 1 ended before it was done; its finished clips are kept"
+    assert 2 <= len(record.clips) == len({clip.clip_id for clip in record.clips})
     assert (tmp_path / "run" / "frames.csv").exists()
 
 
@@ -104,32 +106,33 @@ def first_process(tmp_path, monkeypatch):
     partner = SimpleNamespace(poll=lambda: None)
     launcher = SimpleNamespace(procs=[partner])
     trainer = SimpleNamespace(is_global_zero=True, world_size=2, strategy=SimpleNamespace(launcher=launcher))
-    parts = ProcessParts(tmp_path, SimpleNamespace(clips=[], rows=[]))
+    processes = Processes(tmp_path, SimpleNamespace(clips=[]))
+    processes.adopt(trainer)
 
-    def told(**fields):
-        parts.folder.mkdir(exist_ok=True)
-        (parts.folder / "1.json").write_text(json.dumps({"clips": [], "rows": [], "arms": {}, "error": None} | fields))
+    def told(*lines):
+        for line in lines:
+            Journal(tmp_path, 1).append(line)
 
-    return SimpleNamespace(parts=parts, trainer=trainer, partner=partner, told=told)
+    return SimpleNamespace(processes=processes, trainer=trainer, partner=partner, told=told)
 
 
 def test_a_partner_that_died_is_not_waited_for(first_process):
-    first_process.told(status="running")
+    first_process.told(BATCH)
     first_process.partner.poll = lambda: -9
     with pytest.raises(ProcessError, match="process 1 ended before it was done"):
-        first_process.parts.on_predict_end(first_process.trainer, None)
+        first_process.processes.on_predict_end(first_process.trainer, None)
 
 
 def test_a_partner_that_hangs_is_given_up(first_process):
-    first_process.told(status="running")
+    first_process.told(BATCH)
     with pytest.raises(ProcessError, match="process 1 finished no clip"):
-        first_process.parts.on_predict_end(first_process.trainer, None)
+        first_process.processes.on_predict_end(first_process.trainer, None)
 
 
 def test_a_partners_failure_is_noticed_after_the_next_batch(first_process):
-    first_process.told(status="failed", error="NonFiniteError: arm bf16")
+    first_process.told(BATCH, Line(end=End("failed", "NonFiniteError: arm bf16")))
     with pytest.raises(ProcessError, match="process 1: NonFiniteError: arm bf16"):
-        first_process.parts.on_predict_batch_end(first_process.trainer, None, None, None, 0)
+        first_process.processes.on_predict_batch_end(first_process.trainer, None, None, None, 0)
 
 
 def test_processes_that_cannot_be_are_refused_before_they_start():

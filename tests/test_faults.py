@@ -9,6 +9,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from harness.ab.module import RolloutModule
+from harness.report.journal import load_run
 from harness.report.record import load_record
 from harness.run import cli
 
@@ -78,9 +79,9 @@ def test_ctrl_c_keeps_the_finished_clips_and_ends_with_130(command, before_batch
     before_batch(2, lambda: signal.raise_signal(signal.SIGINT))
     code, said = command("data.limit=4")
     assert code == 130
-    assert "Incident: Interrupted: stopped by the user; finished clips are kept" in said.out
+    assert "Incident: Interrupted: stopped by SIGINT; finished clips are kept" in said.out
     record = load_record(tmp_path / "run" / "record.json")
-    assert (record.status, len(record.clips)) == ("failed", 2)
+    assert (record.status, len(record.clips)) == ("interrupted", 2)
     assert all((tmp_path / "run" / clip.video).is_file() for clip in record.clips)
 
 
@@ -101,11 +102,11 @@ def test_what_is_finished_is_recorded_while_the_run_lasts(command, before_batch,
     seen = []
 
     def look():
-        seen.append(load_record(tmp_path / "run" / "record.json"))
+        seen.append(load_run(tmp_path / "run"))
         signal.raise_signal(signal.SIGINT)
 
     before_batch(2, look)
     command("data.limit=4")
     assert (seen[0].status, len(seen[0].clips)) == ("running", 2)
-    assert seen[0].arms["candidate"].speed.total_ms.n == 2
+    assert [times.clips for times in seen[0].timings] == [[clip.clip_id] for clip in seen[0].clips]
     assert all((tmp_path / "run" / clip.video).is_file() for clip in seen[0].clips)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +17,14 @@ from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
 from harness.export.write import weights_fingerprint
 from harness.kv import KVConf, KVStats
+from harness.kv.stats import KVSamples
 from harness.measure.memory import PeakProbe
 from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
 from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.weights import WeightSource
+from harness.report.journal import ArmFigures
 from harness.report.sections import PARTS, FrameTimes
 from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
 
@@ -39,13 +41,15 @@ class Rolled:
 
     ``latents`` float32 ``[B, F, C, S, S]``; ``rgb`` ``[B, F, 3, h, w]`` in [-1, 1], in the decoder's dtype;
     ``times``: of every frame. ``non_finite``: clips (index in the batch) with NaN or Inf, and the first frame of it; a
-    rollout that was not patient ends there.
+    rollout that was not patient ends there. ``in_pictures``: those whose latents were finite in that frame: the decoder
+    made it.
     """
 
     latents: Tensor
     rgb: Tensor
     times: FrameTimes
     non_finite: dict[int, int]
+    in_pictures: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Arm:
         self.frame_timer = FrameTimer(self.device, ("dit", "decoder"))
         self.prefill_timer = FrameTimer(self.device, ("prefill",))
         self.recompiles = self.graph_breaks = 0
+        self._new = ArmFigures()
         self.parts: list[dict[str, float]] = []
         self.overlap: Overlap | None = None
 
@@ -122,6 +127,7 @@ class Arm:
         context_noise, frame_noise = (part.to(self.device) for part in noise)
         latents, rgb = [], []
         non_finite: dict[int, int] = {}
+        in_pictures: set[int] = set()
         with self.probe:
             prefill_ms = self._prefill(batch, context_noise)
             for index in range(frame_noise.shape[1]):
@@ -135,16 +141,33 @@ class Arm:
                 latents.append(latent.cpu())
                 rgb.append(picture.cpu())
                 on_frame()
-                for clip in (~finite_clips(latents[-1])).nonzero().flatten().tolist():
+                sound = finite_clips(latents[-1])
+                for clip in (~(sound & finite_clips(rgb[-1]))).nonzero().flatten().tolist():
+                    if clip not in non_finite and sound[clip]:
+                        in_pictures.add(clip)
                     non_finite.setdefault(clip, index)
                 if non_finite and not patient:
                     break
-        self.recompiles += counted.graphs
-        self.graph_breaks += counted.graph_breaks
+        self._new.recompiles += counted.graphs
+        self._new.graph_breaks += counted.graph_breaks
         rows = self.frame_timer.take()
         dit, decoder = ([round(row[span], DIGITS) for row in rows] for span in ("dit", "decoder"))
         times = FrameTimes(dit, decoder, prefill_ms)
-        return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times, non_finite)
+        return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times, non_finite, frozenset(in_pictures))
+
+    def take(self) -> ArmFigures:
+        """What was counted since the last call, which the arm's totals hold from now on."""
+        new, self._new = self._new, ArmFigures()
+        samples = self.kv_stats.take()
+        self.recompiles += new.recompiles
+        self.graph_breaks += new.graph_breaks
+        return replace(new, kv_frames=samples.frames, kv_figures=samples.figures)
+
+    def take_over(self, figures: ArmFigures) -> None:
+        """Add what the arm of another process, or of an earlier run, counted."""
+        self.kv_stats.add(KVSamples(figures.kv_frames, figures.kv_figures))
+        self.recompiles += figures.recompiles
+        self.graph_breaks += figures.graph_breaks
 
     def _prefill(self, batch: ClipBatch, noise: Tensor) -> float:
         """Fill the window. Returns the milliseconds it took."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -15,6 +15,7 @@ from harness.data.conf import BUTTON_NAMES
 from harness.data.datamodule import ClipBatch
 from harness.measure.stability import NON_FINITE, Incident, InstabilityError, OnInstability, detect
 from harness.models.dcae import to_frames
+from harness.report.sections import FallbackRecord, IncidentRecord
 
 MOVES = [BUTTON_NAMES.index(name) for name in "WASD"]
 ADVICE = "Check clip and checkpoint with quant=bf16 kv=bf16; if BF16 is clean, narrow quant.scope."
@@ -45,6 +46,15 @@ class Guard:
     def fallback(self) -> str | None:
         """The fallback that is in force."""
         return self.taken[-1]["step"] if self.taken else None
+
+    def take_over(self, incidents: list[IncidentRecord], fallbacks: list[FallbackRecord]) -> Fallback | None:
+        """Go on from what another process, or an earlier run, met. Returns what the candidate must be rebuilt with."""
+        self.incidents += [Incident(**asdict(incident)) for incident in incidents]
+        self.taken += [asdict(fallback) for fallback in fallbacks]
+        found = None
+        for _ in fallbacks:
+            found = self._left.pop(0)
+        return found
 
     def check_finite(self, name: str, arm: Arm, rolled: Rolled, batch: ClipBatch, noise: Noise) -> None:
         """Raise ``InstabilityError`` at once where NaN or Inf end the run: in BF16 always."""
@@ -108,8 +118,10 @@ class Guard:
         for clip, frame in rolled.non_finite.items():
             if batch.clip_ids[clip] in [incident.clip for incident in incidents]:
                 continue  # a short batch repeats its last clip
-            layer = arm.locate_non_finite(batch, noise, frame)
+            layer = None if clip in rolled.in_pictures else arm.locate_non_finite(batch, noise, frame)
             where = f"first in {layer}" if layer else "no layer shows it in an eager pass of that frame"
+            if clip in rolled.in_pictures:
+                where = "in the decoder's picture of finite latents"
             text = (
                 f"arm {name}: clip {batch.clip_ids[clip]} has NaN or Inf in generated frame {frame} (0 = first after "
                 f"the context), {where}. {ADVICE}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,27 +14,37 @@ from typing import Any
 
 import hydra
 import torch
-from lightning import Callback, Trainer
-from omegaconf import DictConfig, OmegaConf
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
 
-from harness.ab.callbacks import ClipOutputs, RolloutProgress
-from harness.ab.conclude import conclude
+from harness.ab.callbacks import RolloutProgress
+from harness.ab.conclude import conclude, show
 from harness.ab.context import RunContext
 from harness.ab.ending import Ending
+from harness.ab.folder import RunFolder
 from harness.ab.judged import header_of
+from harness.ab.log import logged_to
 from harness.ab.module import RolloutModule
-from harness.ab.processes import ProcessParts, check_clips, check_processes
+from harness.ab.processes import Processes, check_clips, check_processes
 from harness.ab.recorder import Recorder, arm_labels
+from harness.ab.results import Results
+from harness.ab.resume import Resumption, finished_before, plain_config, write_config
+from harness.ab.signals import Signals
 from harness.calib.clips import check_disjoint, open_clips
 from harness.calib.plan import make_encoder
-from harness.config import RunPlan, plan_run
+from harness.config import RunConf, RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
 from harness.export.layout import ExportError
 from harness.export.write import write_export
+from harness.report.files import LOG
 from harness.report.gates import check_comparable
 from harness.report.record import COMPLETE, RunRecord, load_record
 from harness.report.table import bytes_text
 from harness.threads import usable_cores
+
+log = logging.getLogger(__name__)
+_UNTOUCHED = torch.get_num_threads()
+"""Threads that torch chose by itself, for jobs of a sweep that come after one that asked for others."""
 
 
 def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
@@ -41,35 +54,47 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
         The record; ``None`` in a process whose clips another one records.
 
     Raises:
-        ValueError: for anything a user can put right.
+        ValueError: for anything a user can put right, a folder that another run has used among it.
         InstabilityError: if an arm became unstable and the run ends with that; clips finished before stay recorded.
         ProcessError: if another process of the run failed; likewise.
+        Stopped: if a signal ended it; likewise.
         OSError: naming what could not be written.
     """
     started = datetime.now(UTC)
-    plan = plan_run(cfg)
-    torch.set_num_threads(plan.conf.threads or min(torch.get_num_threads(), usable_cores()))
-    check_processes(plan.conf, context.multirun)
-    baseline = load_baseline(plan, cfg)
-    outputs = ClipOutputs(context.folder, plan.conf.measure.videos, arm_labels(plan, context.choices))
-    parts, recorder = ProcessParts(context.folder, outputs), Recorder(cfg, context, outputs, started)
-    trainer = build_trainer(plan, context.folder, [outputs, recorder, parts, RolloutProgress()])
-    plan = replace(plan, device=trainer.strategy.root_device)  # this process's own GPU
-    data = build_data(plan)
-    if plan.conf.calib.enabled:
-        check_disjoint(open_clips(plan.conf.calib, plan.clip_shape, make_encoder(plan)), data)
-    check_clips(len(data.entries), trainer.world_size)
-    module = RolloutModule(plan)
+    with Signals() as signals, RunFolder(context.folder) as folder:
+        plan = plan_run(cfg)
+        check_processes(plan.conf, context.multirun)
+        baseline = load_baseline(plan, cfg)
+        set_threads(plan.conf)
+        results = Results(context.folder, plan.conf.measure.videos, arm_labels(plan, context.choices))
+        processes, recorder = Processes(context.folder, results), Recorder(cfg, context, results, started)
+        resumption = Resumption(context.folder, results)
+        callbacks = [resumption, results, recorder, RolloutProgress(), processes, _Retake(signals)]
+        trainer = build_trainer(plan, context.folder, callbacks)
+        plan = replace(plan, device=trainer.strategy.root_device)  # this process's own GPU
+        if trainer.is_global_zero:
+            folder.claim(plan.conf.resume, plan.conf.overwrite)
+            if plan.conf.resume and (earlier := finished_before(context.folder, cfg)) is not None:
+                show(earlier, context.folder)
+                return earlier
+            write_config(cfg, context)
+        with logged_to(context.folder / LOG) if trainer.is_global_zero else nullcontext():
+            log.info("run %s: %s", context.folder.name, " ".join(context.overrides) or "defaults")
+            data = build_data(plan)
+            if plan.conf.calib.enabled:
+                check_disjoint(open_clips(plan.conf.calib, plan.clip_shape, make_encoder(plan)), data)
+            resumption.prepare(plan, cfg, data, trainer)
+            check_clips(len(data.remaining), trainer.world_size)
+            module = RolloutModule(plan)
 
-    def concluded(record: RunRecord) -> list[Exception]:
-        problems = conclude(record, plan.conf, baseline, context.folder)
-        if plan.conf.export is not None and record.status == COMPLETE:
-            problems += export_judged(plan, module, record, Path(plan.conf.export))
-        return problems
+            def concluded(record: RunRecord) -> list[Exception]:
+                problems = conclude(record, plan.conf, baseline, context.folder)
+                if plan.conf.export is not None and record.status == COMPLETE:
+                    problems += export_judged(plan, module, record, Path(plan.conf.export))
+                return problems
 
-    with Ending(trainer, module, data, parts, recorder, concluded) as ending:
-        parts.clean()
-        trainer.predict(module, data, return_predictions=False)
+            with Ending(trainer, module, data, processes, recorder, signals, concluded) as ending:
+                trainer.predict(module, data, return_predictions=False)
     return ending.record
 
 
@@ -82,6 +107,27 @@ def export_judged(plan: RunPlan, module: RolloutModule, record: RunRecord, path:
         return [error]
     print(f"Exported: {path} ({bytes_text(path.stat().st_size)}, weights {header.fingerprint[:12]})")
     return []
+
+
+class _Retake(Callback):
+    """Takes the signals back from Lightning, which on SIGTERM would wait for the end of the batch."""
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After Lightning has taken them."""
+        self.signals.install()
+
+
+def set_threads(conf: RunConf) -> None:
+    """As many threads as the config says, or as this process's share of the cores it may use."""
+    shared = max(1, usable_cores() // conf.trainer.devices)
+    own = _UNTOUCHED if "OMP_NUM_THREADS" in os.environ else min(_UNTOUCHED, shared)
+    torch.set_num_threads(conf.threads or own)
+    if conf.trainer.devices > 1 and conf.threads is None:
+        # Lightning would count cores without their quota.
+        os.environ.setdefault("OMP_NUM_THREADS", str(own))
 
 
 def build_data(plan: RunPlan) -> ClipDataModule:
@@ -106,19 +152,18 @@ def load_baseline(plan: RunPlan, cfg: DictConfig) -> dict[str, Any] | None:
     if not gates.enabled or gates.baseline is None:
         return None
     baseline = asdict(load_record(Path(gates.baseline)))
-    config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    check_comparable(config, baseline)
+    check_comparable(plain_config(cfg), baseline)
     return baseline
 
 
-def build_trainer(plan: RunPlan, folder: Path, callbacks: list[Callback]) -> Trainer:
+def build_trainer(plan: RunPlan, folder: Path, callbacks: Sequence[Callback]) -> Trainer:
     """Lightning's trainer, which rolls nothing out yet and has started no other process."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # it advertises
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning against a newer torch
     return hydra.utils.instantiate(
         plan.conf.trainer,
         logger=hydra.utils.instantiate(plan.conf.logger),
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,

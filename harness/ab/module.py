@@ -26,6 +26,7 @@ from harness.measure.quality import score_frames
 from harness.measure.stability import frame_change
 from harness.models.dcae import to_frames
 from harness.mx.conf import MXConf
+from harness.report.journal import ArmFigures
 from harness.report.sections import BatchTimes, ClipRecord
 from harness.rollout import LatentDecoder, load_dcae
 from harness.rollout.linears import unpack
@@ -48,10 +49,11 @@ class ClipOutcome:
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """A batch that was rolled out: its clips that could be scored, and the times of all its frames."""
+    """A batch that was rolled out: its clips that could be scored, the times of all its frames, each arm's counts."""
 
     clips: list[ClipOutcome]
     times: BatchTimes
+    arms: dict[str, ArmFigures]
 
 
 def pad_batch(batch: ClipBatch, size: int) -> ClipBatch:
@@ -75,7 +77,8 @@ class RolloutModule(LightningModule):
         plan: the checked run.
 
     After ``setup``: ``decode``, which both arms share, and ``arms`` (``bf16``, and ``candidate`` unless that is BF16
-    too), in the order they were built.
+    too), in the order they were built. ``first``: the run's first batch, on the device, padded. ``batches_before``:
+    finished by an earlier run.
     """
 
     decode: LatentDecoder
@@ -90,7 +93,8 @@ class RolloutModule(LightningModule):
         self.decoder_cold_start_s = 0.0
         self.numerics: dict[str, Any] | None = None
         self.on_frame: Callable[[], None] = lambda: None
-        self._first: ClipBatch | None = None
+        self.first: ClipBatch | None = None
+        self.batches_before = 0
 
     def setup(self, stage: str) -> None:
         """Load the model and calibrate the candidate's weights; then per arm: MX Linears, KV cache, compile.
@@ -131,10 +135,10 @@ class RolloutModule(LightningModule):
         """
         clips, batch = len(batch.clip_ids), pad_batch(batch, self.plan.conf.data.batch_size)
         noise = self.noise(batch.clip_ids, self.plan.conf.data.future_frames)
-        if self._first is None:
-            self._first = batch
+        if self.first is None:
+            self.first = batch
         # The arms take turns at going first, so that a machine that slows down or warms up favours neither.
-        order = list(self.arms) if batch_idx % 2 == 0 else list(self.arms)[::-1]
+        order = list(self.arms) if (self.batches_before + batch_idx) % 2 == 0 else list(self.arms)[::-1]
         rolled: dict[str, Rolled] = {}
         for name in order:
             rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient)
@@ -144,15 +148,16 @@ class RolloutModule(LightningModule):
             self.guard.note_baseline(rolled["bf16"], batch, clips, recording)
         if "candidate" in self.arms:
             while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise, recording):
-                self._rebuild(fallback)
+                self.rebuild(fallback)
                 rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame)
         # A clip with NaN (only if the run was told to go on) has no score to give.
         scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
-        arms = {name: rolled[name].times for name in self.arms}
-        times = BatchTimes(batch.clip_ids[:clips], order, arms, self.guard.fallback)
-        return BatchOutcome([self._outcome(batch, clip, rolled, recording) for clip in scored], times)
+        spans = {name: rolled[name].times for name in self.arms}
+        times = BatchTimes(batch.clip_ids[:clips], order, spans, self.guard.fallback)
+        outcomes = [self._outcome(batch, clip, rolled, recording) for clip in scored]
+        return BatchOutcome(outcomes, times, {name: arm.take() for name, arm in self.arms.items()})
 
-    def _rebuild(self, fallback: Fallback) -> None:
+    def rebuild(self, fallback: Fallback) -> None:
         """Set the candidate up again, from the BF16 arm's weights; other formats than calibrated ones are rounded."""
         calibrated = self.arms["candidate"].calibrated if fallback.quant == self.plan.conf.quant else None
         with torch.inference_mode(False):  # what is built here outlives this step
@@ -187,7 +192,7 @@ class RolloutModule(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """After all timed work: split a few frames into their parts, and measure the error of each MX Linear."""
-        conf, batch = self.plan.conf.measure, self._first
+        conf, batch = self.plan.conf.measure, self.first
         if batch is None or not self.trainer.is_global_zero:
             return
         frames = min(max(conf.parts_frames + 1, FRAMES), self.plan.conf.data.future_frames)

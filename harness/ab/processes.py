@@ -1,15 +1,16 @@
 """Several processes, each with its own GPU (or share of the CPUs) and its own clips: what they found becomes one run.
 
 Lightning starts the processes and deals the clips out, none twice. Rollouts need nothing of each other, so the
-processes exchange nothing while they run: each keeps what it has finished in a small file of the run's folder, and the
-first process puts the files together. So a process that fails or is killed takes no finished clip with it, and nobody
-waits for it in a collective operation.
+processes exchange nothing while they run: each keeps a journal in the run's folder, and the first process puts them
+together. So a process that fails or is killed takes no finished clip with it, and nobody waits for it in a collective
+operation.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import signal
+import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from harness.ab.callbacks import ClipOutputs
 from harness.ab.module import RolloutModule
+from harness.ab.results import Results, log_clips
+from harness.ab.signals import Stopped
 from harness.config import RunConf
-from harness.measure.stability import Incident, OnInstability
-from harness.report import codec
-from harness.report.record import write_atomically
-from harness.report.sections import BatchTimes, ClipRecord
+from harness.measure.stability import OnInstability
+from harness.report.journal import End, FinishedBatch, Journal, Line
+from harness.report.record import COMPLETE, FAILED
+from harness.report.sections import IncidentRecord
 
 POLL_S = 0.1
 """Seconds between two looks at the other processes' files."""
@@ -31,97 +33,124 @@ POLL_S = 0.1
 PATIENCE_S = 1800.0
 """Seconds without a finished batch after which a process counts as hung; as long as torch's collectives wait."""
 
-SUMMED = ("recompiles", "graph_breaks")
-"""Attributes of an arm that are counts over all processes."""
+GRACE_S = 10.0
+"""Seconds that a process has to end after it was told to."""
 
 
 class ProcessError(RuntimeError):
     """Another process of the run failed, was killed or hung."""
 
 
-class ProcessParts(Callback):
-    """Collects the clips, frame times and counters of all processes in the first one.
+class Processes(Callback):
+    """Collects what all processes finish in the first one, and ends them together.
 
     Args:
         folder: of the run, which every process can reach.
-        outputs: this process's finished clips; the first process's receives all others'.
+        results: of this process; the first process's receive all others'.
 
     In a run of one process it does nothing.
     """
 
-    def __init__(self, folder: Path, outputs: ClipOutputs) -> None:
-        self.folder, self.outputs = folder / "processes", outputs
+    def __init__(self, folder: Path, results: Results) -> None:
+        self.folder, self.results = folder, results
         self.started = False
-        self._merged: set[int] = set()
+        self._parent = os.getppid()
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._journals: dict[int, Journal] = {}
+        self._batches: list[FinishedBatch] = []
+        self._ends: dict[int, End] = {}
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"{rank}.json"
+    def adopt(self, trainer: Trainer) -> None:
+        """Take over the processes that Lightning started, whose own watch would kill this one without a word."""
+        procs = getattr(trainer.strategy.launcher, "procs", [])
+        self._children += procs
+        procs.clear()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on an error of this process is told through its file, not by dying."""
+        """From here on an error of this process is told through its journal, not by dying."""
         self.started = True
+        self.adopt(trainer)
+        assert isinstance(pl_module, RolloutModule)
+        before = pl_module.on_frame
+
+        def on_frame() -> None:
+            before()
+            self._look_around(trainer)
+
+        if trainer.world_size > 1:
+            pl_module.on_frame = on_frame
+
+    def _look_around(self, trainer: Trainer) -> None:
+        """After each frame: nobody goes on alone. Raises ``ProcessError``; if the first process died, ``Stopped``."""
+        if trainer.is_global_zero:
+            for rank, child in enumerate(self._children, 1):
+                if child.poll() not in (None, 0):
+                    self._read(rank)
+                    self._raise_failure(rank)
+                    raise ProcessError(f"process {rank} ended before it was done; its finished clips are kept")
+        elif os.getppid() != self._parent:
+            raise Stopped(signal.SIGTERM)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep what is finished; in the first process, stop if another one has failed."""
+        """In the first process, stop if another one has failed."""
         if trainer.is_global_zero:
             for rank in range(1, trainer.world_size):
-                self._raise_failure(rank, self._read(rank))
-        else:
-            self.write(trainer, pl_module, "running")
+                self._read(rank)
+                self._raise_failure(rank)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that this process is done; the first one waits for the others and takes over what they have."""
         if not trainer.is_global_zero:
-            self.write(trainer, pl_module, "complete")
+            self.tell(trainer, End(COMPLETE))
             return
         for rank in range(1, trainer.world_size):
-            self._wait(trainer, rank)
+            self._wait(rank)
         self.merge(trainer, pl_module)
         if trainer.world_size > 1:
-            self.outputs.log_all(trainer)
+            log_clips(trainer, self.results.clips)
 
-    def write(self, trainer: Trainer, module: LightningModule, status: str, error: BaseException | None = None) -> None:
-        """Write this process's file."""
-        assert isinstance(module, RolloutModule)
-        part = {
-            "status": status,
-            "error": None if error is None else f"{type(error).__name__}: {error}",
-            "clips": [asdict(clip) for clip in self.outputs.clips],
-            "times": [asdict(times) for times in self.outputs.times],
-            "rows": self.outputs.rows,
-            "incidents": [asdict(incident) for incident in module.guard.incidents],
-            "arms": {name: {field: getattr(arm, field) for field in SUMMED} for name, arm in module.arms.items()},
-        }
-        write_atomically(self._path(trainer.global_rank), codec.encode(part))
+    def tell(self, trainer: Trainer, end: End) -> None:
+        """Tell the first process how this one ended."""
+        Journal(self.folder, trainer.global_rank).append(Line(end=end))
 
-    def _read(self, rank: int) -> dict[str, Any] | None:
-        path = self._path(rank)
-        return json.loads(path.read_text()) if path.is_file() else None
+    def fail(self, trainer: Trainer, module: RolloutModule, error: BaseException) -> None:
+        """Tell the first process that this one failed, and of its last incidents."""
+        incidents = [IncidentRecord(**asdict(one)) for one in module.guard.incidents[self.results.incidents_told :]]
+        self.tell(trainer, End(FAILED, f"{type(error).__name__}: {error}", incidents))
 
-    def _raise_failure(self, rank: int, part: dict[str, Any] | None) -> None:
-        if part is not None and part["status"] == "failed":
-            raise ProcessError(f"process {rank}: {part['error']}")
+    def _read(self, rank: int) -> int:
+        """Take note of what process ``rank`` has written since the last look; returns how many lines that is."""
+        lines = self._journals.setdefault(rank, Journal(self.folder, rank)).new_lines()
+        for line in lines:
+            if line.batch is not None:
+                self._batches.append(line.batch)
+            if line.end is not None:
+                self._ends[rank] = line.end
+        return len(lines)
 
-    def _wait(self, trainer: Trainer, rank: int) -> None:
+    def _raise_failure(self, rank: int) -> None:
+        end = self._ends.get(rank)
+        if end is not None and end.status == FAILED:
+            raise ProcessError(f"process {rank}: {end.error}")
+
+    def _wait(self, rank: int) -> None:
         """Until process ``rank`` is done.
 
         Raises:
             ProcessError: if it failed, died, or finished no batch for ``PATIENCE_S`` seconds.
         """
-        last, seen = time.monotonic(), None
+        last = time.monotonic()
         while True:
-            alive = _alive(trainer, rank)  # before reading: what it wrote last is then there to be read
-            part = self._read(rank)
-            self._raise_failure(rank, part)
-            if part is not None and part["status"] == "complete":
+            alive = not self._children or self._children[rank - 1].poll() is None  # before reading its last line
+            if self._read(rank):
+                last = time.monotonic()
+            self._raise_failure(rank)
+            if rank in self._ends:
                 return
             if not alive:
                 raise ProcessError(f"process {rank} ended before it was done; its finished clips are kept")
-            done = None if part is None else len(part["clips"])
-            if done != seen:
-                last, seen = time.monotonic(), done
             if time.monotonic() - last > PATIENCE_S:
                 raise ProcessError(f"process {rank} finished no clip for {PATIENCE_S:.0f} s; it counts as hung")
             time.sleep(POLL_S)
@@ -132,48 +161,26 @@ class ProcessParts(Callback):
         if trainer.world_size == 1:
             return
         for rank in range(1, trainer.world_size):
-            part = None if rank in self._merged else self._read(rank)
-            if part is None:
-                continue
-            self._merged.add(rank)
-            self.outputs.clips += codec.read(list[ClipRecord], part["clips"])
-            self.outputs.times += codec.read(list[BatchTimes], part["times"])
-            self.outputs.rows += part["rows"]
-            module.guard.incidents += [Incident(**incident) for incident in part["incidents"]]
-            for name, figures in part["arms"].items():
-                arm = module.arms[name]
-                for field in SUMMED:
-                    setattr(arm, field, getattr(arm, field) + figures[field])
-        entries = getattr(trainer, "datamodule").entries  # noqa: B009  (Lightning's types do not know it)
-        position = {entry.id: index for index, entry in enumerate(entries)}
-        self.outputs.clips.sort(key=lambda clip: position[clip.clip_id])
-        self.outputs.times.sort(key=lambda times: position[times.clips[0]])
-        self.outputs.rows.sort(key=lambda row: position[row["clip_id"]])
-        self.outputs.write_rows()
+            self._read(rank)
+        batches, self._batches = self._batches, []
+        ids = [entry.id for entry in getattr(trainer, "datamodule").entries]  # noqa: B009  (not in Lightning's types)
+        self.results.take_over(module, batches, ids)
+        for end in self._ends.values():
+            module.guard.take_over(end.incidents, [])
+            end.incidents = []
 
-    def clean(self) -> None:
-        """Remove the processes' files, once their content is in the record."""
-        for path in self.folder.glob("*"):
-            path.unlink()
-        if self.folder.is_dir():
-            self.folder.rmdir()
-
-
-def _children(trainer: Trainer) -> list[Any]:
-    """Processes that this one started, by rank from 1; none where something else (SLURM, torchrun) did."""
-    return getattr(trainer.strategy.launcher, "procs", [])
-
-
-def _alive(trainer: Trainer, rank: int) -> bool:
-    children = _children(trainer)
-    return not children or children[rank - 1].poll() is None
-
-
-def stop_others(trainer: Trainer) -> None:
-    """End the processes that this one started: the run is over."""
-    for child in _children(trainer):
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
+    def stop(self, trainer: Trainer) -> None:
+        """End the processes that this one started, before it ends itself: the run is over."""
+        self.adopt(trainer)
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+        end = time.monotonic() + GRACE_S
+        for child in self._children:
+            try:
+                child.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
 
 
 def check_processes(conf: RunConf, multirun: bool) -> None:

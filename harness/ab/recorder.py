@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,9 +12,10 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from harness.ab.arm import Arm
-from harness.ab.callbacks import ClipOutputs
 from harness.ab.context import RunContext
 from harness.ab.module import RolloutModule
+from harness.ab.results import Results
+from harness.ab.signals import Stopped
 from harness.config import RunConf, RunPlan
 from harness.config.flags import ignored
 from harness.config.labels import label
@@ -24,8 +26,10 @@ from harness.measure.figures import Stats, summarise
 from harness.measure.stability import InstabilityError
 from harness.report.codec import read
 from harness.report.drift import summarise_drift
+from harness.report.files import FRAMES, RECORD, FileRecord
+from harness.report.journal import clips_summary
 from harness.report.quality import summarise_quality
-from harness.report.record import COMPLETE, FAILED, RUNNING, RunRecord, save_record
+from harness.report.record import COMPLETE, FAILED, INTERRUPTED, RUNNING, RunRecord, save_record
 from harness.report.sections import (
     PARTS,
     ArmRecord,
@@ -48,6 +52,9 @@ from harness.report.sections import (
     timed,
 )
 from harness.rollout import AttentionKind, CompileConf
+
+SHARE = 0.05
+"""Of a run's time that saving its record while it lasts may take."""
 
 RANDOM_WEIGHTS = "Random weights: speed is real, quality is not."
 
@@ -177,11 +184,9 @@ def _model(module: RolloutModule, plan: RunPlan) -> Model:
 
 def _data(data: ClipDataModule, done: int) -> Data:
     described = data.describe()
-    summary = (
-        f"{done} of {len(described['clips'])} clips, {described['context_frames']} context + "
-        f"{described['future_frames']} generated frames, reference: {described['reference']}"
-    )
-    return read(Data, {**described, "name": described["source"], "summary": summary})
+    found = read(Data, {**described, "name": described["source"], "summary": ""})
+    found.summary = clips_summary(found, done)
+    return found
 
 
 def _plain(conf: Any) -> Any:
@@ -215,42 +220,52 @@ def _broken_off(error: BaseException | None) -> list[IncidentRecord]:
     """What broke the run off, unless the guard has told of it."""
     if error is None or isinstance(error, InstabilityError):
         return []
-    if isinstance(error, SystemExit | KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
-        return [IncidentRecord("Interrupted", "stopped by the user; finished clips are kept")]
+    if isinstance(error, Stopped):
+        return [IncidentRecord("Interrupted", str(error))]
     return [IncidentRecord(type(error).__name__, str(error))]
 
 
 class Recorder(Callback):
-    """Builds a run's record, and saves one after every batch: a run that is killed leaves what it has finished.
+    """Builds a run's record, and saves it now and then while the run lasts: what a run that is killed leaves.
+
+    Between two saves the journal has what was finished since (:func:`harness.report.journal.load_run`), so saving may
+    take its time: it grows with the clips, and is done so seldom that it stays below :data:`SHARE` of the run.
 
     Args:
         cfg: the composed config.
         context: the run's folder, and what was asked for.
-        outputs: the finished clips.
+        results: what is finished.
         started: when the run began, UTC.
     """
 
-    def __init__(self, cfg: DictConfig, context: RunContext, outputs: ClipOutputs, started: datetime) -> None:
-        self.cfg, self.context, self.outputs, self.started = cfg, context, outputs, started
+    def __init__(self, cfg: DictConfig, context: RunContext, results: Results, started: datetime) -> None:
+        self.cfg, self.context, self.results, self.started = cfg, context, results, started
         self._environment: Environment | None = None
+        self._next_save = 0.0
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save what is known so far."""
-        if trainer.is_global_zero:
+        """Save what is known so far, if it is time."""
+        start = time.monotonic()
+        if trainer.is_global_zero and start >= self._next_save:
             assert isinstance(pl_module, RolloutModule)
             record = self.build(pl_module, getattr(trainer, "datamodule"), RUNNING)  # noqa: B009  (not in its types)
-            save_record(record, self.outputs.folder / "record.json")
+            save_record(record, self.results.folder / RECORD)
+            now = time.monotonic()
+            self._next_save = now + (now - start) / SHARE
 
     def finished(self, module: RolloutModule, data: ClipDataModule, error: BaseException | None) -> RunRecord:
         """The record of a run that is over; ``error`` is what broke it off, if anything did."""
-        record = self.build(module, data, COMPLETE if error is None else FAILED)
+        status = COMPLETE if error is None else INTERRUPTED if isinstance(error, Stopped) else FAILED
+        record = self.build(module, data, status)
         record.incidents += _broken_off(error)
+        if (frames := self.results.folder / FRAMES).is_file():
+            record.files[FRAMES] = FileRecord.of(frames)
         return record
 
     def build(self, module: RolloutModule, data: ClipDataModule, status: str) -> RunRecord:
         """The record as things stand."""
-        plan, context, outputs = module.plan, self.context, self.outputs
-        now, clips = datetime.now(UTC), list(outputs.clips)
+        plan, context, results = module.plan, self.context, self.results
+        now, clips = datetime.now(UTC), results.clips
         config: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)
         if plan.export is not None:  # formats are the file's, whatever was typed
             config |= {name: _plain(getattr(plan.conf, name)) for name in ("quant", "kv")}
@@ -273,7 +288,8 @@ class Recorder(Callback):
             incidents=[IncidentRecord(**asdict(incident)) for incident in module.guard.incidents],
             drift=summarise_drift(clips, plan.conf.drift) if clips else None,
             fallbacks=read(list[FallbackRecord], module.guard.taken),
-            timings=list(outputs.times),
+            timings=results.times,
+            files=results.files,
         )
 
     def _where(self, module: RolloutModule) -> Environment:
@@ -289,8 +305,8 @@ class Recorder(Callback):
             labels["candidate"] += f" ({fallback})"
         # Times in formats that the candidate has since fallen back from are not those of what it is now.
         blocks = {
-            "bf16": self.outputs.times,
-            "candidate": [one for one in self.outputs.times if one.fallback == fallback],
+            "bf16": self.results.times,
+            "candidate": [one for one in self.results.times if one.fallback == fallback],
         }
         arms = {name: arm_record(name, arm, labels[name], plan, blocks[name]) for name, arm in module.arms.items()}
         if "candidate" in arms and module.numerics is not None:

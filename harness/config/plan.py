@@ -272,6 +272,8 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         )
         if value < least
     ]
+    if conf.resume and conf.overwrite:
+        problems.append("resume=true goes on with what is in the folder and overwrite=true removes it: use one of them")
     problems += at_once("threads", conf.threads, null=", or null for torch's own choice")
     problems += slurm_problems(conf.trainer.devices, conf.trainer.num_nodes, os.environ)
     problems += at_once("data.num_workers", conf.data.num_workers, 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,6 +170,8 @@ class RunConf:
             the cores this process may use.
         export: file (.safetensors) to write the candidate's packed weights to once the run is complete, see
             docs/export.md; null = none.
+        resume: go on after the last clip that an earlier run of the same command finished in the same folder.
+        overwrite: remove what an earlier run left in the run's folder.
     """
 
     model: ModelConf = field(default_factory=ModelConf)
@@ -189,6 +194,8 @@ class RunConf:
     flags: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
     export: str | None = None
+    resume: bool = False
+    overwrite: bool = False
 
     @property
     def is_baseline(self) -> bool:
@@ -196,9 +203,23 @@ class RunConf:
         return not (self.quant.enabled or self.kv.enabled)
 
 
+@cache
+def started() -> str:
+    """When this process was first asked, to the millisecond: a run's folder is named so, and two runs do not meet.
+
+    Processes that SLURM or torchrun start for one run ask at different times, so for those it is the job's name.
+    """
+    for job, processes in (("SLURM_JOB_ID", "SLURM_NTASKS"), ("TORCHELASTIC_RUN_ID", "WORLD_SIZE")):
+        if job in os.environ and os.environ.get(processes, "1") != "1":
+            step = os.environ.get("SLURM_STEP_ID", os.environ.get("MASTER_PORT", "0"))
+            return f"job_{os.environ[job]}.{step}"
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"[:-3]
+
+
 def register() -> None:
     """Put the schema and the resolvers where Hydra finds them. May be called again."""
     OmegaConf.register_new_resolver("repo", asset, replace=True)
+    OmegaConf.register_new_resolver("started", started, replace=True)
     register_flags()
     register_label()
     register_schema("run", RunConf)

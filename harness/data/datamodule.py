@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -74,6 +75,12 @@ class ClipBatch(_Movable):
     latents_future: Tensor | None
 
 
+def ignore_signals(worker: int) -> None:
+    """For a loader's workers: a terminal and a scheduler signal the whole group, and the main process ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class ClipDataset(Dataset[Excerpt]):
     """Excerpts of ``count`` frames from ``first`` on, one per clip; any sampler may shard them by index."""
 
@@ -124,6 +131,8 @@ class ClipDataModule(LightningDataModule):
         shape: what the model expects.
         encoder: encodes the context frames of recorded clips; runs where its parameters are, without gradients.
 
+    ``entries``: the run's clips, once checked. ``done``: ids of those that an earlier run has finished.
+
     Raises:
         ValueError: ``conf`` is not valid, or recorded clips without an encoder.
     """
@@ -137,6 +146,12 @@ class ClipDataModule(LightningDataModule):
         self.source = open_source(conf, shape)
         self.entries: list[ClipEntry] = []
         self.available = 0
+        self.done: frozenset[str] = frozenset()
+
+    @property
+    def remaining(self) -> list[ClipEntry]:
+        """The clips that no earlier run has finished."""
+        return [entry for entry in self.entries if entry.id not in self.done]
 
     def check(self) -> None:
         """List the clips and really read each one that will be used, so that a bad clip stops the run at its start.
@@ -211,14 +226,22 @@ class ClipDataModule(LightningDataModule):
             self.check()
 
     def predict_dataloader(self) -> DataLoader[Excerpt]:
-        """Batches of clips in the order of ``alternate_tags``."""
-        count = self.shape.window + self.conf.future_frames
+        """Batches of the remaining clips in the order of ``alternate_tags``."""
         return DataLoader(
-            ClipDataset(self.source, self.entries, self.conf.start, count),
+            self._dataset(self.remaining),
             batch_size=self.conf.batch_size,
             num_workers=self.conf.num_workers,
             collate_fn=collate,
+            worker_init_fn=ignore_signals,
         )
+
+    def _dataset(self, entries: Sequence[ClipEntry]) -> ClipDataset:
+        return ClipDataset(self.source, entries, self.conf.start, self.shape.window + self.conf.future_frames)
+
+    def first_batch(self, device: torch.device) -> ClipBatch:
+        """The first batch of all clips, finished or not, as the loader gives it."""
+        dataset = self._dataset(self.entries[: self.conf.batch_size])
+        return self.encode(collate([dataset[index] for index in range(len(dataset))]).to(device))
 
     def on_after_batch_transfer(self, batch: RecordedBatch, dataloader_idx: int = 0) -> ClipBatch:
         """Encode the context where the clips are frames (a hook of Lightning's)."""

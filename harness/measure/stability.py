@@ -161,9 +161,9 @@ def _dropped(frames: Tensor, reference: Tensor | None, conf: StabilityConf, same
     return lost if theirs is None else lost & (theirs >= conf.structure_ratio * theirs[:START_FRAMES].mean())
 
 
-def finite_clips(latent: Tensor) -> Tensor:
-    """Which clips of ``latent [B, C, S, S]`` hold neither NaN nor Inf: bool ``[B]``."""
-    return torch.isfinite(latent).flatten(1).all(1)
+def finite_clips(values: Tensor) -> Tensor:
+    """Which clips of ``values [B, C, h, w]``, latents or pictures, hold neither NaN nor Inf: bool ``[B]``."""
+    return torch.isfinite(values).flatten(1).all(1)
 
 
 @contextmanager

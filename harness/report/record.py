@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.report.codec import CodecError, decode, encode, read
+from harness.report.files import FileRecord
 from harness.report.sections import (
     ArmRecord,
     BatchTimes,
@@ -49,7 +50,8 @@ class RunRecord:
     it; or ``running``: saved by a run that goes on, or was killed.
     ``gates``: what :func:`harness.report.gates.evaluate` found; ``None`` where nothing was judged. ``fallbacks``:
     formats the candidate was rebuilt in after an instability, in order; a clip's ``fallback`` names the step in force
-    when it was rolled. ``timings``: every frame's times, batch after batch.
+    when it was rolled. ``timings``: every frame's times, batch after batch. ``files``: the run's videos and
+    ``frames.csv``, by path relative to its folder.
     """
 
     run_id: str
@@ -72,6 +74,7 @@ class RunRecord:
     drift: Drift | None = None
     fallbacks: list[FallbackRecord] = field(default_factory=list)
     timings: list[BatchTimes] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -19,8 +19,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from markupsafe import Markup
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from harness.report.files import CONFIG, ERROR, PAGE, RECORD, is_running
+from harness.report.journal import load_run
 from harness.report.page.charts import Point, pareto, scatter
 from harness.report.page.figures import (
     EMULATED,
@@ -36,11 +38,11 @@ from harness.report.page.figures import (
     times,
     verdict,
 )
-from harness.report.page.run_page import PAGE, write_run_page
-from harness.report.record import RecordError, load_record, write_atomically
+from harness.report.page.run_page import write_run_page
+from harness.report.record import COMPLETE, RUNNING, write_atomically
 
-ERROR_FILE = "error.txt"
-"""What ended a job of a sweep, in its folder; there even if the job never came to a record."""
+REJECTED = "rejected: "
+"""Begins what ended a job that never ran: its command, config or files were wrong."""
 
 
 class SweepError(ValueError):
@@ -105,7 +107,7 @@ def read_sweep(folder: Path) -> list[Run]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("record.json", ".hydra", ERROR_FILE))
+    return any((path / name).exists() for name in (RECORD, CONFIG, ERROR))
 
 
 def _job_number(path: Path) -> tuple[int, str]:
@@ -114,24 +116,26 @@ def _job_number(path: Path) -> tuple[int, str]:
 
 
 def _overrides(path: Path) -> list[str]:
-    file = path / ".hydra" / "overrides.yaml"
+    file = path / CONFIG / "overrides.yaml"
     return [str(override) for override in yaml.safe_load(file.read_text()) or []] if file.is_file() else []
 
 
 def _outcome(path: Path) -> tuple[Record | None, str]:
     """A run's record, if it left one, and why it failed, if it did."""
-    error_file = path / ERROR_FILE
+    error_file = path / ERROR
     error = error_file.read_text(encoding="utf-8").strip() if error_file.is_file() else ""
-    if not (path / "record.json").is_file():
-        return None, error or "left no record: it was killed, or still runs"
+    running = is_running(path)
+    if not (path / RECORD).is_file():
+        return None, error or ("still runs" if running else "was killed before its first clip was finished")
     try:
-        record = asdict(load_record(path / "record.json"))
-    except RecordError as unreadable:
+        record = asdict(load_run(path))
+    except ValueError as unreadable:
         return None, str(unreadable)
-    if record["status"] == "complete":
+    if record["status"] == COMPLETE:
         return record, error
-    if record["status"] == "running":
-        return record, error or "was killed, or still runs: these are the clips finished until then"
+    if record["status"] == RUNNING:
+        found = "still runs" if running else "was killed"
+        return record, error or f"{found}: these are the clips finished until then"
     incidents = "; ".join(str(incident.get("message", "")) for incident in record["incidents"])
     return record, error or incidents or record["status"]
 
@@ -314,8 +318,11 @@ class SweepPage(Callback):
             error = job_return._return_value  # the property would raise it
             # What the user can put right says all there is to say; of anything else the type may be the best clue.
             kind = "" if isinstance(error, CompactHydraException) else f"{type(error).__name__}: "
-            reason = kind + str(error).removeprefix("error: ")
-            write_atomically(Path(config.hydra.runtime.output_dir) / ERROR_FILE, reason + "\n")
+            folder = Path(config.hydra.runtime.output_dir)
+            rejected = REJECTED if isinstance(error.__cause__, ValueError) and not (folder / RECORD).exists() else ""
+            write_atomically(folder / ERROR, f"{rejected}{kind}{str(error).removeprefix('error: ')}\n")
+            overrides = OmegaConf.to_yaml(config.hydra.overrides.task)
+            write_atomically(folder / CONFIG / "overrides.yaml", overrides)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write the page."""

@@ -15,6 +15,8 @@ from markupsafe import Markup
 from harness.measure.trust import distrust
 from harness.report import drift
 from harness.report.codec import read
+from harness.report.files import PAGE, FileRecord
+from harness.report.journal import load_run
 from harness.report.page.charts import Series, line_chart
 from harness.report.page.costs import fps_bars, memory_bars, part_bars, span_bars
 from harness.report.page.figures import (
@@ -36,10 +38,9 @@ from harness.report.page.figures import (
     verdict,
 )
 from harness.report.page.numerics import numerics_blocks
-from harness.report.record import load_record, write_atomically
+from harness.report.record import write_atomically
 from harness.report.sections import Drift
 
-PAGE = "report.html"
 EMBED_LIMIT = 25 * 1024 * 1024
 """Bytes of base64 up to which the videos are put inside the page; beyond, the page links to them."""
 
@@ -55,7 +56,7 @@ def write_run_page(folder: Path) -> Path:
         OSError: if the page cannot be written.
     """
     page = folder / PAGE
-    write_atomically(page, run_page(asdict(load_record(folder / "record.json")), folder))
+    write_atomically(page, run_page(asdict(load_run(folder)), folder))
     return page
 
 
@@ -274,14 +275,16 @@ def _clips(record: Record) -> list[dict[str, Any]]:
 
 def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
     """Players of the clips' videos: inside the page if all of them together stay within ``embed_limit``."""
-    root, found, missing = folder.resolve(), [], []
+    root, found, missing, files = folder.resolve(), [], [], record.get("files") or {}
     for clip in record["clips"]:
         name = clip.get("video")
         if not name:
             continue
         path = (root / name).resolve()
         # A record may come from anywhere: nothing outside its folder gets into the page.
-        if path.is_relative_to(root) and path.is_file():
+        # Nor does another run's file that has taken its place; older records name no files.
+        same = FileRecord(**files[name]).fits(path) if name in files else not files and path.is_file()
+        if path.is_relative_to(root) and same:
             found.append((clip, path))
         else:
             missing.append(str(name))
