@@ -71,7 +71,7 @@ def test_every_run_is_listed_in_order_with_its_state_and_failures_with_their_rea
     assert [bool(run.reason) for run in runs] == [False, False, False, True, True, True]
     text = write_sweep_page(sweep).read_text()
     assert [re.search(r'chip (\w+)"', row).group(1) for row in rows(text)] == ["complete"] * 3 + ["failed"] * 3
-    for reason in ("no such thing", "left no record: it was killed, or still runs", "NaN in frame 3"):
+    for reason in ("no such thing", "was killed before its first clip was finished", "NaN in frame 3"):
         assert reason in text
     assert "3 failed" in text
     assert "<script>window" not in text
@@ -150,4 +150,4 @@ def test_a_multirun_ends_with_its_page_whatever_becomes_of_its_jobs(tmp_path, jo
     text = (tmp_path / "out" / "report.html").read_text()
     assert text.count('chip complete"') == jobs.count("good")
     for reason in failed:
-        assert (reason or "left no record: it was killed, or still runs") in text
+        assert (reason or "was killed before its first clip was finished") in text
