@@ -115,9 +115,9 @@ def test_every_model_runs_narrowed_where_it_is_large(composed, tmp_path, option)
     assert found.data.source == ("clips" if option == "doom" else "synthetic")
 
 
-@pytest.mark.parametrize("option", sorted(set(GROUPS["data"]) - {"doom"}))
+@pytest.mark.parametrize("option", sorted(set(GROUPS["data"]) - {"doom", "clips"}))
 def test_every_data_option_runs(record, tmp_path, option):
-    """Recorded clips (`data=doom`) run with the demo model above, and with a tiny one in tests/test_module.py."""
+    """Recorded clips (`data=doom`, `data=clips`) run with the demo, and with a tiny one in tests/test_module.py."""
     words = [LAYERS, "kv=mx_v_only", f"data={option}"]
     if option == "owl_cache":
         actions = {"mouse": torch.zeros(6, 2), "button": torch.zeros(6, 11)}

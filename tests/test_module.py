@@ -255,3 +255,8 @@ def test_which_of_several_sets_of_weights_ran_is_said(game, record, overrides, t
     assert averaged.clips[0].scores == plain.clips[0].scores != online.clips[0].scores
     assert any("weights of 'model_ema', not of 'model'" in note for note in averaged.notes)
     assert any("weights of 'model', not of 'model_ema'" in note for note in online.notes)
+
+
+def test_ones_own_clips_are_a_group_of_their_own(game, record, overrides):
+    found = record("data=clips", *overrides(game, **{"data.limit": 1}))
+    assert (found.data.source, found.choices["data"], len(found.clips)) == ("clips", "clips", 1)
