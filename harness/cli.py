@@ -18,6 +18,7 @@ COMMANDS = {
     "ladder": ("harness.ladder.command:cli", "climb to the most aggressive configuration that ships"),
     "gates": ("harness.judge:main", "judge a finished run again, from its record alone"),
     "report": ("harness.commands.report:main", "write a run's or a sweep's page again, from records alone"),
+    "export": ("harness.commands.export:main", "write what a run judged as one file to take away"),
     "microbench": ("harness.commands.microbench:main", "time kernels and attention by themselves"),
     "play": ("harness.play:main", "play a world model live in a browser"),
     "fields": ("harness.config.reference:main", "every field of the config: type, default, allowed values, meaning"),

@@ -35,7 +35,7 @@ from harness.ab.job import execute
 from harness.ab.processes import ProcessError
 from harness.ab.signals import Signals, Stopped
 from harness.ab.streams import patient_streams
-from harness.config import CONF, ConfigError
+from harness.config import CONF, ConfigError, reference
 from harness.config.command import check_command, read_command
 from harness.config.compose import one_line
 from harness.kernels.cache import place_compilers
@@ -115,6 +115,9 @@ def _command() -> None:
     if "--version" in asked:
         print(f"mx-world {__version__}")
         return
+    if "--fields" in asked:
+        sys.argv.remove("--fields")
+        sys.exit(reference.main())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here, where they get one line
     place_compilers()
     try:

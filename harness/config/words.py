@@ -63,7 +63,7 @@ class Vocabulary:
         where = f"there are {', '.join(self.own_groups)}"
         if section and beside:
             where = f"{section} has {', '.join(beside)}"
-        return f"{path}: no such field; {where}; all fields: --fields"
+        return f"{path}: no such field; {where}; all fields: --fields [NAME]"
 
     def value_problems(self, path: str, value: Any) -> Iterator[str]:
         """What is wrong with setting ``path`` to ``value``: names that do not exist, and values of another type."""

@@ -3,12 +3,12 @@
 import pytest
 
 from harness.ab.judged import export_run
+from harness.commands.export import main as export_command
 from harness.config import ConfigError, plan_run
 from harness.export.layout import ExportError
 from harness.export.read import Export
 from harness.report.record import load_record
 from harness.session import Engine
-from scripts.export import main as export_command
 
 
 @pytest.fixture
