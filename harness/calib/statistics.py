@@ -8,7 +8,7 @@ from torch import Tensor
 from harness.calib.gptq import DOUBLE_INPUTS
 
 ROWS_PER_INPUT = 128
-"""Rows that are enough, for each input; with 32 and half the frames the demo in MXFP4 came out 2 dB less like BF16."""
+"""Rows that are enough, for each input (docs/calibration.md tells what fewer cost the demo)."""
 
 
 def every(rows: int, inputs: int) -> int:

@@ -1,8 +1,8 @@
 """What PSNR hides of generated frames: sharpness, texture and obedience to the controls, each against the recording.
 
 PSNR rewards blur, and punishes a rollout for being elsewhere though it looks right. These figures compare statistics of
-pictures, not pixels. No package that ships the weights of a learned metric (LPIPS, FID, DISTS, DreamSim) was found:
-all fetch a backbone. So texture is judged by a distance that needs none.
+pictures, not pixels. Learned metrics (LPIPS, FID, DISTS, DreamSim) fetch a network's weights when first used, and a run
+must work without a network: texture is judged by a distance that needs none.
 """
 
 from __future__ import annotations
