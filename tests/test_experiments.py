@@ -135,11 +135,11 @@ def test_both_arms_run_under_the_same_compilation(record, compile):
     found = record(*words, "data.limit=2", "measure.numerics_rows=0")
     bf16, candidate = (found.arms[name].compile for name in ("bf16", "candidate"))
     for name in ("enabled", "mode", "cuda_graph"):
-        assert bf16[name] == candidate[name]
+        assert getattr(bf16, name) == getattr(candidate, name)
     for arm in (bf16, candidate):
-        assert arm["enabled"] == (compile == "on") == (arm["graphs"] > 0)
-        assert (arm["graph_breaks"], arm["recompiles_after_warmup"]) == (0, 0)
-        assert arm["cold_start_s"] > 0
+        assert arm.enabled == (compile == "on") == (arm.graphs > 0)
+        assert (arm.graph_breaks, arm.recompiles_after_warmup) == (0, 0)
+        assert arm.cold_start_s > 0
     assert found.quality.all.fidelity.psnr < 80  # two models, not one
 
 

@@ -12,7 +12,7 @@ SMOKE = ("model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.l
 @pytest.fixture
 def record(composed, tmp_path):
     def run_and_load(*words):
-        run(composed(*SMOKE, "measure.parts_frames=0", *words))
+        run(composed(*SMOKE, "measure.parts_frames=0", "overwrite=true", *words))
         return load_record(tmp_path / "run" / "record.json")
 
     return run_and_load

@@ -104,7 +104,7 @@ def test_a_verdict_sets_the_exit_code_where_it_was_asked_for(command, tmp_path):
         (tmp_path / "run" / "table.txt").read_text().startswith("Verdict (default gate, without speed, against BF16)")
     )
     for asked in ("gates=d", "gates.max_psnr_drop=0.3"):
-        assert command(*words, asked, "hydra.run.dir=again")[0] == 4
+        assert command(*words, asked, "hydra.run.dir=again", "overwrite=true")[0] == 4
 
 
 def test_a_gate_that_cannot_be_evaluated_keeps_the_finished_run(command, monkeypatch, tmp_path):

@@ -72,7 +72,7 @@ def test_a_calibrated_run_says_so_and_the_next_one_finds_what_it_kept(calibrated
 )
 def test_what_changes_a_calibration_makes_a_new_one(calibrated, composed, tmp_path, changed):
     run(composed(*calibrated()))
-    run(composed(*calibrated(**changed)))
+    run(composed(*calibrated(**changed), "overwrite=true"))
     assert len(stored(tmp_path)) == 2
 
 
@@ -82,7 +82,7 @@ def test_another_checkpoint_makes_a_new_one(calibrated, composed, game, tmp_path
     name = next(iter(state))
     state[name] = state[name] * 1.01
     save_file(state, tmp_path / "other.safetensors")
-    run(composed(*calibrated(**{"model.checkpoint": tmp_path / "other.safetensors"})))
+    run(composed(*calibrated(**{"model.checkpoint": tmp_path / "other.safetensors"}), "overwrite=true"))
     assert len(stored(tmp_path)) == 2
 
 

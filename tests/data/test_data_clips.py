@@ -162,7 +162,7 @@ def test_fewer_pictures_than_actions_is_named(tmp_path):
 def test_text_instead_of_json_is_named(tmp_path):
     video = write_clip(tmp_path, play())
     video.with_suffix(".json").write_text("not json")
-    with pytest.raises(ClipError, match=r"play\.json: not readable JSON file"):
+    with pytest.raises(ClipError, match=r"play\.json: not readable JSON"):
         probe_clip(video)
 
 

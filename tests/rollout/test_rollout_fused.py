@@ -45,8 +45,9 @@ DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32]  # the i
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Launch shapes under which even a tiny window is split, and into several tiles each."""
-    for name, value in (("BLOCK_ROWS", 16), ("MIN_ROWS", 16), ("OWN_ROWS", 16)):
-        monkeypatch.setattr(fused, name, value)
+    real, small = fused.WindowConfig, (2, 16, 2, 16)
+    monkeypatch.setattr(fused, "WindowConfig", lambda *sizes: real(*(sizes or small)))
+    monkeypatch.setattr(fused, "OWN_ROWS", 16)
 
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
@@ -145,7 +146,7 @@ def test_launch_after_launch_counts_from_zero(storage, tokens, small_tiles):
     caches = [filled(STORAGES[storage], 2, 1, 3, tokens, 32, torch.float32, newer=0) for _ in range(2)]
     ours = [FusedAttention(caches[0], store) for store in (False, True)]
     theirs = [RingAttention(caches[1], AttentionKind.sdpa, store) for store in (False, True)]
-    splits = fused.launch_shape(3, tokens, 32, 2, DEVICE).splits
+    splits = fused.launch_shape(3, tokens, 32, 2, DEVICE, fused.WindowConfig()).splits
     for frame in range(4):
         for step in range(2):
             qkv, rotary = projection(2, 1, tokens, 32, torch.float32, seed=10 * frame + step)
