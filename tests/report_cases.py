@@ -146,5 +146,7 @@ def write(folder, run_record, videos=False):
     for found in run_record.clips if videos else []:
         shades = np.linspace(40, 200, FRAMES, dtype=np.uint8)
         frames = np.broadcast_to(shades[:, None, None, None], (FRAMES, 32, 48, 3))
-        write_comparison(folder / found.video, [Panel("BF16", frames), Panel("candidate", frames)], fps=10.0)
+        names = ["recording", *run_record.arms]
+        panels = [Panel(name, frames + np.uint8(10 * (name == "candidate"))) for name in names]
+        write_comparison(folder / found.video, panels, fps=10.0)
     return folder

@@ -1,5 +1,7 @@
 """Pages of single runs, read as text; test_report_html_browser.py looks at them in a browser."""
 
+import html
+import json
 import re
 from dataclasses import asdict
 
@@ -214,3 +216,48 @@ def test_columns_start_at_zero_unless_they_differ_by_magnitudes():
     small, middle, large = heights(1e-5, 1e-3, 1e-1)
     assert large - middle == pytest.approx(middle - small, abs=0.2)
     assert min(small, middle) > 0
+
+
+def test_every_clip_is_a_faint_line_of_every_quality_chart(tmp_path):
+    text = page(record(clips=[clip(name, "motion") for name in ("a", "b", "c")]), tmp_path)
+    motion = text[text.index("<h3>Motion") : text.index("<h3>Stand still")]
+    for style, charts in (("s-bf16", 2), ("s-cand", 2), ("s-fid", 2)):
+        for name in ("a", "b", "c"):
+            assert motion.count(f'class="line {style} faint" data-clip="{name}"') == charts
+    many = page(record(clips=[clip(f"c{number}", "motion") for number in range(1001)]), tmp_path)
+    assert 0 < many.count('class="line s-fid faint"') <= 2 * 100, "a page stays small"
+
+
+def test_columns_are_labelled_by_the_layer_in_their_names():
+    names = [f"blocks.{layer}.{linear}" for layer in (0, 1, 12) for linear in ("attn.q", "mlp.fc1")] + ["head2"]
+    chart = str(column_chart("t", names, {"rel": [0.1] * 7}, "rel", ["c-mlp"] * 7))
+    assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == ["0", "1", "12"]
+    assert chart.count('class="layer"') == 3
+
+
+@pytest.mark.parametrize(("arms", "recording"), [(("candidate",), True), (("bf16",), True), (("candidate",), False)])
+def test_the_stage_knows_what_is_in_a_video_of_fewer_arms(tmp_path, arms, recording):
+    run_record = record()
+    run_record.arms = {name: found for name, found in run_record.arms.items() if name in arms}
+    for found in run_record.clips:
+        found.scores = {name: scores for name, scores in found.scores.items() if recording and name in arms}
+    folder = write(tmp_path, run_record, videos=True)
+    text = page(run_record, folder)
+    panels = json.loads(html.unescape(re.search(r'data-panels="([^"]*)"', text).group(1)))
+    names = ["recording"] * recording + [run_record.arms[name].label for name in arms]
+    assert [panel["label"] for panel in panels] == names
+    assert {panel["columns"] for panel in panels} == {len(names)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence", "command"),
+    [
+        ({}, "loses 0.50 dB PSNR against BF16 and matches it to 41.5 dB", "record.json --gates default"),
+        ({"candidate": None, "overrides": ["model=doom"]}, "BF16 alone ran", "run.py model=doom quant=mxfp8_all"),
+        ({"status": "failed", "incidents": [{"kind": "Boom", "message": "it broke"}]}, "it broke", "quant=mxfp8_all"),
+    ],
+)
+def test_a_run_that_no_gate_judged_says_what_it_found_and_what_to_do(tmp_path, changes, sentence, command):
+    top = page(record(**changes), tmp_path).partition('<div class="tiles">')[0]
+    assert sentence in top
+    assert re.search(rf'<pre class="command">[^<]*{re.escape(command)}</pre>', top)

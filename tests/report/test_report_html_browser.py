@@ -93,7 +93,7 @@ def test_curves_are_drawn_inside_their_charts(browser, run_folder):
           const lines = [...figure.querySelectorAll('path.line')].map(path => path.getBoundingClientRect());
           return lines.map(b => b.width > svg.width / 2 && b.top >= svg.top && b.bottom <= svg.bottom);
         })""")
-    assert [len(lines) for lines in boxes] == [2, 2, 1, 1] * 2
+    assert [len(lines) for lines in boxes] == [2, 2, 1, 1] * 2, "a tag of one clip has no lines of single clips"
     assert all(inside for lines in boxes for inside in lines)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling"
 
@@ -110,16 +110,119 @@ def test_a_chart_reads_out_every_arm_under_the_pointer(browser, run_folder):
     assert lines[1:] == [f"BF16 {25 - frame} dB", f"mxfp8_all {24.5 - frame} dB", "drop 0.5 dB"]
 
 
+def all_clips(driver):
+    driver.execute_script("document.getElementById('every').open = true")
+
+
+def press(driver, name):
+    """A click that waits for no smooth scrolling."""
+    driver.execute_script("document.getElementById(arguments[0]).click()", name)
+
+
+def choose(driver, name, value):
+    driver.execute_script(
+        "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
+        name,
+        value,
+    )
+
+
+def pixel(driver, share):
+    """Red of the stage's picture at ``share`` of its width, halfway down."""
+    return driver.execute_script(
+        """const shown = document.getElementById('canvas');
+        const c = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
+        const copy = c.getContext('2d', { willReadFrequently: true });
+        copy.drawImage(shown, -Math.floor(arguments[0] * shown.width), -(shown.height >> 1));
+        return copy.getImageData(0, 0, 1, 1).data[0]""",
+        share,
+    )
+
+
+def test_a_phone_shows_the_page_without_sideways_scrolling(browser, run_folder):
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        open_page(browser, run_folder)
+        videos_ready(browser)
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        outside = """return [...document.querySelectorAll('button, select, input, #stage')]
+          .filter(e => { const b = e.getBoundingClientRect(); return b.left < 0 || b.right > 390; }).map(e => e.id)"""
+        assert browser.execute_script(outside) == [], "every control within the screen"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_swipe_moves_the_border_between_the_arms(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    stage = browser.find_element("id", "stage")
+    wait_for(browser, "return document.querySelector('#stage .right').textContent.startsWith('mxfp8_all')")
+    wait_for(browser, "return document.getElementById('canvas').width !== 480")
+    bf16, candidate = pixel(browser, 0.1), pixel(browser, 0.9)
+    assert candidate - bf16 == pytest.approx(10, abs=3), "left BF16, right the candidate, brighter by 10"
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", stage)
+    width = stage.size["width"]
+    webdriver.ActionChains(browser).move_to_element(stage).click_and_hold().move_by_offset(
+        int(0.3 * width), 0
+    ).release().perform()
+    assert int(stage.get_attribute("aria-valuenow")) == pytest.approx(80, abs=2)
+    assert pixel(browser, 0.7) == pytest.approx(bf16, abs=3)
+    assert pixel(browser, 0.9) == pytest.approx(candidate, abs=3)
+    stage.send_keys(webdriver.Keys.ARROW_LEFT)
+    assert int(stage.get_attribute("aria-valuenow")) == pytest.approx(78, abs=2)
+
+
+def test_the_difference_is_eight_times_as_bright(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    wait_for(browser, "return document.getElementById('canvas').width !== 480")
+    apart = abs(pixel(browser, 0.9) - pixel(browser, 0.1))
+    choose(browser, "mode", "difference")
+    assert pixel(browser, 0.9) == pytest.approx(8 * apart, abs=16)
+    assert browser.find_element("css selector", "#stage .right").text == "|BF16 − mxfp8_all| × 8"
+    choose(browser, "left", "2")
+    assert pixel(browser, 0.9) == 0, "the candidate against itself"
+    choose(browser, "mode", "all")
+    assert browser.execute_script("return document.getElementById('canvas').width") == 3 * 48 * 12 + 2 * 4
+
+
+def test_playing_slows_down_and_stops_at_the_end_where_it_does_not_loop(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    choose(browser, "rate", "0.1")
+    press(browser, "play")
+    wait_for(browser, "return document.querySelector('video').playbackRate === 0.1")
+    assert browser.execute_script("return document.querySelectorAll('video')[1].paused"), "it is not on the stage"
+    choose(browser, "rate", "2")
+    assert browser.execute_script("return document.querySelector('video').playbackRate") == 2
+    press(browser, "loop")
+    wait_for(browser, "return document.getElementById('play').textContent.includes('Play')")
+    wait_for(browser, f"return document.getElementById('clock').textContent === 'frame {FRAMES - 1} / {FRAMES - 1}'")
+
+
+def test_another_clip_takes_the_stage(browser, run_folder):
+    open_page(browser, run_folder)
+    videos_ready(browser)
+    browser.execute_script(
+        "const s = document.getElementById('clip'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))"
+    )
+    press(browser, "play")
+    wait_for(browser, "return !document.querySelectorAll('video')[1].paused")
+    assert browser.execute_script("return document.querySelectorAll('video')[0].paused")
+
+
 def test_players_start_stop_and_seek_together(browser, run_folder):
     open_page(browser, run_folder)
     videos_ready(browser)
-    play, clock = browser.find_element("id", "play"), browser.find_element("id", "clock")
-    play.click()
+    all_clips(browser)
+    clock = browser.find_element("id", "clock")
+    press(browser, "play")
     moving = "return [...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime > 0.1)"
     wait_for(browser, moving)
     first, second = positions(browser)
     assert abs(first - second) < 0.15
-    play.click()
+    press(browser, "play")
     assert browser.execute_script("return [...document.querySelectorAll('video')].every(v => v.paused)")
     settled = "const t = [...document.querySelectorAll('video')].map(v => v.currentTime); return t[0] === t[1]"
     wait_for(browser, settled)
@@ -128,7 +231,7 @@ def test_players_start_stop_and_seek_together(browser, run_folder):
     )
     wait_for(browser, "return document.getElementById('clock').textContent.startsWith('frame 0 ')")
     for frame in (1, 2):
-        browser.find_element("id", "ahead").click()
+        press(browser, "ahead")
         wait_for(browser, f"return document.getElementById('clock').textContent.startsWith('frame {frame} ')")
     first, second = positions(browser)
     assert first == second == pytest.approx(0.25, abs=0.01), "the middle of frame 2 at ten frames a second"
@@ -138,10 +241,11 @@ def test_players_start_stop_and_seek_together(browser, run_folder):
 def test_players_start_over_together_at_their_end(browser, run_folder):
     open_page(browser, run_folder)
     videos_ready(browser)
+    all_clips(browser)
     for _ in range(FRAMES - 2):
-        browser.find_element("id", "ahead").click()
+        press(browser, "ahead")
     wait_for(browser, f"return document.getElementById('clock').textContent.startsWith('frame {FRAMES - 2} ')")
-    browser.find_element("id", "play").click()
+    press(browser, "play")
     again = "return [...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime < 0.5)"
     wait_for(browser, again)
     first, second = positions(browser)
@@ -151,6 +255,7 @@ def test_players_start_over_together_at_their_end(browser, run_folder):
 def test_a_click_in_a_curve_takes_the_videos_to_that_frame(browser, run_folder):
     open_page(browser, run_folder)
     videos_ready(browser)
+    all_clips(browser)
     chart = browser.find_element("css selector", "figure.lines svg")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
     chart.click()
@@ -164,7 +269,7 @@ def test_videos_beside_the_page_play_too(browser, tmp_path):
     (folder / "report.html").write_text(run_page(asdict(record()), folder, embed_limit=0))
     open_page(browser, folder)
     videos_ready(browser)
-    browser.find_element("id", "ahead").click()
+    press(browser, "ahead")
     wait_for(browser, "return document.getElementById('clock').textContent.startsWith('frame 1 ')")
 
 

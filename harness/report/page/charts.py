@@ -6,8 +6,10 @@ units, the series' names, units and values.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +28,16 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``values`` at x = 0, 1, 2 …; ``style`` is a CSS class; ``faint`` lines have no read-out."""
+    """One line: ``values`` at x = 0, 1, 2 …; ``style`` is a CSS class.
+
+    ``faint`` lines have no read-out; those of ``clip`` stand out while that clip is on the page's stage.
+    """
 
     name: str
     values: Values
     style: str
     faint: bool = False
+    clip: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,10 +165,11 @@ def line_chart(
     drawing = _grid(x, y, x_label, "")
     for line in series:
         style = f"line {line.style}{' faint' if line.faint else ''}"
-        drawing.append(Markup('<path class="{}" d="{}"/>').format(style, _path(line.values, x, y)))
+        clip = Markup(' data-clip="{}"').format(line.clip) if line.clip else ""
+        drawing.append(Markup('<path class="{}"{} d="{}"/>').format(style, clip, _path(line.values, x, y)))
     shown = [line for line in series if not line.faint]
     names = [(line.style, line.name) for line in shown]
-    legend = Markup("").join(Markup('<i class="key {}"></i><b>{}</b>').format(*name) for name in names)
+    legend = Markup("").join(Markup('<b><i class="key {}"></i>{}</b>').format(*name) for name in names)
     data = {
         "x": [round(x.at(index), 1) for index in range(length)],
         "labels": labels or [f"{x_label.removeprefix('generated ')} {index}" for index in range(length)],
@@ -207,7 +214,8 @@ def column_chart(
     logarithmic = max(positive) > LOG_FROM * min(positive)
     y = _log_axis(positive) if logarithmic else _axis_from_zero(max(positive))
     x = Axis(-0.5, len(names) - 0.5, LEFT + 2, WIDE - RIGHT)
-    drawing = _grid(x, Axis(y.low, y.high, y.start, y.end), "Linears, first layer to last", "", WIDE)
+    drawing = _grid(x, Axis(y.low, y.high, y.start, y.end), "layer", "", WIDE)
+    drawing += _layer_ticks(names, x)
     for tick in y.ticks:
         drawing += _y_tick(y.at(tick), tick_text(10.0**tick if logarithmic else tick))
     width = (x.end - x.start) / len(names)
@@ -220,7 +228,7 @@ def column_chart(
                 )
             )
     legend = Markup("").join(
-        Markup('<i class="key {}"></i><b>{}</b>').format(style, style.removeprefix("c-"))
+        Markup('<b><i class="key {}"></i>{}</b>').format(style, style.removeprefix("c-"))
         for style in dict.fromkeys(styles)
     )
     data = {
@@ -232,6 +240,29 @@ def column_chart(
         "bottom": HEIGHT - BOTTOM,
     }
     return _figure(title, legend, drawing, data, "columns", WIDE)
+
+
+LABEL_ROOM = 26.0
+"""Width that the label of a layer needs below a column chart, in the drawing's units."""
+
+
+def _layer_ticks(names: Sequence[str], x: Axis) -> list[Markup]:
+    """Below the columns the layer they belong to: the first number in a Linear's name, as in ``blocks.7.mlp.fc1``."""
+    layers = [found.group() if (found := re.search(r"(?<![^.])\d+(?![^.])", name)) else "" for name in names]
+    bottom, drawn, free = HEIGHT - BOTTOM, [], LEFT - LABEL_ROOM
+    first = 0
+    for layer, group in itertools.groupby(layers):
+        last = first + len(list(group)) - 1
+        start, middle = x.at(first - 0.5), x.at((first + last) / 2)
+        if first:
+            line = Markup('<line class="layer" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
+            drawn.append(line.format(start, TOP, bottom + 5))
+        if layer and middle - free >= LABEL_ROOM:
+            text = Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+            drawn.append(text.format(middle, bottom + 15, layer))
+            free = middle
+        first = last + 1
+    return drawn
 
 
 def _axis_from_zero(high: float) -> Axis:

@@ -95,7 +95,8 @@ def part_bars(record: Record) -> dict[str, Any] | None:
             {"part": part, "ms": value, "width": 100 * value / top, "share": 100 * value / (row["total"] or 1)}
             for part, value in row["values"].items()
         ]
-    return {"arms": rows, "parts": list(rows[0]["values"]), "method": pick(record, "arms.bf16.parts.method") or ""}
+    methods = [method for name, _ in ARMS if (method := pick(record, f"arms.{name}.parts.method"))]
+    return {"arms": rows, "parts": list(rows[0]["values"]), "method": methods[0] if methods else ""}
 
 
 def memory_bars(record: Record) -> list[dict[str, Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness.report.gates import terms
+from harness.report.gates.advice import changed, command
 from harness.report.table import bytes_text
 
 ABSENT = "–"
@@ -88,10 +90,14 @@ VERDICTS = {
 }
 
 
-def verdict(record: Record) -> dict[str, Any]:
-    """The verdict as ``kind`` (pass, fail, open, none), ``title``, ``gate`` and ``notes``.
+UNASKED = "No gate was asked for"
+JUDGE = "python scripts/gates.py"
 
-    Of a run that was judged also ``sentence``, what the verdict rests on, and ``next`` with ``text`` and ``command``.
+
+def verdict(record: Record, folder: str | Path = "outputs/run") -> dict[str, Any]:
+    """The verdict as ``kind`` (pass, fail, open, none), ``title``, ``gate``, ``sentence``, ``next`` and ``notes``.
+
+    ``sentence`` is what the verdict rests on (may be empty), ``next`` has ``text`` and ``command``.
     """
     gates = record.get("gates")
     if gates:
@@ -105,11 +111,39 @@ def verdict(record: Record) -> dict[str, Any]:
             "next": gates.get("next"),
             "notes": list(gates.get("notes", [])),
         }
+    kind, title, gate, sentence, text, new = _unjudged(record)
+    again = command(changed(record["overrides"], *new))
+    if title == UNASKED:
+        again = command([f"{folder}/record.json", "--gates", "default"], JUDGE)
+    return {
+        "kind": kind,
+        "title": title,
+        "gate": gate,
+        "sentence": sentence,
+        "next": {"text": text, "command": again},
+        "notes": [],
+    }
+
+
+def _unjudged(record: Record) -> tuple[str, str, str, str, str, tuple[str, ...]]:
+    """Of a run that no gate judged: kind, title, gate, sentence, what to do next and the words to run it with."""
     if record["status"] != "complete":
-        return {"kind": "fail", "title": f"Run {record['status']}", "gate": "no gate was judged", "notes": []}
+        said = [str(incident.get("message") or "").strip() for incident in record["incidents"]]
+        why = said[-1].partition("\n")[0] if said else ""
+        title = f"Run {record['status']}"
+        return "fail", title, "no gate was judged", why, "mend what the incidents name, then run it again", ()
     if "candidate" not in record["arms"]:
-        return {"kind": "none", "title": "Baseline", "gate": "BF16 alone ran: there is nothing to judge", "notes": []}
-    return {"kind": "none", "title": "No gate was asked for", "gate": "the figures speak for themselves", "notes": []}
+        gate = "BF16 alone ran: there is nothing to judge"
+        return "none", "Baseline", gate, "", "run a candidate beside it", ("quant=mxfp8_all",)
+    if "bf16" not in record["arms"]:
+        gate = "it ran alone: there is no BF16 beside it to judge it against"
+        return "none", "Candidate alone", gate, "", "run it again", ()
+    drop, fidelity = pick(record, "quality.all.drop.psnr"), pick(record, "quality.all.fidelity.psnr")
+    found = [f"loses {number(drop)} dB PSNR against BF16"] if drop is not None else []
+    found += [f"matches it to {number(fidelity, 1)} dB"] if fidelity is not None else []
+    sentence = f"The candidate {' and '.join(found)}; nobody asked whether that is enough." if found else ""
+    gate = "the figures speak for themselves"
+    return "none", UNASKED, gate, sentence, "have it judged", ()
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -158,4 +192,8 @@ def _asset(name: str) -> Markup:
 
 def render_page(template: str, **view: Any) -> str:
     """A whole page from one of ``templates/``, style and script inside."""
-    return _environment().get_template(template).render(**view, css=_asset("page.css"), js=_asset("page.js"))
+    return (
+        _environment()
+        .get_template(template)
+        .render(**view, css=_asset("page.css"), js=_asset("page.js") + _asset("player.js"))
+    )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 from markupsafe import Markup
@@ -15,7 +13,7 @@ from markupsafe import Markup
 from harness.measure.trust import distrust
 from harness.report import drift
 from harness.report.codec import read
-from harness.report.files import PAGE, FileRecord
+from harness.report.files import PAGE
 from harness.report.journal import load_run
 from harness.report.page.charts import Series, line_chart
 from harness.report.page.costs import fps_bars, memory_bars, part_bars, span_bars
@@ -38,6 +36,7 @@ from harness.report.page.figures import (
     verdict,
 )
 from harness.report.page.numerics import numerics_blocks
+from harness.report.page.players import embedded_bytes, panels, source, stage, video_path
 from harness.report.record import write_atomically
 from harness.report.sections import Drift
 
@@ -69,7 +68,7 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
         record=record,
         title=labels.get("candidate") or "BF16",
         labels=labels,
-        verdict=verdict(record),
+        verdict=verdict(record, folder),
         tiles=_tiles(record),
         checks=_checks(record),
         mild=record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"]),
@@ -133,15 +132,16 @@ def _drop_name(record: Record, drop: float) -> str:
 
 
 def _lone_tiles(record: Record) -> list[dict[str, str]]:
+    """Those of a run of one arm: the baseline's, or a candidate's that was loaded alone."""
     name, arm = next(iter(record["arms"].items()), ("bf16", None))
     psnr, ssim = pick(record, f"quality.all.{name}.psnr"), pick(record, f"quality.all.{name}.ssim")
     scored = [{"name": "PSNR", "value": f"{number(psnr)} dB", "note": f"SSIM {number(ssim, 4)}, against the recording"}]
     decoded = f"{number(pick(arm, 'speed.total_fps'), 1)} with decode"
-    return [
-        *(scored if psnr is not None else []),
-        {"name": "Speed", "value": f"{number(pick(arm, 'speed.pipeline_fps'), 1)} fps", "note": f"DiT; {decoded}"},
-        {"name": "Held", "value": size(held_bytes(arm)), "note": "weights and KV window"},
-    ]
+    speed = {"name": "Speed", "value": f"{number(pick(arm, 'speed.pipeline_fps'), 1)} fps", "note": f"DiT; {decoded}"}
+    if emulated(record):
+        speed |= {"value": "not measured", "note": EMULATED, "muted": "muted"}
+    held = {"name": "Held", "value": size(held_bytes(arm)), "note": "weights and KV window"}
+    return [*(scored if psnr is not None else []), speed, held]
 
 
 def _checks(record: Record) -> list[dict[str, Any]]:
@@ -233,17 +233,35 @@ def _curve(
     if not lines:
         return None
     if kind == "arms":
-        series = [Series(record["arms"][arm]["label"], lines[arm], f"s-{style}") for arm, style in ARMS if arm in lines]
+        shown = [
+            (arm, record["arms"][arm]["label"], f"s-{style}")
+            for arm, style in ARMS
+            if arm in lines.keys() & record["arms"]
+        ]
         drop = {"drop": [a - b for a, b in zip(*lines.values(), strict=True)]} if len(lines) == 2 else {}
-        return line_chart(f"{name} against the recording", series, unit, read_out=drop)
-    clips = [
-        Series("", frames, "s-fid", faint=True)
+        title = f"{name} against the recording"
+    else:
+        shown, drop = [("fidelity", "fidelity", "s-fid")], {}
+        title = f"Fidelity: {name} of candidate against BF16"
+    faint = [line for arm, _, style in shown for line in _single_clips(record, tag, f"{arm}.frames.{metric}", style)]
+    means = [Series(label, lines[arm], style) for arm, label, style in shown]
+    return line_chart(title, [*faint, *means], unit, y_range=limits if kind != "arms" else None, read_out=drop)
+
+
+SINGLE_CLIPS = 100
+"""Lines of single clips that a chart holds at most: more of them are a blot, and megabytes of page."""
+
+
+def _single_clips(record: Record, tag: str, path: str, style: str) -> list[Series]:
+    """A faint line for each clip of ``tag``, where there are several; of very many, an even choice."""
+    curves = [
+        (clip["clip_id"], frames)
         for clip in record["clips"]
-        if clip.get("tag") == tag and (frames := pick(clip, f"scores.fidelity.frames.{metric}"))
+        if clip.get("tag") == tag and (frames := pick(clip, f"scores.{path}"))
     ]
-    mean = Series("fidelity", lines["fidelity"], "s-fid")
-    title = f"Fidelity: {name} of candidate against BF16"
-    return line_chart(title, [*(clips if len(clips) > 1 else []), mean], unit, y_range=limits)
+    step = -(-len(curves) // SINGLE_CLIPS) or 1
+    chosen = curves[::step] if len(curves) > 1 else []
+    return [Series("", frames, style, faint=True, clip=clip) for clip, frames in chosen]
 
 
 def _looks(record: Record) -> list[dict[str, Any]]:
@@ -275,43 +293,27 @@ def _clips(record: Record) -> list[dict[str, Any]]:
 
 def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
     """Players of the clips' videos: inside the page if all of them together stay within ``embed_limit``."""
-    root, found, missing, files = folder.resolve(), [], [], record.get("files") or {}
+    found, missing = [], []
     for clip in record["clips"]:
-        name = clip.get("video")
-        if not name:
-            continue
-        path = (root / name).resolve()
-        # A record may come from anywhere: nothing outside its folder gets into the page.
-        # Nor does another run's file that has taken its place; older records name no files.
-        same = FileRecord(**files[name]).fits(path) if name in files else not files and path.is_file()
-        if path.is_relative_to(root) and same:
-            found.append((clip, path))
-        else:
-            missing.append(str(name))
-    total = sum(4 * -(-path.stat().st_size // 3) for _, path in found)
-    embedded = total <= embed_limit
+        if clip.get("video"):
+            path = video_path(record, folder, clip)
+            if path is None:
+                missing.append(str(clip["video"]))
+            else:
+                found.append((clip, path))
+    total = sum(embedded_bytes(path) for _, path in found)
     players = [
         {
             "id": clip["clip_id"],
             "tag": clip.get("tag", ""),
             "drop": pick(clip, "drop.psnr"),
             "fidelity": pick(clip, "scores.fidelity.psnr"),
-            "data": "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode() if embedded else "",
-            "link": quote(path.relative_to(root).as_posix()),
+            "panels": panels(record, clip),
+            "sources": [source(path, folder, total <= embed_limit)],
         }
         for clip, path in found
     ]
-    frames = pick(record, "data.future_frames") or 0
-    recording = ["recording"] if pick(record, "quality.all.bf16") else []
-    panels = [*recording, *(arm["label"] for arm in record["arms"].values())]
-    return {
-        "players": players,
-        "panels": panels,
-        "embedded": embedded,
-        "missing": missing,
-        "frames": frames,
-        "total": total,
-    }
+    return stage(players, pick(record, "data.future_frames") or 0, total, total <= embed_limit) | {"missing": missing}
 
 
 def _setup(record: Record) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 "use strict";
-// Read-outs of charts and bars, sortable tables, and players that keep step. No library, no network.
+// Read-outs of charts and bars, and sortable tables. No library, no network.
 
 const tip = document.getElementById("tip");
 
@@ -117,84 +117,4 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.addEventListener("click", sort);
     head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
   });
-}
-
-// ---- players in step: the longest video leads, the others follow its clock
-const transport = document.querySelector(".transport");
-if (transport) {
-  const videos = [...document.querySelectorAll("video")];
-  const frames = Number(transport.dataset.frames) || 0;
-  const [play, seek, clock, rate, back, ahead] = ["play", "seek", "clock", "rate", "back", "ahead"].map((id) => document.getElementById(id));
-  const frameCharts = charts.filter((chart) => chart.data.frames);
-  for (const chart of frameCharts) {
-    chart.playhead = svgNode("line", { class: "playhead", y1: chart.data.top, y2: chart.data.bottom, visibility: "hidden" });
-    chart.svg.append(chart.playhead);
-    chart.svg.addEventListener("click", (event) => { pause(); goTo(chart.nearest(event)); });
-  }
-  for (const video of videos) {
-    if (!video.dataset.src) continue;
-    // Some browsers do not seek in data URIs: hand them the same bytes as a file.
-    const bytes = Uint8Array.from(atob(video.dataset.src.split(",")[1]), (letter) => letter.charCodeAt(0));
-    video.src = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
-    delete video.dataset.src;
-  }
-  let playing = false;
-  const leader = () => videos.reduce((best, video) => ((video.duration || 0) > (best.duration || 0) ? video : best), videos[0]);
-  const frameTime = () => (frames && leader().duration ? leader().duration / frames : 1 / 15);
-  const frameNow = () => Math.max(0, Math.min(frames ? frames - 1 : Infinity, Math.floor(leader().currentTime / frameTime() + 1e-3)));
-
-  function align(time, tolerance) {
-    for (const video of videos) {
-      const wanted = Math.min(time, Math.max(0, (video.duration || 0) - 1e-3));
-      if (Math.abs(video.currentTime - wanted) > tolerance) video.currentTime = wanted;
-    }
-  }
-  function draw() {
-    const frame = frameNow();
-    clock.textContent = "frame " + frame + (frames ? " / " + (frames - 1) : "");
-    if (document.activeElement !== seek || playing) seek.value = String(Math.round((1000 * leader().currentTime) / (leader().duration || 1)));
-    for (const chart of frameCharts) {
-      const x = chart.data.x[frame];
-      chart.playhead.setAttribute("visibility", x === undefined ? "hidden" : "visible");
-      if (x === undefined) continue;
-      chart.playhead.setAttribute("x1", x);
-      chart.playhead.setAttribute("x2", x);
-    }
-  }
-  function goTo(frame) {
-    align(Math.max(0, frame + 0.5) * frameTime(), 0); // the middle of a frame: no rounding can show its neighbour
-  }
-  function pause() {
-    playing = false;
-    for (const video of videos) video.pause();
-    play.textContent = "▶ Play all";
-    if (leader().duration) goTo(frameNow());
-  }
-  async function start() {
-    playing = true;
-    play.textContent = "❚❚ Pause";
-    align(leader().ended ? 0 : leader().currentTime, 1e-3);
-    await Promise.all(videos.map((video) => video.play().catch((error) => { clock.textContent = String(error.message); })));
-    if (playing) requestAnimationFrame(follow);
-  }
-  function follow() {
-    if (!playing) return;
-    if (leader().ended) {
-      start();
-      return;
-    }
-    align(leader().currentTime, 0.09);
-    draw();
-    requestAnimationFrame(follow);
-  }
-  play.addEventListener("click", () => (playing ? pause() : start()));
-  seek.addEventListener("input", () => { pause(); align((seek.value / 1000) * leader().duration, 0); });
-  rate.addEventListener("change", () => videos.forEach((video) => { video.playbackRate = Number(rate.value); }));
-  back.addEventListener("click", () => { pause(); goTo(Math.max(0, frameNow() - 1)); });
-  ahead.addEventListener("click", () => { pause(); goTo(Math.min((frames || Infinity) - 1, frameNow() + 1)); });
-  for (const video of videos) {
-    video.addEventListener("click", () => play.click());
-    video.addEventListener("seeked", draw);
-    video.addEventListener("loadeddata", draw);
-  }
 }
