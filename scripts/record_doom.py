@@ -523,6 +523,10 @@ def record_clips(args: argparse.Namespace) -> None:
     """Record `args.clips` clips into `args.out`, each with its own seed, and say what each is like."""
     from harness.data.clips import read_clip, write_clip
 
+    wrong = [f"--{name} {getattr(args, name)}: at least 1" for name in ("clips", "frames") if getattr(args, name) < 1]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    args.out.mkdir(parents=True, exist_ok=True)
     names = list(args.scenarios)
     for k in range(args.clips):
         tag = "stand_still" if k % 4 == 3 else "motion"
@@ -547,8 +551,9 @@ def main() -> None:
     parser.add_argument("--crf", type=int, default=24, help="quality of the video (x264): lower is better and larger")
     try:
         record_clips(parser.parse_args())
-    except (ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"record_doom: {error}")
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

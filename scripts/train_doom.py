@@ -77,10 +77,13 @@ GAMERFT = GameRFTConfig(
 SAMPLER = SamplerConf(window=24, timesteps=[1.0, 0.25], context_noise=0.25)
 
 
+STAGES = ["record", "autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "evaluate", "export"]
+"""In the order in which they follow each other."""
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["record", "autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "evaluate", "export"]
-    parser.add_argument("stages", nargs="+", choices=stages)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder of recordings and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("assets/doom"), help="where export writes")
     parser.add_argument("--frames", type=int, default=400_000, help="frames to record")
@@ -272,11 +275,17 @@ def stage_export(shop: Workshop) -> None:
 
 def main() -> None:
     args = parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(args)
-    for stage in args.stages:
-        print(f"== {stage}", flush=True)
-        globals()[f"stage_{stage}"](shop)
+    stage = ""
+    try:
+        args.work.mkdir(parents=True, exist_ok=True)
+        shop = Workshop(args)
+        for stage in args.stages:
+            print(f"== {stage}", flush=True)
+            globals()[f"stage_{stage}"](shop)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        needs = f"; each stage needs what those before it wrote: {', '.join(STAGES)}" if stage else ""
+        print(f"error: {stage}{': ' if stage else ''}{error}{needs}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

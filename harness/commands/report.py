@@ -1,6 +1,7 @@
-"""Write a run's or a sweep's page again, from records alone.
+"""Write a run's or a sweep's page again, from records alone; of two runs also a page that holds one beside the other.
 
 python scripts/report.py outputs/<run>
+python scripts/report.py outputs/<run A> outputs/<run B>    (comparison.html in the folder of B)
 python scripts/report.py --sweep outputs/multirun/<sweep>
 """
 
@@ -10,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RecordError
 from harness.report.sweep import SweepError, write_sweep_page
@@ -25,6 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             print(write_sweep_page(folder, rebuild_runs=True) if options.sweep else write_run_page(folder))
         except (RecordError, SweepError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    if len(options.folder) == 2 and not options.sweep:
+        try:
+            print(write_compare_page(*options.folder))
+        except (RecordError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from io import StringIO
@@ -236,8 +237,8 @@ def _notes(record: RunRecord) -> Iterator[str]:
         yield f"Fallback from clip {fallback.clip} on: {fallback.step}."
     yield from record.notes
     yield from distrust({name: asdict(arm) for name, arm in record.arms.items()})
-    for incident in record.incidents:
-        yield f"Incident: {incident.kind}: {incident.message}"
+    for said, times in Counter(f"{incident.kind}: {incident.message}" for incident in record.incidents).items():
+        yield f"Incident: {said}" + (f" ({times} times)" if times > 1 else "")
 
 
 def headline(record: RunRecord) -> list[RenderableType]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 from report_cases import FRAMES, NASTY, clip, record, write
 
+from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import run_page, write_run_page
 from harness.report.sweep import write_sweep_page
 
@@ -291,3 +292,32 @@ def test_a_sweeps_page_sorts_and_tells_what_its_points_are(browser, tmp_path):
     webdriver.ActionChains(browser).move_to_element(browser.find_element("css selector", "circle.dot")).perform()
     assert browser.find_element("id", "tip").text.startswith("slow\ndrop +0.500 dB, fidelity 41.50 dB\nspeed 0.50×")
     assert browser.get_log("browser") == []
+
+
+def test_two_runs_swipe_between_their_candidates(browser, tmp_path):
+    for name, candidate in (("a", "mxfp8_all"), ("b", "mxfp4_mlp")):
+        write(tmp_path / name, record(candidate=candidate), videos=True)
+    browser.get(write_compare_page(tmp_path / "a", tmp_path / "b").as_uri())
+    videos_ready(browser)
+    wait_for(browser, "return document.getElementById('canvas').width !== 480")
+    tags = "return [...document.querySelectorAll('#stage .tag')].map(tag => tag.textContent.split('  ')[0])"
+    assert browser.execute_script(tags) == ["mxfp8_all (A)", "mxfp4_mlp (B)"]
+    press(browser, "play")
+    wait_for(browser, "return [...document.querySelectorAll('.player')[0].children].slice(0, 2).every(v => !v.paused)")
+    assert browser.get_log("browser") == []
+
+
+def test_a_chart_is_exported_with_its_colours_and_figures(browser, run_folder):
+    open_page(browser, run_folder)
+    browser.execute_script("""
+        window.saved = [];
+        const make = URL.createObjectURL;
+        URL.createObjectURL = (blob) => { blob.text().then(text => window.saved.push(text)); return make(blob); };
+        for (const button of document.querySelectorAll('figure.lines')[0].querySelectorAll('.export')) {
+          if (button.textContent !== 'copy') button.click();
+        }""")
+    wait_for(browser, "return window.saved.length === 2")
+    drawing, figures = sorted(browser.execute_script("return window.saved"), key=lambda text: not text.startswith("<"))
+    assert "stroke: rgb(" in drawing
+    assert 'xmlns="http://www.w3.org/2000/svg"' in drawing
+    assert figures.splitlines()[:2] == ['"","BF16","mxfp8_all","drop"', '"frame 0",25,24.5,0.5']

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -197,11 +198,30 @@ def test_one_command_records_clips_of_both_tags(game, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("dB PSNR") == 4
 
 
-def test_a_wrong_request_is_one_line(tmp_path, monkeypatch):
+def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["record_doom", "--out", str(tmp_path), "--seed", "3"])
-    with pytest.raises(SystemExit, match="record_doom: seed 3: clips are held out"):
+    with pytest.raises(SystemExit, match="2"):
         record_doom.main()
+    assert capsys.readouterr().err.startswith("error: seed 3: clips are held out")
     with pytest.raises(ValueError, match="unknown scenario 'e1m1': choose one of deathmatch"):
         record_arrays("e1m1", 0, 1)
     with pytest.raises(ValueError, match="size 100"):
         record_arrays("deathmatch", 0, 1, size=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--clips", "0", "--frames", "-1"], "--clips 0: at least 1; --frames -1: at least 1"),
+        (["--out", "/proc/x"], "/proc/x"),
+    ],
+)
+def test_nothing_to_record_and_nowhere_to_write_are_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["record_doom.py", *arguments, *out])
+    with pytest.raises(SystemExit) as ended:
+        record_doom.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

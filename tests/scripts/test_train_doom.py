@@ -1,6 +1,7 @@
 """The demo's training, every stage but the recording, on a few small made-up frames: it runs, learns and exports."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -113,3 +114,23 @@ def test_stacked_muon_is_torchs_muon():
         second.step()
     for a, b, start in zip(ours, theirs, begin, strict=True):
         torch.testing.assert_close(a, b, atol=0.1 * float((b - start).abs().max()), rtol=0)  # both in BF16 inside
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["flow"], "each stage needs what those before it wrote: record, autoencoder"),
+        (["flow", "--work", "/proc/x"], "/proc/x"),
+    ],
+)
+def test_stages_out_of_order_and_a_folder_that_cannot_be_made_are_one_line(
+    tmp_path, monkeypatch, capsys, arguments, said
+):
+    work = [] if "--work" in arguments else ["--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_doom.py", *arguments, *work])
+    with pytest.raises(SystemExit) as ended:
+        train_doom.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

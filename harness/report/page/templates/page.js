@@ -118,3 +118,49 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
   });
 }
+
+// ---- a chart as a file or as text: its drawing with the page's colours written into it, its figures as CSV
+const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "font-size", "font-family"];
+
+function drawing(svg) {
+  const copy = svg.cloneNode(true);
+  const [from, to] = [svg, copy].map((root) => [...root.querySelectorAll("*")]);
+  to.forEach((node, index) => {
+    const style = getComputedStyle(from[index]);
+    for (const name of DRAWN) node.style.setProperty(name, style.getPropertyValue(name));
+  });
+  copy.querySelectorAll(".cursor, .playhead, .mark").forEach((node) => node.remove());
+  const { width, height } = svg.viewBox.baseVal;
+  for (const [name, value] of [["xmlns", "http://www.w3.org/2000/svg"], ["width", width], ["height", height]]) copy.setAttribute(name, value);
+  copy.style.background = getComputedStyle(document.body).getPropertyValue("--card");
+  return new XMLSerializer().serializeToString(copy);
+}
+
+function table(data) {
+  const cell = (value) => (typeof value === "string" ? `"${value.replaceAll('"', '""')}"` : value ?? "");
+  const rows = [["", ...data.series.map((series) => series.name)], ...data.labels.map((label, index) => [label, ...data.series.map((series) => series.values[index])])];
+  return rows.map((row) => row.map(cell).join(",")).join("\n") + "\n";
+}
+
+function save(name, type, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name.replace(/[^\w-]+/g, "_") + (type === "text/csv" ? ".csv" : ".svg");
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+for (const chart of charts) {
+  const caption = chart.svg.closest("figure").querySelector("figcaption");
+  const name = caption.querySelector("span").textContent;
+  const button = (text, title, act) => {
+    const made = Object.assign(document.createElement("button"), { type: "button", className: "export", textContent: text, title });
+    made.addEventListener("click", () => act(made));
+    caption.append(made);
+  };
+  button("SVG", "save the drawing", () => save(name, "image/svg+xml", drawing(chart.svg)));
+  button("CSV", "save its figures", () => save(name, "text/csv", table(chart.data)));
+  button("copy", "copy its figures as CSV", (made) => {
+    navigator.clipboard.writeText(table(chart.data)).then(() => { made.textContent = "copied"; }, () => { made.textContent = "not allowed"; });
+  });
+}

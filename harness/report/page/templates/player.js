@@ -40,6 +40,10 @@ if (transport) {
     const { video, x, y, width, height } = region(panel);
     picture.drawImage(video, x + from * width, y, (to - from) * width, height, from * size.width, 0, (to - from) * size.width, size.height);
   }
+  function stacked() {
+    const [widths, heights] = ["videoWidth", "videoHeight"].map((side) => clip.videos.map((video) => video[side]));
+    return { width: Math.max(...widths), height: heights.reduce((sum, height) => sum + height, 0) };
+  }
   function resize(width, height) {
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     stage.style.maxWidth = `calc(72vh * ${width / height})`;
@@ -48,12 +52,18 @@ if (transport) {
     if (clip.videos.some((video) => video.readyState < 2)) return;
     const [first, second] = [clip.panels[left.value], clip.panels[right.value]];
     const whole = mode.value === "all";
-    const size = whole ? { width: clip.videos[0].videoWidth, height: clip.videos[0].videoHeight } : region(first);
+    const size = whole ? stacked() : region(first);
     resize(size.width, size.height);
     picture.imageSmoothingEnabled = false;
     picture.globalCompositeOperation = "copy";
     if (whole) {
-      picture.drawImage(clip.videos[0], 0, 0);
+      let top = 0;
+      picture.clearRect(0, 0, size.width, size.height);
+      picture.globalCompositeOperation = "source-over";
+      for (const video of clip.videos) {
+        picture.drawImage(video, 0, top);
+        top += video.videoHeight;
+      }
     } else if (mode.value === "difference") {
       put(first, 0, 1, size);
       picture.globalCompositeOperation = "difference"; // |left − right| of every channel

@@ -1,0 +1,195 @@
+"""Two runs side by side: figures, curves, what differs in their configs, and a swipe between their candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness.report.journal import load_run
+from harness.report.page.charts import Series, line_chart
+from harness.report.page.figures import (
+    Record,
+    emulated,
+    flatten,
+    held_bytes,
+    number,
+    pick,
+    render_page,
+    shown,
+    size,
+    speed_ratio,
+    times,
+    verdict,
+)
+from harness.report.page.players import embedded_bytes, panels, source, stage, video_path
+from harness.report.page.run_page import EMBED_LIMIT, METRICS
+from harness.report.record import write_atomically
+
+PAGE = "comparison.html"
+STYLES = ("s-bf16", "s-cand")
+"""CSS class of each run's lines."""
+ALIKE = ("environment.gpu.name", "environment.cpu", "environment.packages.torch", "model.weights", "data.summary")
+"""Where two runs differ in these, their figures are no fair comparison."""
+
+Run = tuple[Record, Path]
+
+
+def write_compare_page(first: Path, second: Path) -> Path:
+    """Write ``comparison.html`` into ``second``, from the records of both folders.
+
+    Raises:
+        RecordError: if a folder has no readable record.
+        OSError: if the page cannot be written.
+    """
+    page = second / PAGE
+    runs = [(asdict(load_run(folder)), folder) for folder in (first, second)]
+    write_atomically(page, compare_page(runs[0], runs[1], second))
+    return page
+
+
+def compare_page(first: Run, second: Run, folder: Path, embed_limit: int = EMBED_LIMIT) -> str:
+    """The page of two runs, each a record and the folder its videos lie in; the page itself lies in ``folder``."""
+    runs = (first, second)
+    return render_page(
+        "compare.html.j2",
+        runs=[
+            {
+                "name": _name(record),
+                "id": record["run_id"],
+                "folder": str(where),
+                "style": style,
+                "verdict": verdict(record, where),
+            }
+            for (record, where), style in zip(runs, STYLES, strict=True)
+        ],
+        doubts=_doubts(first[0], second[0]),
+        figures=_figures(first[0], second[0]),
+        curves=_curves(first[0], second[0]),
+        videos=_videos(first, second, folder, embed_limit),
+        differences=_differences(first[0], second[0]),
+    )
+
+
+def _name(record: Record) -> str:
+    return str(next(reversed(list(record["arms"].values())))["label"]) if record["arms"] else "no arm"
+
+
+def _last(record: Record) -> str:
+    """The arm that a run is about: its candidate, or the baseline that ran alone."""
+    return "candidate" if "candidate" in record["arms"] else "bf16"
+
+
+def _doubts(first: Record, second: Record) -> list[str]:
+    found = []
+    for path in ALIKE:
+        one, other = pick(first, path), pick(second, path)
+        if one != other:
+            found.append(f"{path}: {shown(one)} against {shown(other)}.")
+    ids = [{clip["clip_id"] for clip in record["clips"]} for record in (first, second)]
+    if ids[0] != ids[1]:
+        found.append(f"Clips: {len(ids[0] & ids[1])} in both runs, of {len(ids[0])} and {len(ids[1])}.")
+    return found
+
+
+def _figures(first: Record, second: Record) -> list[dict[str, str]]:
+    """Rows of name, both runs' figures and the change from the first to the second."""
+
+    def of(path: str) -> list[float | None]:
+        return [pick(record, path.format(arm=_last(record))) for record in (first, second)]
+
+    held = [held_bytes(record["arms"].get(_last(record))) for record in (first, second)]
+    ratios = [None if emulated(record) else speed_ratio(record) for record in (first, second)]
+    rows = [
+        _row("PSNR drop, dB", of("quality.all.drop.psnr"), 3),
+        _row("SSIM drop", of("quality.all.drop.ssim"), 4),
+        _row("Fidelity, dB", of("quality.all.fidelity.psnr"), 2),
+        _row("PSNR against the recording, dB", of("quality.all.{arm}.psnr"), 2),
+        _row("SSIM against the recording", of("quality.all.{arm}.ssim"), 4),
+        _row("Frames/s over BF16's, DiT", ratios, 2),
+        _row("DiT, ms a frame, median", of("arms.{arm}.speed.dit_ms.median"), 2),
+        _row("Total, ms a frame, median", of("arms.{arm}.speed.total_ms.median"), 2),
+        _row("Weights", of("arms.{arm}.memory.weight_bytes"), None),
+        _row("KV window", of("arms.{arm}.memory.kv_window_bytes"), None),
+        _row("Held", held, None),
+    ]
+    return [row for row in rows if row is not None]
+
+
+def _row(name: str, values: list[float | None], digits: int | None) -> dict[str, str] | None:
+    """A figure in both runs, bytes where it has no ``digits``; ``None`` where neither has it."""
+    one, other = values
+    if one is None and other is None:
+        return None
+    if digits is None:
+        change = times(other / one) if one and other is not None else ""
+        return {"name": name, "first": size(one), "second": size(other), "change": change}
+    change = number(other - one, digits, sign=True) if one is not None and other is not None else ""
+    return {"name": name, "first": number(one, digits), "second": number(other, digits), "change": change}
+
+
+def _curves(first: Record, second: Record) -> list[dict[str, Any]]:
+    """Per tag both runs' curves in one chart: against the recording, and fidelity."""
+    blocks = []
+    for tag in dict.fromkeys([*(pick(first, "quality.by_tag") or {}), *(pick(second, "quality.by_tag") or {})]):
+        charts = []
+        for kind, title in (("{arm}", "against the recording"), ("fidelity", "of candidate against BF16")):
+            for metric, name, unit in METRICS:
+                path = f"quality.by_tag.{tag}.{kind}.curve.{metric}"
+                lines = [
+                    Series(f"{_name(record)} ({letter})", curve, style)
+                    for record, letter, style in zip((first, second), "AB", STYLES, strict=True)
+                    if (curve := pick(record, path.format(arm=_last(record))))
+                ]
+                if lines:
+                    charts.append(line_chart(f"{name} {title}", lines, unit))
+        if charts:
+            blocks.append({"tag": tag.replace("_", " ").capitalize(), "charts": charts})
+    return blocks
+
+
+def _videos(first: Run, second: Run, folder: Path, embed_limit: int) -> dict[str, Any]:
+    """Players of the clips that both runs have a video of: all panels of both."""
+    theirs = {clip["clip_id"]: clip for clip in second[0]["clips"]}
+    found = []
+    for clip in first[0]["clips"]:
+        other = theirs.get(clip["clip_id"])
+        if other is None or not clip.get("video") or not other.get("video"):
+            continue
+        pair = [video_path(*run, one) for run, one in ((first, clip), (second, other))]
+        if None not in pair:
+            found.append((clip, other, [path for path in pair if path is not None]))
+    total = sum(embedded_bytes(path) for *_, pair in found for path in pair)
+    players = [
+        {
+            "id": clip["clip_id"],
+            "tag": clip.get("tag", ""),
+            "drop": None,
+            "fidelity": None,
+            "panels": _both(first[0], clip, second[0], other),
+            "sources": [source(path, folder, total <= embed_limit) for path in pair],
+        }
+        for clip, other, pair in found
+    ]
+    frames = min(pick(record, "data.future_frames") or 0 for record, _ in (first, second))
+    return stage(players, frames, total, total <= embed_limit)
+
+
+def _both(first: Record, clip: Mapping[str, Any], second: Record, other: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Panels of both videos, the runs' last ones at the end: those the swipe starts with."""
+    groups = [
+        [panel | {"label": f"{panel['label']} ({letter})"} for panel in panels(record, one, video)]
+        for record, one, video, letter in ((first, clip, 0, "A"), (second, other, 1, "B"))
+    ]
+    return [*groups[0][:-1], *groups[1][:-1], groups[0][-1], groups[1][-1]]
+
+
+def _differences(first: Record, second: Record) -> list[tuple[str, str, str]]:
+    """Fields of the configs that differ."""
+    one, other = flatten(first["config"]), flatten(second["config"])
+    return [
+        (str(key), shown(one.get(key)), shown(other.get(key)))
+        for key in dict.fromkeys([*one, *other])
+        if one.get(key) != other.get(key)
+    ]
