@@ -138,7 +138,8 @@ class Export:
                 found = file.get_slice(name)
                 if tuple(found.get_shape()) != shape:
                     raise ExportError(f"{self.path}: {name} is {found.get_shape()}, its header implies {list(shape)}")
-                tensor = file.get_tensor(name)
+                # A copy: what the library gives lies in the mapped file, and would change with it.
+                tensor = file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise ExportError(f"{self.path}: {name} cannot be read: {error}") from error
         if tensor.dtype != dtype:

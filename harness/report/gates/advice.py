@@ -47,9 +47,13 @@ def command(words: Sequence[str], program: str = RUN) -> str:
     return " ".join([program, *(shlex.quote(word) for word in words)])
 
 
+ONCE = {"export", "resume", "overwrite", "hydra.run.dir"}
+"""Words about one run's own files: the next run has others."""
+
+
 def changed(words: Sequence[str], *new: str) -> list[str]:
-    """``words`` with those of the same key replaced by ``new``."""
-    keys = {_key(word) for word in new}
+    """``words`` with those of the same key replaced by ``new``, and without what is meant for one run alone."""
+    keys = {_key(word) for word in new} | ONCE
     return [*(word for word in words if _key(word) not in keys), *new]
 
 
