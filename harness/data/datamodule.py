@@ -23,6 +23,25 @@ ENCODER_BATCH = 32
 """Frames encoded at once."""
 LISTED_ERRORS = 10
 
+NAMED_ALIKE = 3
+"""Clips with one and the same trouble that are named; of more of them the first is, with their number."""
+
+
+def _folded(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Messages of clips, each with its clip's origin: those that differ by the origin alone as one, with a count."""
+    alike: dict[str, list[str]] = {}
+    for origin, said in problems:
+        alike.setdefault(said.replace(origin, "") if origin else said, []).append(said)
+    lines = []
+    for several in alike.values():
+        if len(several) > NAMED_ALIKE:
+            lines.append(f"{several[0]} ({len(several)} clips alike, this the first)")
+        else:
+            lines += several
+    more = [f"and {len(lines) - LISTED_ERRORS} more"] if len(lines) > LISTED_ERRORS else []
+    return lines[:LISTED_ERRORS] + more
+
+
 BatchT = TypeVar("BatchT", bound="_Movable")
 
 
@@ -165,22 +184,21 @@ class ClipDataModule(LightningDataModule):
         chosen = fitting[: self.conf.limit]
         if not chosen:
             raise ClipError(f"tag={self.conf.tag}: none of {len(entries)} clips has it; use another tag, or null")
-        problems = []
+        problems: list[tuple[str, str]] = []
         frame_sizes: dict[torch.Size, str] = {}
         for entry in chosen:
             try:
                 excerpt = self._read_checked(entry)
             except ClipError as error:
-                problems.append(str(error))
+                problems.append((entry.origin, str(error)))
                 continue
             if excerpt.frames is not None:
                 frame_sizes.setdefault(excerpt.frames.shape[2:], entry.origin)
         if len(frame_sizes) > 1:
             sizes = ", ".join(f"{origin} {h}×{w}" for (h, w), origin in frame_sizes.items())
-            problems.append(f"clips of different frame sizes: {sizes}")
+            problems.append(("", f"clips of different frame sizes: {sizes}"))
         if problems:
-            more = [f"and {len(problems) - LISTED_ERRORS} more"] if len(problems) > LISTED_ERRORS else []
-            raise ClipError("\n".join(problems[:LISTED_ERRORS] + more))
+            raise ClipError("\n".join(_folded(problems)))
         self.entries = chosen
 
     def read_context(self, entry: ClipEntry, start: int) -> Excerpt:
