@@ -20,6 +20,9 @@ import threading
 import time
 from typing import Any
 
+import harness  # noqa: F401  (how threads wait is settled before torch is imported)
+
+# isort: split
 import torch
 import uvicorn
 import websocket
