@@ -188,11 +188,20 @@ def test_the_page_fits_phone_and_desktop(open_game, browser, width):
             wait_for(browser, "return game.state.playing")
             browser.execute_script("document.getElementById('stick').scrollIntoView({block: 'center'})")
             stick = browser.find_element("id", "stick")
-            pointer = webdriver.common.action_chains.ActionChains(browser)
+            pointer = actions(browser)
             pointer.move_to_element_with_offset(stick, 0, -50).click_and_hold().perform()
             wait_for(browser, "return game.last.buttons.includes('W')")
             pointer.release().perform()
             wait_for(browser, "return !game.last.buttons.includes('W')")
+        else:
+            tap(browser, "p")
+            wait_for(browser, "return game.state.playing")
+        tap(browser, "c")
+        wait_for(browser, "return game.state.recording && game.state.playing && game.last.recorded > 2")
+        tap(browser, "c")
+        wait_for(browser, "return document.querySelector('#notices [data-saved]')")
+        # The command that judges what was saved is a line longer than a phone is wide.
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
