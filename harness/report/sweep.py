@@ -7,6 +7,7 @@ however it ends.
 from __future__ import annotations
 
 import atexit
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -178,7 +179,7 @@ def sweep_page(name: str, runs: Sequence[Run]) -> str:
         columns=[COLUMNS[number] for number in used],
         rows=[{**row, "cells": [row["cells"][number] for number in used]} for row in rows],
         notes=list(dict.fromkeys(note for run in runs if run.record for note in run.record["notes"])),
-        plots=_plots(compared),
+        plots=[plot for name, group in _alike(compared).items() for plot in _plots(group, name)],
         emulated=EMULATED if any(run.record and emulated(run.record) for run in runs) else "",
         judged=any(run.record and run.record.get("gates") for run in runs),
     )
@@ -222,8 +223,36 @@ def _held_ratio(record: Record) -> float | None:
     return ratio(held_bytes(arms.get("candidate")), held_bytes(arms.get("bf16")))
 
 
-def _plots(runs: Sequence[Run]) -> list[Markup]:
-    """Quality, as drop and as fidelity, against speed and against memory; BF16 itself is the point (1, 0)."""
+def _alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that may stand on one front, those of the same model over the same clips, by what tells them apart.
+
+    The name is empty where all are alike.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        record = run.record or {}
+        model = [pick(record, f"model.{name}") for name in ("checkpoint", "arch", "decoder_checkpoint")]
+        clips = sorted(str(clip.get("clip_id")) for clip in record.get("clips") or [])
+        frames = [pick(record, f"data.{name}") for name in ("context_frames", "future_frames")]
+        groups.setdefault(json.dumps([model, clips, frames], sort_keys=True, default=str), []).append(run)
+    if len(groups) == 1:
+        return {"": list(runs)}
+    named: dict[str, list[Run]] = {}
+    for group in groups.values():
+        record = group[0].record or {}
+        count = len(record.get("clips") or [])
+        name = (
+            f"{pick(record, 'choices.model') or 'model'}, {count} clips × {pick(record, 'data.future_frames')} frames"
+        )
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = group
+    return named
+
+
+def _plots(runs: Sequence[Run], name: str = "") -> list[Markup]:
+    """Quality, as drop and as fidelity, against speed and against memory; BF16 itself is the point (1, 0).
+
+    ``name``: of the runs, where a sweep holds several that do not compare.
+    """
     plots = []
     for quality, better, y_label in (("drop", -1, "PSNR drop, dB"), ("fidelity", 1, "fidelity, dB")):
         for cost, sense, x_label in (
@@ -233,7 +262,7 @@ def _plots(runs: Sequence[Run]) -> list[Markup]:
             points = _points(runs, quality, better, cost, sense)
             if points:
                 title = f"{'PSNR drop' if quality == 'drop' else 'Fidelity to BF16'} against "
-                title += "speed" if cost == "speed" else "memory"
+                title += ("speed" if cost == "speed" else "memory") + (f": {name}" if name else "")
                 plots.append(scatter(title, points, x_label, y_label, flip_y=quality == "drop"))
     return plots
 

@@ -151,3 +151,16 @@ def test_a_multirun_ends_with_its_page_whatever_becomes_of_its_jobs(tmp_path, jo
     assert text.count('chip complete"') == jobs.count("good")
     for reason in failed:
         assert (reason or "was killed before its first clip was finished") in text
+
+
+def test_other_clips_or_another_model_have_a_front_of_their_own(tmp_path):
+    folder = tmp_path / "sweep"
+    one, other = record(factor=0.5), record(candidate="mxfp4_all")
+    other.clips = other.clips[:1]
+    job(folder, 0, ["quant=mxfp8_all"], one)
+    job(folder, 1, ["data.limit=1"], other)
+    text = write_sweep_page(folder).read_text()
+    titles = re.findall(r"<figcaption><span>(.*?)</span></figcaption>", text)
+    assert any("smoke, 2 clips" in title for title in titles)
+    assert any("smoke, 1 clips" in title for title in titles)
+    assert all("clips ×" in title for title in titles)
