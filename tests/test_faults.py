@@ -20,6 +20,9 @@ SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "measur
 def command(monkeypatch, tmp_path, capfd):
     """Run the command with these words and outputs in ``run``; returns its exit code and what it said."""
 
+    # A process started in the background ignores Ctrl-C, and a run keeps to that; these tests are about others.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def run_words(*words):
         monkeypatch.setattr(sys, "argv", ["run.py", *SMOKE, f"hydra.run.dir={tmp_path / 'run'}", *words])
         monkeypatch.chdir(tmp_path)
@@ -30,7 +33,8 @@ def command(monkeypatch, tmp_path, capfd):
         assert "Traceback" not in said.err
         return stop.value.code, said
 
-    return run_words
+    yield run_words
+    signal.signal(signal.SIGINT, ignored)
 
 
 @pytest.fixture

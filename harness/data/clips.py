@@ -201,7 +201,8 @@ def _encode(path: Path, clip: Clip, scale: int, crf: int) -> None:
         stream = container.add_stream("libx264", rate=Fraction(clip.fps).limit_denominator(1001))
         stream.height, stream.width = (side * scale for side in clip.frames.shape[2:])
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryslow"}
+        # Without mb-tree, whose AVX-512 code gives small pictures now and then another stream for the same input.
+        stream.options = {"crf": str(crf), "preset": "veryslow", "x264-params": "mbtree=0"}
         stream.codec_context.colorspace = CODE_BT601
         stream.codec_context.thread_count = 1  # the same clip gives the same file, whatever the machine's cores
         for frame in clip.frames.permute(0, 2, 3, 1).numpy():
