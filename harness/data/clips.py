@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch import Tensor
 from harness.data.conf import BUTTON_NAMES, Tag
 from harness.data.yuv import BT601, BT709, rgb_to_yuv420, yuv420_to_rgb
 from harness.files.text import FileError, read_json
+from harness.files.writing import replacing
 
 FORMAT = "mx-world-harness clip"
 VERSION = 1
@@ -159,22 +158,11 @@ def write_clip(folder: str | Path, clip: Clip, crf: int = 24) -> Path:
     if height * scale % 2 or width * scale % 2:
         raise ClipError(f"clip {clip.id}: frames of {height}×{width}; yuv420p needs even sides")
     video = folder / f"{clip.id}.mp4"
-    with _replacing(video) as part:
+    with replacing(video) as part:
         _encode(part, clip, scale, crf)
-    with _replacing(video.with_suffix(".json")) as part:
+    with replacing(video.with_suffix(".json")) as part:
         part.write_text(_dump(clip, scale, _sha256(video)), encoding="utf-8")
     return video
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` once it is complete."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.export.layout import KEY, ExportError, ExportHeader, digest, fingerprint, quantization_config, tensors_of
+from harness.files.writing import replacing
 from harness.models.world import WorldModel
 from harness.mx.linears.base import MXModule
 from harness.report.codec import encode
@@ -66,7 +65,7 @@ def write_export(model: WorldModel, header: ExportHeader, path: Path) -> ExportH
         digests={name: digest(tensor) for name, tensor in sorted(tensors.items())},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as part:
+    with replacing(path) as part:
         save_file(tensors, part, {KEY: encode(_sorted(asdict(header)))})
     return header
 
@@ -75,17 +74,3 @@ def _sorted(value: object) -> object:
     if isinstance(value, dict):
         return {key: _sorted(value[key]) for key in sorted(value)}
     return [_sorted(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place once it is complete and on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
