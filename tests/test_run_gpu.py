@@ -17,8 +17,8 @@ def test_both_arms_run_captured_and_are_measured(record, quant, attention):
     found = record(*WORDS, f"quant={quant}", "kv=mx_v_only", f"attention={attention}")
     assert found.status == "complete"
     transform = found.arms["candidate"].transform
-    assert not transform["emulated"]
-    assert transform["count"] > 0
+    assert not transform.emulated
+    assert transform.count > 0
     for arm in found.arms.values():
         assert arm.compile.cuda_graph
         assert (arm.compile.graph_breaks, arm.compile.recompiles_after_warmup) == (0, 0)
@@ -27,7 +27,7 @@ def test_both_arms_run_captured_and_are_measured(record, quant, attention):
         assert arm.memory.peak_allocated > 0
     assert found.quality.all.fidelity.psnr > 20
     errors = [layer.rel for layer in found.arms["candidate"].numerics.layers.values()]
-    assert len(errors) == transform["count"]
+    assert len(errors) == transform.count
     assert all(0 < error < 0.2 for error in errors)
 
 
