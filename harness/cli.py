@@ -20,10 +20,15 @@ COMMANDS = {
     "gates": ("harness.judge:main", "judge a finished run again, from its record alone"),
     "report": ("harness.commands.report:main", "write a run's or a sweep's page again, from records alone"),
     "export": ("harness.commands.export:main", "write what a run judged as one file to take away"),
-    "microbench": ("harness.commands.microbench:main", "time kernels and attention by themselves"),
     "play": ("harness.play:main", "play a world model live in a browser"),
     "fields": ("harness.config.reference:main", "every field of the config: type, default, allowed values, meaning"),
     "schema": ("harness.report.schema:main", "the JSON schema of a run's record"),
+    "bench": ("harness.bench.rollout:main", "rollouts side by side: formats, attention, batch sizes; random weights"),
+    "microbench": ("harness.bench.micro:main", "time kernels and attention by themselves"),
+    "profile": ("harness.bench.profile:main", "where one frame's time goes, kernel by kernel"),
+    "tune": ("harness.bench.tune_layer:main", "search launch shapes of the CUDA kernel for your GPU"),
+    "parity": ("harness.bench.parity:main", "compare this package's numbers with outputs of your own code"),
+    "world-model": ("harness.bench.world_model:main", "does a checkpoint obey its actions, and beat a repeated frame?"),
 }
 """Where each sub-command is, and what it does. It reads its arguments from ``sys.argv`` and may return an exit code."""
 

@@ -1,8 +1,8 @@
-"""What loading an exported checkpoint takes: see ``harness/commands/bench_export.py``."""
+"""What loading an exported checkpoint takes: see ``harness/bench/export.py``."""
 
 import sys
 
-from harness.commands.bench_export import main
+from harness.bench.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,9 +40,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from harness.data.conf import BUTTON_NAMES
 
 if TYPE_CHECKING:

@@ -30,17 +30,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from lightning import Trainer
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
-from harness.models.dcae import DCAEConfig
-from harness.models.gamerft import GameRFTConfig, GameRFTCore
-from harness.rollout.sampler import SamplerConf
-from scripts.doom_world.autoencoder import (
+from doom_world.autoencoder import (
     AutoencoderTask,
     DecoderTask,
     TimedModule,
@@ -48,10 +38,18 @@ from scripts.doom_world.autoencoder import (
     encode_all,
     reconstruction_psnr,
 )
-from scripts.doom_world.bank import Controls, SequenceBank, load_shards, ticks
-from scripts.doom_world.evaluate import contact_sheet, evaluate, held_out_play
-from scripts.doom_world.world_model import FlowTask, ForcedTask, RolloutTask, SharpenTask, WorldModelTask
-from scripts.record_doom import record_many
+from doom_world.bank import Controls, SequenceBank, load_shards, ticks
+from doom_world.evaluate import contact_sheet, evaluate, held_out_play
+from doom_world.world_model import FlowTask, ForcedTask, RolloutTask, SharpenTask, WorldModelTask
+from lightning import Trainer
+from record_doom import record_many
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
+from harness.models.dcae import DCAEConfig
+from harness.models.gamerft import GameRFTConfig, GameRFTCore
+from harness.rollout.sampler import SamplerConf
 
 DCAE = DCAEConfig(
     sample_size=[128, 128],

@@ -1,1 +1,1 @@
-"""Sub-commands that are no room's own: pages from records, the benchmark of layers."""
+"""Sub-commands that are no room's own: pages from records, exports."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
+from doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
 from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder
-from scripts.doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
 
 
 def time_cosine(elapsed: float, budget: float, warmup: float = 0.02, floor: float = 0.02) -> float:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record_doom import HELD_OUT_SEEDS, SCENARIOS, record_arrays
 from torch import Tensor, nn
 
+from doom_world.autoencoder import encode_all
 from harness.kv import KVConf
 from harness.models.dcae import to_frames
 from harness.models.gamerft import GameRFTCore
 from harness.rollout.sampler import Rollout, SamplerConf, make_cache
-from scripts.doom_world.autoencoder import encode_all
-from scripts.record_doom import HELD_OUT_SEEDS, SCENARIOS, record_arrays
 
 
 def _play(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
+from doom_world.attention import StreamAttention
+from doom_world.autoencoder import TimedModule
+from doom_world.bank import SequenceBank
+from doom_world.muon import StackedMuon
 from harness.kv import KVConf
 from harness.models.gamerft import GameRFTCore
 from harness.rollout.sampler import Rollout, SamplerConf, make_cache
-from scripts.doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
-from scripts.doom_world.attention import StreamAttention
-from scripts.doom_world.autoencoder import TimedModule
-from scripts.doom_world.bank import SequenceBank
-from scripts.doom_world.muon import StackedMuon
 
 
 class WorldModelTask(TimedModule):

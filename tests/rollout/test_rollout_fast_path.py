@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from harness.bench.parity import BOUND, Case, play
+from harness.bench.world_model import bf16_arm, clip_batch, plan, psnr
 from harness.data.clips import find_clips
 from harness.models.checkpoint import load_gamerft
 from harness.models.config_io import read_gamerft_config
 from harness.models.dcae import to_frames
 from harness.rollout import AttentionKind, CompileConf
 from harness.rollout.linears import pack_where_faster
-from scripts.check_parity import BOUND, Case, play
-from scripts.check_world_model import bf16_arm, clip_batch, plan, psnr
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -9,8 +9,8 @@ import yaml
 from rollout_cases import NaiveRollout, make_core, make_inputs
 from safetensors.torch import load_file, save_file
 
+from harness.bench.parity import BOUND, DECODER_BOUND, check_folder, main
 from harness.rollout import SamplerConf
-from scripts.check_parity import BOUND, DECODER_BOUND, check_folder, main
 
 CASES = Path(__file__).parents[1] / "parity"
 

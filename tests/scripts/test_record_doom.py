@@ -3,10 +3,8 @@ import sys
 
 import numpy as np
 import pytest
-
-from harness.data.clips import find_clips, read_clip
-from scripts import record_doom
-from scripts.record_doom import (
+import record_doom
+from record_doom import (
     HELD_OUT_SEEDS,
     SCENARIOS,
     A,
@@ -20,6 +18,8 @@ from scripts.record_doom import (
     record_clip,
     record_many,
 )
+
+from harness.data.clips import find_clips, read_clip
 
 ROOM = Walls(np.array([[0, 0, 800, 0], [800, 0, 800, 600], [800, 600, 0, 600], [0, 600, 0, 0]], np.float64))
 

@@ -8,14 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import train_doom
 import yaml
+from doom_world.autoencoder import time_cosine
+from doom_world.bank import Controls, SequenceBank
+from doom_world.muon import StackedMuon
 from safetensors.torch import load_file
 
 from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
-from scripts import train_doom
-from scripts.doom_world.autoencoder import time_cosine
-from scripts.doom_world.bank import Controls, SequenceBank
-from scripts.doom_world.muon import StackedMuon
 
 STAGES = ["autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "export"]
 

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from harness.bench import attention as bench_attention
 from harness.rollout import fused
 from harness.rollout.fused import WindowConfig
-from scripts import bench_attention
 
 TINY = ["--device", "cpu", "--heads", "1", "--dim", "32", "--tokens", "16", "--frames", "2"]
 

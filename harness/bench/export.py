@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from harness.ab.arms import load_arms
+from harness.bench.child import child
 from harness.config import ConfigError, plan_run
 from harness.config.compose import compose
 from harness.export.layout import ExportHeader
@@ -90,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ConfigError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        command = [sys.executable, "-m", "harness.commands.bench_export", "--load", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(**child("export", "--load", str(path)), capture_output=True, text=True, check=True)
         peak, seconds = (float(number) for number in done.stdout.split()[-2:])
         size = path.stat().st_size
     print(f"BF16 weights {plain / 2**20:.1f} MiB, file {size / 2**20:.1f} MiB, ", end="")

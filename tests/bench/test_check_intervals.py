@@ -1,6 +1,6 @@
 """The simulation behind the choice of intervals, small."""
 
-from scripts.check_intervals import main, misses
+from harness.bench.intervals import main, misses
 
 
 def test_percentile_bootstraps_miss_too_often_with_four_clips_and_the_gates_intervals_do_not():

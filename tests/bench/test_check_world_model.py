@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from scripts.check_world_model import MARGIN_DB, WorldModelFigures, main, world_model_figures
+from harness.bench.world_model import MARGIN_DB, WorldModelFigures, main, world_model_figures
 
 
 @pytest.mark.slow

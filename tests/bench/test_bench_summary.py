@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from harness.commands import microbench
-from scripts import bench_attention, bench_rollout, bench_summary
+from harness.bench import attention, micro, summary
+from harness.bench import rollout as rollouts
+from harness.bench.rows import all_rows
 
 
 def rollout(name, ms=None, **others):
@@ -32,7 +33,8 @@ def results(tmp_path):
     ]
     (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
     linear = [
-        {"shape": "64×8→16", "way": way, "us": us, "floor_us": 2.0} for way, us in (("torch BF16", 9.0), ("W8", 6.0))
+        {"shape": "64×8→16", "variant": variant, "us": us, "floor_us": 2.0}
+        for variant, us in (("torch BF16", 9.0), ("W8", 6.0))
     ]
     (tmp_path / "linear_m.json").write_text(json.dumps({"rows": linear}))
     layers = [
@@ -41,11 +43,11 @@ def results(tmp_path):
         {"storage": "mx_v_only", "attention": "fused", "failed": "ValueError: no"},
     ]
     (tmp_path / "attention.json").write_text(json.dumps({"rows": layers}))
-    return bench_summary.parse(["--models", "m", "--out", str(tmp_path)])
+    return summary.parse(["--models", "m", "--out", str(tmp_path)])
 
 
 def test_ratios_are_to_the_fastest_bf16_of_the_same_run(results):
-    table = dict(line.strip("| ").split(" | ", 1) for line in bench_summary.summary(results).splitlines())
+    table = dict(line.strip("| ").split(" | ", 1) for line in summary.summary(results).splitlines())
     assert table["DiT, `m`, bf16+bf16/sdpa"].startswith("3.00 ms a frame, 1.50× of BF16, 6.0× its floor of 0.50")
     assert "0.75× of BF16" in table["DiT, `m`, mxfp8_all+mx_v_only/fused"]
     assert table["DiT, `m`, mxfp4_all+mx_v_only/fused"] == "failed: OutOfMemoryError: too large"
@@ -59,13 +61,13 @@ def test_ratios_are_to_the_fastest_bf16_of_the_same_run(results):
 
 def test_the_measuring_scripts_take_its_commands(results):
     parsers = {
-        "microbench.py": lambda words: microbench.parse([*words, "--device", "cpu"]),
-        "bench_rollout.py": bench_rollout.parse,
-        "bench_attention.py": bench_attention.parse,
+        "micro": lambda words: micro.parse([*words, "--device", "cpu"]),
+        "rollout": rollouts.parse,
+        "attention": attention.parse,
     }
-    for script, *words in bench_summary.jobs(results).values():
-        parsers[script](words)
-    rows = bench_rollout.all_rows(bench_rollout.parse(bench_summary.jobs(results)["bench.json"][1:]))
+    for module, *words in summary.jobs(results).values():
+        parsers[module](words)
+    rows = all_rows(rollouts.parse(summary.jobs(results)["bench.json"][1:]))
     assert [row.name for row in rows] == [
         "m/B1/bf16+bf16/sdpa",
         "m/B1/bf16+bf16/fused/library",
@@ -77,13 +79,13 @@ def test_the_measuring_scripts_take_its_commands(results):
 
 
 def test_further_models_have_fewer_rows(tmp_path):
-    args = bench_summary.parse(["--models", "m", "n", "--out", str(tmp_path)])
-    rows = bench_rollout.all_rows(bench_rollout.parse(bench_summary.jobs(args)["bench.json"][1:]))
+    args = summary.parse(["--models", "m", "n", "--out", str(tmp_path)])
+    rows = all_rows(rollouts.parse(summary.jobs(args)["bench.json"][1:]))
     assert [sum(row.model == model for row in rows) for model in ("m", "n")] == [6, 4]
 
 
 def test_a_job_that_breaks_is_an_exit_code_and_leaves_no_old_figures(results, monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
-    assert bench_summary.main(["--models", "m", "--out", str(results.out)]) == 1
+    monkeypatch.setattr(subprocess, "run", lambda args, env, check: subprocess.CompletedProcess(args, 1))
+    assert summary.main(["--models", "m", "--out", str(results.out)]) == 1
     assert "µs" not in capsys.readouterr().out
     assert (results.out / "summary.md").is_file()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.commands import microbench
+from harness.bench import inputs, linears, measuring, micro, rings
 from harness.mx.linears.base import MXLinear
 from harness.mx.weights import nearest
 from harness.rollout.attention import AttentionKind
@@ -16,32 +16,32 @@ QUICK = ["--device", "cpu", "--model", "smoke", "--iterations", "1", "--warmup",
 
 @pytest.fixture
 def bench(monkeypatch):
-    made = microbench.Bench(torch.device("cpu"), iterations=3, warmup=0, deadline=float("inf"), bandwidth=10.0)
+    made = measuring.Bench(torch.device("cpu"), iterations=3, warmup=0, deadline=float("inf"), bandwidth=10.0)
     return made
 
 
 def test_a_run_times_every_part_and_writes_every_figure(tmp_path, capsys, monkeypatch):
     # flex compiles for long; fused is refused on a CPU, and Triton's interpreter cannot multiply its BF16
-    monkeypatch.setattr(microbench, "AttentionKind", [AttentionKind.sdpa])
+    monkeypatch.setattr(rings, "AttentionKind", [AttentionKind.sdpa])
     out = tmp_path / "figures.json"
-    assert microbench.main([*QUICK, "--formats", "W8A16", "W4A8", "--json", str(out)]) == 0
+    assert micro.main([*QUICK, "--formats", "W8A16", "W4A8", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["complete"]
     assert {row["part"] for row in found["rows"]} == {"linear", "attention", "kv"}
     linears = [row for row in found["rows"] if row["part"] == "linear"]
-    assert {row["way"] for row in linears} == {"torch BF16", "W8A16 emulated", "W4A8 emulated"}
+    assert {row["variant"] for row in linears} == {"torch BF16", "W8A16 emulated", "W4A8 emulated"}
     assert all(row["us"] > 0 and row["of_bf16"] > 0 and row["floor_us"] > 0 for row in linears)
-    assert all(row["error"] < 1e-2 for row in linears if row["way"] != "torch BF16")
-    attention = [row for row in found["rows"] if row["part"] == "attention" and row["way"] == "sdpa"]
+    assert all(row["error"] < 1e-2 for row in linears if row["variant"] != "torch BF16")
+    attention = [row for row in found["rows"] if row["part"] == "attention" and row["variant"] == "sdpa"]
     assert [row["name"] for row in attention] == ["ring bf16", "ring mx_v_only", "ring mx_kv", "ring mxfp4_kv"]
     assert all(row["us"] > 0 and row["error"] == 0 for row in attention)
     assert "modulation, all layers" in capsys.readouterr().out
 
 
 def test_products_are_those_of_a_frame():
-    arch, window = microbench.read_model("dit_v4")
+    arch, window = inputs.read_model("dit_v4")
     assert window == 60
-    shapes = {p.name: (p.m, p.k, p.n) for p in microbench.products(arch, batch=4)}
+    shapes = {p.name: (p.m, p.k, p.n) for p in linears.products(arch, batch=4)}
     assert shapes["attn.qkv"] == (256, 1536, 4608)
     assert shapes["mlp.fc2"] == (256, 6144, 1536)
     assert shapes["adaln1.fc"] == (8, 1536, 3072)
@@ -51,12 +51,12 @@ def test_products_are_those_of_a_frame():
 def test_a_model_may_be_a_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("model: {channels: 8, n_layers: 2, n_heads: 2, d_model: 64, sample_size: 4, tokens_per_frame: 16}")
-    assert microbench.read_model(str(file))[0].d_model == 64
+    assert inputs.read_model(str(file))[0].d_model == 64
 
 
 def test_when_time_is_over_the_rest_is_said_to_be_missing(tmp_path, capsys):
     out = tmp_path / "figures.json"
-    assert microbench.main([*QUICK, "--seconds", "0", "--json", str(out)]) == 0
+    assert micro.main([*QUICK, "--seconds", "0", "--json", str(out)]) == 0
     assert not json.loads(out.read_text())["complete"]
     assert "was not measured" in capsys.readouterr().out
 
@@ -69,8 +69,8 @@ def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
     def wrong_ways(linear, fmt, device, everything):
         yield "wrong", Wrong(nearest(linear, fmt))
 
-    monkeypatch.setattr(microbench, "ways", wrong_ways)
-    microbench.bench_product(bench, microbench.Product("p", 4, 64, 64), ["W4A16"], None, False)
+    monkeypatch.setattr(linears, "variants", wrong_ways)
+    linears.bench_product(bench, linears.Product("p", 4, 64, 64), ["W4A16"], None, False)
     plain, wrong = bench.rows
     assert plain.us is not None
     assert wrong.us is None
@@ -79,8 +79,8 @@ def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
 
 def test_the_floor_counts_weight_input_and_output(bench):
     linear = nn.Linear(64, 32, bias=False).bfloat16().requires_grad_(False)
-    row = microbench.Row("linear", "p", "", "", 32)
-    microbench.time_linear(bench, row, linear, linear.weight.nbytes, torch.zeros(8, 64).bfloat16(), None)
+    row = measuring.Row("linear", "p", "", "", 32)
+    linears.time_linear(bench, row, linear, linear.weight.nbytes, torch.zeros(8, 64).bfloat16(), None)
     assert row.floor_us == pytest.approx((64 * 32 + 8 * 64 + 8 * 32) * 2 / 10.0 / 1e3)
     assert row.of_bf16 == 1
 
@@ -93,5 +93,5 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit):
-        microbench.main(arguments)
+        micro.main(arguments)
     assert message in capsys.readouterr().err

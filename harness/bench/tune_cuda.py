@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.bench.measuring import Bench
 from harness.kernels import launch
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import ops as cuda_ops
@@ -26,17 +26,6 @@ TRIED = 64
 
 REFINED = 4
 """Of these, the fastest are tried with other stages."""
-
-
-class Bench(Protocol):
-    """What measures, as in `microbench`."""
-
-    tried: list[dict[str, Any]]
-
-    @property
-    def over(self) -> bool: ...
-    def copies(self, size: int) -> int: ...
-    def time(self, calls: Sequence[Callable[[], object]]) -> tuple[float, float]: ...
 
 
 def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:

@@ -6,9 +6,12 @@ import json
 import pytest
 import torch
 
+from harness.bench import profile, rollout, summary
+from harness.bench.floors import decoder_floor_ms
+from harness.bench.inputs import compose_plan
+from harness.bench.ready import time_limit
 from harness.config import register
 from harness.models.dcae import DCAEDecoder
-from scripts import bench_rollout, bench_summary
 
 TINY = ["model.arch.n_layers=2", "model.arch.local_idx=2", "sampler.window=3"]
 
@@ -16,7 +19,7 @@ TINY = ["model.arch.n_layers=2", "model.arch.local_idx=2", "sampler.window=3"]
 def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
     base = ["--models", "smoke", "--device", "cpu", "--compile", "off", "--batches", "1", "--out", str(tmp_path)]
     rows = ["--attention", "sdpa,none", "--match", "bf16.bf16|mxfp4_all", "--frames", "2"]
-    assert bench_rollout.main([*base, *rows, *TINY]) == 1
+    assert rollout.main([*base, *rows, *TINY]) == 1
     record = json.loads((tmp_path / "bench.json").read_text())
     by_name = {row["row"]: row for row in record["rows"]}
     failed = {name for name, row in by_name.items() if row["failed"]}
@@ -41,8 +44,8 @@ def test_bench_writes_every_row_and_outlives_a_failing_one(tmp_path, capsys):
 def test_the_decoders_floor_is_weights_once_and_activations_per_clip(tmp_path):
     register()
     words = ("model=smoke", "trainer=cpu", "compile=off")
-    plans = [bench_rollout.compose_plan([*words, f"data.batch_size={n}"], tmp_path) for n in (1, 2, 3)]
-    one, two, three = (bench_rollout.decoder_floor_ms(plan, 1e-9) for plan in plans)  # 1 byte a ms
+    plans = [compose_plan([*words, f"data.batch_size={n}"], tmp_path) for n in (1, 2, 3)]
+    one, two, three = (decoder_floor_ms(plan, 1e-9) for plan in plans)  # 1 byte a ms
     decoder = DCAEDecoder(plans[0].dcae)
     convolutions = [m for m in decoder.modules() if isinstance(m, torch.nn.Conv2d)]
     size = plans[0].conf.decoder.dtype_on(plans[0].device).itemsize
@@ -54,13 +57,13 @@ def test_the_decoders_floor_is_weights_once_and_activations_per_clip(tmp_path):
 
 
 def test_bench_says_when_nothing_matches(capsys):
-    assert bench_rollout.main(["--match", "nothing"]) == 2
+    assert rollout.main(["--match", "nothing"]) == 2
     assert "no row matches" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("override", ["compile.linears=packed", "quant=mxfp8_all", "+data.batch_size=4"])
 def test_what_names_a_row_cannot_be_overridden(override, tmp_path, capsys):
-    for script in (bench_rollout, bench_summary):
+    for script in (rollout, summary):
         with pytest.raises(SystemExit) as ended:
             script.main(["--device", "cpu", "--out", str(tmp_path / "out"), override])
         assert ended.value.code == 2
@@ -69,17 +72,15 @@ def test_what_names_a_row_cannot_be_overridden(override, tmp_path, capsys):
 
 
 def test_a_row_that_takes_too_long_is_stopped():
-    with pytest.raises(TimeoutError, match="not ready within"), bench_rollout.time_limit(0.05):
+    with pytest.raises(TimeoutError, match="not ready within"), time_limit(0.05):
         sum(number for number in itertools.count())  # Python code, which a signal can interrupt
 
 
 def test_profile_splits_a_frame_and_compares(tmp_path, capsys):
-    from scripts import profile_frame
-
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     run = ["--device", "cpu", "--frames", "1", "--out"]
-    assert profile_frame.main([*run, str(first), "model=smoke", *TINY]) == 0
-    assert profile_frame.main([*run, str(second), "--before", str(first), "model=smoke", "kv=mx_kv", *TINY]) == 0
+    assert profile.main([*run, str(first), "model=smoke", *TINY]) == 0
+    assert profile.main([*run, str(second), "--before", str(first), "model=smoke", "kv=mx_kv", *TINY]) == 0
     now = json.loads(second.read_text())
     assert sum(part["us"] for part in now["frame"]["parts"].values()) == pytest.approx(now["frame"]["us"])
     assert now["frame"]["parts"]["attention"]["us"] > 0
@@ -100,6 +101,4 @@ def test_profile_splits_a_frame_and_compares(tmp_path, capsys):
     ],
 )
 def test_kernels_have_parts(name, part):
-    from scripts.profile_frame import part_of
-
-    assert part_of(name) == part
+    assert profile.part_of(name) == part

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from harness.commands import tune_cuda
+from harness.bench import tune_cuda, tune_layer
 from harness.kv import KVStorage
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.mx.linears.cuda import CudaLinear
-from scripts import tune_layer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")

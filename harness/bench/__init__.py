@@ -1,0 +1,1 @@
+"""Benchmarks, tuners and checks: what measures the product, beside what the product does."""

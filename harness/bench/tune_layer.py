@@ -1,0 +1,218 @@
+"""Find the launch shapes of `kernel=cuda` with which whole layers run fastest; prints entries for `kernels/cuda/tuned`.
+
+    python scripts/tune_layer.py                                # dit_v4, 8, 4 and 16 bits
+    python scripts/tune_layer.py --model dit_v4_5b --bits 8 4
+
+A Linear by itself (`microbench.py --tune`) does not show what counts in a frame: kernels are launched while those in
+front of them still run (`harness.kernels.launch`), and one that leaves room on a multiprocessor has its weights there
+before its input is ready. So here layers run as in a frame, in a CUDA graph: attention over a full ring, sums and
+norms, and the four Linears, of which one kind after the other is given each launch shape worth trying. A shape whose
+product is wrong is never timed. Needs a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.bench.inputs import read_model
+from harness.bench.linears import FORMATS
+from harness.bench.tune_cuda import checker, other_stages, reason
+from harness.kernels import launch
+from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda import shapes as cuda_config
+from harness.kernels.cuda.shapes import CudaConfig
+from harness.kernels.tuned import entry
+from harness.kv import KVConf, KVStorage
+from harness.measure.timing import samples_ms
+from harness.models.gamerft import BlockModulation, GameRFTCore
+from harness.mx.linears import cuda as cuda_linear
+from harness.mx.linears.cuda import CudaLinear
+from harness.mx.weights import nearest
+from harness.rollout import SamplerConf, make_cache
+from harness.rollout.attention import AttentionKind, frame_attention
+from harness.rollout.linears import pack
+from harness.rollout.steps import through_layer_fused
+
+FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
+REPLAYS = 12
+ROUNDS, REFINED, VARIED = 3, 12, 4
+"""Of each Linear's launch shapes, the fastest are tried again when those of the others are known, and once, of the
+fastest of all, what differs from them in stages alone."""
+
+
+class Layers:
+    """Layers of a model in a CUDA graph, and how long one takes."""
+
+    def __init__(self, core: GameRFTCore, window: int, bits: int, batch: int, storage: KVStorage) -> None:
+        arch, device, count = core.cfg, core.proj_in.weight.device, core.cfg.n_layers
+        cache = make_cache(core, SamplerConf(window=window), KVConf(storage), batch)
+        for layer, frames in enumerate(cache.windows):
+            shape = (batch, arch.n_heads, frames * arch.tokens_per_frame, arch.head_dim)
+            cache.load(layer, *(torch.randn(shape, device=device).bfloat16() for _ in range(2)))
+        cache.advance()
+        self.attend = frame_attention(cache, AttentionKind.fused, store=False)
+        name, dim = FORMAT_OF_BITS[bits], arch.d_model
+        if name is None:
+            pack(core)
+        else:
+            pack(core, lambda linear: cuda_linear.build(nearest(linear, FORMATS[name])))
+        self.blocks = core.blocks
+        self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
+        self.mods = [
+            BlockModulation(*(0.1 * torch.randn(batch, 1, dim, device=device).bfloat16() for _ in range(6)))
+            for _ in range(count)
+        ]
+        angles = torch.rand(arch.tokens_per_frame, arch.head_dim // 2, device=device)
+        self.rotary = (angles.cos(), angles.sin())
+
+    def linears(self, name: str) -> list[CudaLinear]:
+        """Every layer's Linear of a name such as "mlp.fc1"."""
+        found = [block.get_submodule(name) for block in self.blocks]
+        assert all(isinstance(linear, CudaLinear) for linear in found)
+        return found  # type: ignore[return-value]
+
+    def run(self) -> Tensor:
+        """All layers once."""
+        x, branch, gate = self.x, torch.zeros_like(self.x), self.mods[0].mlp_gate
+        for block, mod in zip(self.blocks, self.mods, strict=True):
+            x, branch = through_layer_fused(block, self.attend, x, branch, gate, mod, self.rotary)
+            gate = mod.mlp_gate
+        return x + branch
+
+    def time(self) -> float:
+        """Median µs of a layer."""
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            self.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self.run()
+        times = samples_ms(graph.replay, torch.device("cuda"), REPLAYS, warmup=2)
+        return statistics.median(times) * 1e3 / len(self.blocks)
+
+
+NAMES = [spec.name for spec in GameRFTCore.block_linears if not spec.per_frame]
+
+
+class Tuner:
+    """Tries launch shapes of each Linear in turn."""
+
+    def __init__(self, layers: Layers, most: int, deadline: float) -> None:
+        self.layers, self.most, self.deadline = layers, most, deadline
+        self.timed: dict[str, dict[CudaConfig, float]] = {name: {} for name in NAMES}
+        self.tried: list[tuple[str, CudaConfig, float]] = []
+        self.refused: list[str] = []
+
+    def tune(self) -> dict[str, CudaConfig]:
+        """The fastest of each Linear; several rounds, since what one occupies is what another cannot have."""
+        for turn in range(ROUNDS):
+            for name in NAMES:
+                linear = self.layers.linears(name)[0]
+                shape = linear.shape(self.layers.x[..., 0].numel())
+                known = self.timed[name]
+                configs = self._again(known, shape, turn) if turn else self._worth_trying(shape)
+                self.timed[name] = {} if turn else known
+                self._try(name, [config for config in configs if turn or config not in known])
+                self._set(name, min(self.timed[name], key=self.timed[name].__getitem__))
+                print(f"  {name}: {min(self.timed[name].values()):.2f} µs a layer", flush=True)
+        return {name: min(timed, key=timed.__getitem__) for name, timed in self.timed.items()}
+
+    def _worth_trying(self, shape: cuda_config.CudaShape) -> list[CudaConfig]:
+        return [cuda_config.choose(shape), *cuda_config.candidates_in_a_layer(shape, self.most)]
+
+    def _again(self, known: dict[CudaConfig, float], shape: cuda_config.CudaShape, turn: int) -> list[CudaConfig]:
+        fastest = sorted(known, key=known.__getitem__)[:REFINED]
+        varied = [other for config in fastest[:VARIED] for other in other_stages(config, shape)] if turn == 1 else []
+        return list(dict.fromkeys([*fastest, *varied]))
+
+    def _set(self, name: str, config: CudaConfig) -> None:
+        for linear in self.layers.linears(name):
+            linear.config = config
+
+    def _try(self, name: str, configs: Sequence[CudaConfig]) -> None:
+        linear = self.layers.linears(name)[0]
+        rows = torch.randn(self.layers.x[..., 0].numel(), linear.in_features, device="cuda").bfloat16()
+        check, dependent = checker(linear, rows), launch.dependent(rows.device)
+        sizes = linear.in_features, linear.element
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for silu in {False, linear.silu}:
+                jobs = {c: pool.submit(cuda_ops.compiled, c, *sizes, silu, dependent) for c in configs}
+            for config in configs:
+                if time.monotonic() > self.deadline and self.timed[name]:
+                    pool.shutdown(cancel_futures=True)
+                    break
+                linear.config = config
+                if (refusal := reason(jobs[config], check)) is None:
+                    self._set(name, config)
+                    self.timed[name][config] = self.layers.time()
+                    self.tried.append((name, config, self.timed[name][config]))
+                else:
+                    self.refused.append(f"{name} {config}: {refusal}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; ends with exit code 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="dit_v4", help="a model config by name, or a YAML file")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 16], choices=tuple(FORMAT_OF_BITS))
+    parser.add_argument("--layers", type=int, default=8, help="layers of the graph: more than L2 holds")
+    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--most", type=int, default=180, help="launch shapes of each Linear that are tried")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
+    parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
+    parser.add_argument("--json", type=Path, help="where to write every figure")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a Hopper GPU; torch sees no CUDA GPU here")
+    return args
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search, print entries; 2 where there is nothing to tune."""
+    args = parse(argv)
+    arch, window = read_model(args.model)
+    rows = args.batch * arch.tokens_per_frame
+    if rows > cuda_config.MANY_ROWS:
+        unpacked = f"of more than {cuda_config.MANY_ROWS} weights are unpacked for a library's product"
+        print(f"--batch {args.batch}: {rows} rows; {unpacked}, nothing to tune; give fewer clips", file=sys.stderr)
+        return 2
+    found = []
+    for bits in args.bits:
+        start = time.monotonic()
+        with torch.device("cuda"):
+            core = GameRFTCore(replace(arch, n_layers=args.layers)).requires_grad_(False).bfloat16()
+        layers = Layers(core, window, bits, args.batch, KVStorage(args.kv))
+        print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer at first", flush=True)
+        tuner = Tuner(layers, args.most, start + args.seconds)
+        best = tuner.tune()
+        print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer, {time.monotonic() - start:.0f} s")
+        for name, config in best.items():
+            shape = layers.linears(name)[0].shape(layers.x[..., 0].numel())
+            key = {"bits": shape.bits, "m": shape.bucket, "n": shape.n, "k": shape.k}
+            print(f"    {entry(key | {'config': config.as_ints()})}", flush=True)
+            tried = [[*c.as_ints(), us] for tried_name, c, us in tuner.tried if tried_name == name]
+            found.append({"shape": list(key.values()), "best": asdict(config), "us": tried})
+        print("".join(f"  REFUSED {line}\n" for line in tuner.refused), end="", flush=True)
+        del core, layers, tuner
+        torch.cuda.empty_cache()
+    if args.json:
+        args.json.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
