@@ -129,10 +129,13 @@ def compare(plan: Any, latent: Tensor, compile: bool) -> None:
     """Times and errors of whole decoders."""
     made = build(lambda: DCAEDecoder(plan.dcae), plan).to(torch.bfloat16)
     exact = copy.deepcopy(made).float()(latent.float())
-    ways = [("eager", DecoderGroups.grouped, CompileConf()), ("fused", DecoderGroups.fused, CompileConf(enabled=True))]
+    decoders = [
+        ("eager", DecoderGroups.grouped, CompileConf()),
+        ("fused", DecoderGroups.fused, CompileConf(enabled=True)),
+    ]
     if compile:
-        ways += [("compiled", DecoderGroups.grouped, CompileConf(enabled=True))]
-    for name, groups, conf in ways:
+        decoders += [("compiled", DecoderGroups.grouped, CompileConf(enabled=True))]
+    for name, groups, conf in decoders:
         decode = FrameDecoder(copy.deepcopy(made), conf, groups)
         picture = decode(latent).float()
         error = ((picture - exact).norm() / exact.norm()).item()

@@ -93,7 +93,7 @@ def calibrated_weights(
         "formats": {name: str(fmt) for name, fmt in formats.items()},
         "kv": asdict(kv),
         "sampler": asdict(sampler),
-        "ways": (str(conf.method), conf.damping, conf.sweeps),
+        "settings": (str(conf.method), conf.damping, conf.sweeps),
         "device": device.type,
     }
     key = fingerprint(core, tensors, **settings)
@@ -121,8 +121,8 @@ def _calibrated(
     start, probe = time.perf_counter(), PeakProbe(core.device)
     with probe, Progress(transient=True) as bar:
         task = bar.add_task(f"calibrating {len(formats)} Linears", total=core.cfg.n_layers)
-        ways = (conf.damping, conf.sweeps)
-        weights = calibrate(core, formats, clips, sampler, kv, *ways, on_layer=lambda: bar.advance(task))
+        settings = (conf.damping, conf.sweeps)
+        weights = calibrate(core, formats, clips, sampler, kv, *settings, on_layer=lambda: bar.advance(task))
         if core.device.type == "cuda":
             torch.cuda.synchronize(core.device)
     peak = probe.result()

@@ -56,10 +56,10 @@ def linears(
     step: int, name: str, quant: str, gate: str, kv: Words, layers: int, variants: Sequence[Variant] = VARIANTS
 ) -> Rung:
     """A rung of MX Linears on a cache of ``kv``, in a model of ``layers`` layers."""
-    ways = [("", (f"quant={quant}",)), *narrower_quant(quant, layers)]
+    narrowed = [("", (f"quant={quant}",)), *narrower_quant(quant, layers)]
     candidates = [
-        Candidate(_join(name, way) + variant.name, (*words, *variant.words), kv)
-        for way, words in ways
+        Candidate(_join(name, change) + variant.name, (*words, *variant.words), kv)
+        for change, words in narrowed
         for variant in variants
     ]
     return Rung(step, gate, tuple(candidates))
@@ -67,41 +67,41 @@ def linears(
 
 def cache(step: int, kv: str, gate: str, quant: Words, plan: RunPlan) -> Rung:
     """A rung of the quantised cache ``kv``, which ``plan`` runs, on Linears of ``quant``."""
-    ways = [("", (f"kv={kv}",)), *narrower_kv(kv, plan)]
-    return Rung(step, gate, tuple(Candidate(_join(f"+ KV {kv}", way), quant, words) for way, words in ways))
+    narrowed = [("", (f"kv={kv}",)), *narrower_kv(kv, plan)]
+    return Rung(step, gate, tuple(Candidate(_join(f"+ KV {kv}", change), quant, words) for change, words in narrowed))
 
 
 def narrower_kv(name: str, plan: RunPlan) -> list[tuple[str, Words]]:
     """Ways back from a KV config, each less aggressive than the one before; the last one left is BF16."""
     kv, layers = plan.conf.kv, plan.arch.n_layers
     words: Words = (f"kv={name}",)
-    ways = []
+    narrowed = []
     if kv.storage_of("k") is not KVStorage.bf16 and kv.storage_of("v") is not KVStorage.bf16:
         words += tuple(f"kv.{change}" for change in ("quantize_k=false", "k_storage=null", "k_format=null"))
         words += ("kv.k_late_layers=null",)
-        ways.append(("K back to BF16", words))
+        narrowed.append(("K back to BF16", words))
     if kv.scales is KVScales.per_head_ema:
         words += ("kv.scales=per_token",)
-        ways.append(("scales per token", words))
+        narrowed.append(("scales per token", words))
     kept = min(kv.late_layers or layers, layers)
     for late in (kept // 2, kept // 4):
         if late:
-            ways.append((f"last {late} layers only", (*words, f"kv.late_layers={late}")))
-    return ways
+            narrowed.append((f"last {late} layers only", (*words, f"kv.late_layers={late}")))
+    return narrowed
 
 
 def narrower_quant(name: str, layers: int) -> list[tuple[str, Words]]:
     """Ways back from a choice of Linears: attention in BF16 (where it was not), then early layers in BF16 too."""
     words: Words = (f"quant={name}",)
-    ways = []
+    narrowed = []
     if "mlp" not in name:
         words += ("quant.exclude=['*attn*']",)
-        ways.append(("attention in BF16", words))
+        narrowed.append(("attention in BF16", words))
     if "late" not in name:
         for late in (layers // 2, layers // 4):
             if late:
-                ways.append((f"last {late} layers only", (*words, f"quant.late_layers={late}")))
-    return ways
+                narrowed.append((f"last {late} layers only", (*words, f"quant.late_layers={late}")))
+    return narrowed
 
 
 def keeps_attention(quant: Sequence[str]) -> bool:
@@ -109,5 +109,5 @@ def keeps_attention(quant: Sequence[str]) -> bool:
     return any(word.startswith("quant.exclude") for word in quant)
 
 
-def _join(name: str, way: str) -> str:
-    return f"{name}, {way}" if way else name
+def _join(name: str, change: str) -> str:
+    return f"{name}, {change}" if change else name

@@ -100,14 +100,14 @@ def apply_mx(
     device, source = device or _device(model), source or NearestRounding()
     if not conf.enabled:
         return TransformSummary(enabled=False, numeric_path="BF16", architecture=describe_device(device))
-    selection, ways = _checked(model, conf, device, source)
+    selection, targets = _checked(model, conf, device, source)
     before = after = 0
     other_kernels: dict[str, str] = {}
     for candidate in selection.chosen:
-        linear, way = candidate.module, ways[candidate.category]
+        linear, target = candidate.module, targets[candidate.category]
         assert isinstance(linear, nn.Linear)
         before += sum(p.nbytes for p in linear.parameters())
-        replacement = way.kernel.build(source.weight(candidate.name, linear, way.fmt)).train(linear.training)
+        replacement = target.kernel.build(source.weight(candidate.name, linear, target.fmt)).train(linear.training)
         after += replacement.weight_bytes()
         if replacement.note is not None:
             other_kernels[candidate.name] = replacement.note
@@ -116,7 +116,7 @@ def apply_mx(
     fmt = LinearFormat.of(conf)
     return TransformSummary(
         enabled=True,
-        numeric_path=_numeric_path(ways),
+        numeric_path=_numeric_path(targets),
         architecture=describe_device(device),
         bits=conf.bits,
         element=fmt.element.name,
@@ -124,9 +124,9 @@ def apply_mx(
         activation=str(fmt.activation),
         scope=str(conf.scope),
         late_layers=conf.late_layers,
-        kernel=" + ".join(dict.fromkeys(str(way.kernel.name) for way in ways.values())),
+        kernel=" + ".join(dict.fromkeys(str(target.kernel.name) for target in targets.values())),
         kernel_asked=str(conf.kernel),
-        emulated=any(way.kernel.emulated for way in ways.values()),
+        emulated=any(target.kernel.emulated for target in targets.values()),
         count=len(selection.chosen),
         categories=dict(Counter(c.category for c in selection.chosen)),
         names=names,
@@ -135,7 +135,7 @@ def apply_mx(
         fused_activations=_fuse_activations(model, selection.chosen),
         weight_bytes_before=before,
         weight_bytes_after=after,
-        bits_by_category={category: way.fmt.element.bits for category, way in ways.items()},
+        bits_by_category={category: target.fmt.element.bits for category, target in targets.items()},
         places={c.name: (c.category, c.layer) for c in selection.chosen},
     )
 
@@ -150,7 +150,7 @@ def check_mx(model: nn.Module, conf: MXConf, device: torch.device, source: Weigh
         _checked(model, conf, device, source or NearestRounding())
 
 
-class _Way(NamedTuple):
+class _Target(NamedTuple):
     """How the Linears of a category are computed."""
 
     fmt: LinearFormat
@@ -159,21 +159,21 @@ class _Way(NamedTuple):
 
 def _checked(
     model: nn.Module, conf: MXConf, device: torch.device, source: WeightSource
-) -> tuple[Selection, dict[str, _Way]]:
+) -> tuple[Selection, dict[str, _Target]]:
     """What will be transformed, and how, by category."""
-    selection, ways = select(model, conf), {}
+    selection, targets = select(model, conf), {}
     for name in dict.fromkeys(c.category for c in selection.chosen):
         fmt = LinearFormat.of(conf, name)
-        ways[name] = _Way(fmt, resolve_kernel(conf.kernel, device, fmt))
-    _check_all(selection.chosen, ways, source)
-    return selection, ways
+        targets[name] = _Target(fmt, resolve_kernel(conf.kernel, device, fmt))
+    _check_all(selection.chosen, targets, source)
+    return selection, targets
 
 
-def _numeric_path(ways: dict[str, _Way]) -> str:
+def _numeric_path(targets: dict[str, _Target]) -> str:
     """One path, or each with its categories."""
     categories: dict[str, list[str]] = {}
-    for name, way in ways.items():
-        categories.setdefault(f"{way.fmt.numeric_path}, {way.kernel.name}", []).append(name)
+    for name, target in targets.items():
+        categories.setdefault(f"{target.fmt.numeric_path}, {target.kernel.name}", []).append(name)
     if len(categories) == 1:
         return next(iter(categories))
     return "; ".join(f"{' and '.join(names)} {path}" for path, names in categories.items())
@@ -206,12 +206,12 @@ def _device(model: nn.Module) -> torch.device:
     return first.device
 
 
-def _check_all(chosen: list[Candidate], ways: dict[str, _Way], source: WeightSource) -> None:
+def _check_all(chosen: list[Candidate], targets: dict[str, _Target], source: WeightSource) -> None:
     """Raise one MXTransformError that names every chosen module that cannot be transformed, and why."""
     times = Counter(id(c.module) for c in chosen)
     problems = []
     for candidate in chosen:
-        reason = _unsuitable(candidate, ways[candidate.category], source)
+        reason = _unsuitable(candidate, targets[candidate.category], source)
         if reason is None and times[id(candidate.module)] > 1:
             reason = "the same module is used under several names"
         if reason is not None:
@@ -224,7 +224,7 @@ def _check_all(chosen: list[Candidate], ways: dict[str, _Way], source: WeightSou
         )
 
 
-def _unsuitable(candidate: Candidate, way: _Way, source: WeightSource) -> str | None:
+def _unsuitable(candidate: Candidate, target: _Target, source: WeightSource) -> str | None:
     module = candidate.module
     if not is_plain(module):
         return f"is of type {type(module).__name__}, not a plain nn.Linear"
@@ -235,7 +235,7 @@ def _unsuitable(candidate: Candidate, way: _Way, source: WeightSource) -> str | 
         return f"its weight is {weight.dtype}, MX Linears take bfloat16 models; convert the model first"
     if module.in_features % BLOCK:
         return f"in_features={module.in_features} is not a multiple of {BLOCK}, the MX block"
-    return source.unsuitable(candidate.name, module, way.fmt) or way.kernel.unfit(module)
+    return source.unsuitable(candidate.name, module, target.fmt) or target.kernel.unfit(module)
 
 
 def _fuse_activations(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:

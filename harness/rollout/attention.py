@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
 
 
-class AttentionKind(Enum):
+class AttentionKind(StrEnum):
     """How one frame attends to the ring.
 
     ``sdpa`` is torch's fused attention, ``flex`` its FlexAttention; both unpack a quantised ring first. ``fused`` are
@@ -147,9 +147,9 @@ class FusedAttention:
         store_k, store_v = (view.scales is None or (self.store and view.stores) for view in (key, value))
         keep_k = self.store and not key.stores
         mode = key.scale_mode or value.scale_mode or ScaleMode.rceil
-        ways = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, self.config, keep_k)
+        formats = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, self.config, keep_k)
         rings = (key.data, key.scales, value.data, value.scales)
-        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *ways)
+        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *formats)
         if keep_k:
             self.cache.rings[layer]["k"].store(slot, k)
         if self.store and not value.stores:

@@ -172,11 +172,11 @@ class Rollout:
         return prepare
 
     def _make_steps(self) -> list[Step]:
-        ways = (self.core, self.cache, self.attention)
-        last = make_step(*ways, store=True, conf=self.compile)
+        parts = (self.core, self.cache, self.attention)
+        last = make_step(*parts, store=True, conf=self.compile)
         if len(self._drops) == 1 or self.cache.store_is_free:
             return [last] * len(self._drops)  # where nothing is left to store, all steps are the same code
-        earlier = make_step(*ways, store=False, conf=self.compile)
+        earlier = make_step(*parts, store=False, conf=self.compile)
         return [earlier] * (len(self._drops) - 1) + [last]
 
     def _frame(self) -> Frame:

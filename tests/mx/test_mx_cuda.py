@@ -231,7 +231,7 @@ def test_of_many_rows_the_weight_is_unpacked(name, large, monkeypatch):
         linear = nn.Linear(352, 712, bias=bias).bfloat16().requires_grad_(False)
         linear.weight[7] *= 2.0 ** (large * (40 if name == "E5M2" else 26))
         mx = cuda_linear.build(nearest(linear.to(DEVICE), FORMATS[name]))
-        assert (mx.post > 1) is large
+        assert (mx.output_scale > 1) is large
         few, many = activations(MANY_ROWS, 352), activations(MANY_ROWS + 1, 352)
         assert_equals_oracle(mx, few, mx(few))
         assert not asked
@@ -256,7 +256,7 @@ def test_an_unpacked_weight_is_the_decoded_one(fmt):
     weight = torch.randn(200, 1088, device=DEVICE) * torch.exp2(torch.randint(-8, 8, (200, 1), device=DEVICE).float())
     blocks = encode(weight.bfloat16(), fmt)
     mx = CudaMXLinear.from_weight(MXWeight(blocks, None, LinearFormat(fmt, ScaleMode.rceil, Activation.bf16)))
-    assert torch.equal(cuda_ops.unpack(mx.tiles, (200, 1088), fmt.name) * mx.post, decode(blocks, fmt))
+    assert torch.equal(cuda_ops.unpack(mx.tiles, (200, 1088), fmt.name) * mx.output_scale, decode(blocks, fmt))
 
 
 def test_stacked_bf16_linears_give_their_outputs_side_by_side():

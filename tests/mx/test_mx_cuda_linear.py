@@ -108,14 +108,14 @@ def test_bf16_weights_are_stacked_likewise():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("post", [1.0, 8.0])
-def test_a_library_product_of_an_unpacked_weight(bias, post):
+@pytest.mark.parametrize("output_scale", [1.0, 8.0])
+def test_a_library_product_of_an_unpacked_weight(bias, output_scale):
     torch.manual_seed(0)
     linear, x = nn.Linear(96, 40, bias=bias).bfloat16().requires_grad_(False), torch.randn(300, 96).bfloat16()
     packed = CudaLinear.from_linear(linear)
     weight = cuda_ops.unpack(packed.tiles, (40, 96), "bf16")
     assert torch.equal(weight, linear.weight)
-    got = cuda_ops.library_product(x, weight / post, packed.bias, post)
+    got = cuda_ops.library_product(x, weight / output_scale, packed.bias, output_scale)
     want = F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
     assert ((got.double() - want).abs() <= 2**-8 * want.abs() + 2**-16).all()
 

@@ -66,7 +66,7 @@ def kernel(tmp_path_factory):
         assert library.shared_bytes() == layout(config, k, fmt.bits)[0]
         out = torch.full((m, n), torch.nan).bfloat16()
         tensors = [address(t) for t in (x, weight.tiles, bias, out)]
-        library.run(*tensors, m, n, k, groups, ctypes.c_float(weight.post), seed)
+        library.run(*tensors, m, n, k, groups, ctypes.c_float(weight.output_scale), seed)
         return out
 
     return call
@@ -204,7 +204,7 @@ def test_an_unpacked_weight_is_the_decoded_one(fmt, tmp_path):
         out = torch.full((n, 32 * scales), torch.nan).bfloat16()
         rows, groups = weight.tiles.shape[:2]
         library.run(address(weight.tiles), address(out), n, 32 * scales, groups, -(-rows * groups // 8))
-        assert torch.equal(out * weight.post, decode(blocks, fmt))
+        assert torch.equal(out * weight.output_scale, decode(blocks, fmt))
 
 
 def test_a_layout_has_every_block_of_outputs_once():

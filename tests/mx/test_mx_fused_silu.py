@@ -30,9 +30,9 @@ W8A16 = LinearFormat(E4M3, ScaleMode.rceil, Activation.bf16)
 def cpu_product(monkeypatch):
     """`kernel=cuda` on a CPU."""
 
-    def mx_linear(x, tiles, bias, out_features, element, post, config, silu=False):
+    def mx_linear(x, tiles, bias, out_features, element, output_scale, config, silu=False):
         fmt = FORMATS[element]
-        weight = cuda_packing.unpack(CudaWeight(tiles, post), fmt, out_features, x.shape[1])
+        weight = cuda_packing.unpack(CudaWeight(tiles, output_scale), fmt, out_features, x.shape[1])
         out = F.linear(x, decode(weight, fmt), bias)
         return F.silu(out) if silu else out
 

@@ -102,7 +102,7 @@ def test_every_launch_shape_gives_the_same_product(fmt, path, swap, split):
     first = mx(x)
     assert_equals_oracle(mx, x, first)
     assert torch.equal(first, mx(x))  # partial sums are added in a fixed order
-    assert not mx.tickets.any()
+    assert not mx.arrived.any()
 
 
 @pytest.mark.parametrize(("fmt", "path"), WAYS)
@@ -183,7 +183,7 @@ def test_the_packed_module_keeps_blocks_and_size():
     mx = TritonMXLinear.from_weight(nearest(linear.to(DEVICE), W4A16))
     for got, want in zip(mx.weight_blocks(), encode(linear.weight, E2M1), strict=True):
         assert torch.equal(got.cpu(), want.cpu())
-    assert mx.weight_bytes() < linear.weight.nbytes / 3.5 + mx.tickets.nbytes + 256
+    assert mx.weight_bytes() < linear.weight.nbytes / 3.5 + mx.arrived.nbytes + 256
     assert "W4A16" in repr(mx)
 
 
@@ -199,7 +199,7 @@ def test_stacked_linears_share_one_weight_and_give_the_same(fmt, path):
             assert m.elements.untyped_storage().data_ptr() == stack.elements.untyped_storage().data_ptr()
             assert all(torch.equal(a, b) for a, b in zip(m.weight_blocks(), kept, strict=True))
             assert torch.equal(m(x), out)
-    assert stack.weight_bytes() < sum(m.weight_bytes() for m in members) + 4 * stack.tickets.numel()
+    assert stack.weight_bytes() < sum(m.weight_bytes() for m in members) + 4 * stack.arrived.numel()
 
 
 def test_linears_that_do_not_fit_together_are_not_stacked():
@@ -215,7 +215,7 @@ def test_fp8_tensor_cores_are_refused_for_bf16_activations():
         make(32, 32, W8A16, "fp8")
 
 
-def test_too_few_tickets_are_an_error():
+def test_too_few_counters_are_an_error():
     mx = make(32, 1024, W8A16, "bf16")
     mx.config = GemmConfig(16, 16, 2, 4, 3, True)
     with pytest.raises(ValueError, match="use split_k=1"):
@@ -242,4 +242,4 @@ def test_compiles_without_graph_breaks_and_replays_from_a_cuda_graph(fmt, path):
         out.zero_()
         graph.replay()
         assert torch.equal(out, plain)
-    assert not mx.tickets.any()
+    assert not mx.arrived.any()

@@ -226,9 +226,9 @@ def test_stores_exactly_what_the_ring_would(storage, mode):
     extremes(qkv[..., 2 * heads * dim :])
     views = [fused.ring_view(caches[0].rings[0][name]) for name in ("k", "v")]
     rings = [tensor for view in views for tensor in (view.data, view.scales)]
-    ways = [way for view in views for way in (view.format, view.per, True)]
+    formats = [part for view in views for part in (view.format, view.per, True)]
     arrived = fused.arrival_counters(2, heads, tokens, DEVICE)
-    _, k_out = fused.window_attention(qkv, *rotary, *rings, caches[0].slot(0), arrived, *ways, mode.value, [], True)
+    _, k_out = fused.window_attention(qkv, *rotary, *rings, caches[0].slot(0), arrived, *formats, mode.value, [], True)
     _, k, v = own_rows(qkv, rotary, heads)
     torch.testing.assert_close(k_out, k, rtol=2e-6, atol=2e-6)
     caches[1].window(0, k_out, v)

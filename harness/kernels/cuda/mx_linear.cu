@@ -34,11 +34,11 @@ constexpr int W_END = W_AT + WARPS * ST * STAGE;
 constexpr int PARTIAL = SLOTS > 1 ? SLOTS * OWNED * 512 : 0;
 constexpr int PARTIAL_AT = OVERLAY ? 0 : W_END;
 constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_END + PARTIAL;
-constexpr int FINISHED = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // units a warp adds up, or its row tiles
-constexpr bool BIAS_EARLY = FINISHED <= 4;     // as many as registers hold
+constexpr int EPILOGUES = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // units a warp adds up, or its row tiles
+constexpr bool BIAS_EARLY = EPILOGUES <= 4;  // as many as registers hold
 
 // All warps that add up the same sums (and the rest of their cluster) have come this far.
-__device__ __forceinline__ void everyone() {
+__device__ __forceinline__ void cluster_sync() {
     if constexpr (CL > 1) {
         cluster_arrive();
         cluster_wait();
@@ -134,11 +134,11 @@ __device__ __forceinline__ void store_pair(u16* out, u32 pair, int m, int n, int
 }
 
 // One unit of outputs: rows n, n + 8 of W by rows m of x.
-__device__ __forceinline__ void finish(const float (&c)[4], const Bias& bias, u16* out, int m0, int n0, int M, int N,
-                                       float post, int lane) {
+__device__ __forceinline__ void epilogue(const float (&c)[4], const Bias& bias, u16* out, int m0, int n0, int M, int N,
+                                         float output_scale, int lane) {
     const float above = __uint_as_float(bias.above << 16), below = __uint_as_float(bias.below << 16);
-    const u32 first = turned(fmaf(c[0], post, above), fmaf(c[1], post, above));
-    const u32 second = turned(fmaf(c[2], post, below), fmaf(c[3], post, below));
+    const u32 first = turned(fmaf(c[0], output_scale, above), fmaf(c[1], output_scale, above));
+    const u32 second = turned(fmaf(c[2], output_scale, below), fmaf(c[3], output_scale, below));
     store_pair(out, first, m0 + lane / 4, n0 + lane % 4 * 2, M, N);
     store_pair(out, second, m0 + lane / 4, n0 + lane % 4 * 2 + 8, M, N);
 }
@@ -164,7 +164,7 @@ __device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial,
 
 KERNEL(WARPS * 32, CL * CN, BLOCKS)
 mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
-          u16* __restrict__ out, int M, int N, int groups, float post) {
+          u16* __restrict__ out, int M, int N, int groups, float output_scale) {
     const u32 base = shared_memory();
     const int lane = threadIdx.x % 32, warp = same_in_warp(threadIdx.x / 32);
     const int wr = warp % WR, wk = warp / WR;
@@ -229,9 +229,9 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     __syncthreads();  // the barriers of x are ready
 
     // On their way while the products are computed: from memory they would be waited for at the end.
-    Bias biases[FINISHED];
+    Bias biases[EPILOGUES];
 #pragma unroll
-    for (int i = 0; i < FINISHED; ++i) {
+    for (int i = 0; i < EPILOGUES; ++i) {
         if (!BIAS_EARLY) break;
         const int unit = (warp + i * WARPS) * CL + rank;
         biases[i].load(bias, SLOTS > 1 ? tile0 + unit / MT : my_tile + i, N, lane);
@@ -271,11 +271,11 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
             if (!BIAS_EARLY) biases[r].load(bias, my_tile + r, N, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m)
-                finish(acc[r][m], biases[r], out, m0 + m * 8, (my_tile + r) * 16, M, N, post, lane);
+                epilogue(acc[r][m], biases[r], out, m0 + m * 8, (my_tile + r) * 16, M, N, output_scale, lane);
         }
     } else {
         if (CL > 1 && CN == 1) cluster_wait();
-        if (OVERLAY) everyone();  // all have read what the partial sums will replace
+        if (OVERLAY) cluster_sync();  // all have read what the partial sums will replace
         const u32 partial = base + PARTIAL_AT;
         send(acc, partial, sums_bar, wr * RT, rank * WK + wk, place, lane);
         if constexpr (CL > 1) {
@@ -284,7 +284,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
             __syncthreads();
         }
 #pragma unroll
-        for (int i = 0; i < FINISHED; ++i) {
+        for (int i = 0; i < EPILOGUES; ++i) {
             const int owned = warp + i * WARPS, unit = owned * CL + rank, tile = tile0 + unit / MT;
             if (owned >= OWNED || unit >= UNITS) break;
             if (!BIAS_EARLY) biases[i].load(bias, tile, N, lane);
@@ -297,7 +297,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
                 sum[2] += __uint_as_float(part.z);
                 sum[3] += __uint_as_float(part.w);
             }
-            finish(sum, biases[i], out, m0 + unit % MT * 8, tile * 16, M, N, post, lane);
+            epilogue(sum, biases[i], out, m0 + unit % MT * 8, tile * 16, M, N, output_scale, lane);
         }
     }
 }

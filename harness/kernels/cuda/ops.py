@@ -33,16 +33,16 @@ def mx_linear_now(
     bias: Tensor | None,
     out_features: int,
     element: str,
-    post: float,
+    output_scale: float,
     config: list[int],
     silu: bool = False,
 ) -> Tensor:
     """`x @ decode(weight).T + bias`, or SiLU of that: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
 
-    `tiles` and `post` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or None,
-    `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`, and `CudaShape.many` for when the weight is
-    unpacked instead). `silu` applies SiLU in float32 to the sums rounded to BF16, as `F.silu` on the rounded outputs
-    does.
+    `tiles` and `output_scale` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or
+    None, `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`, and `CudaShape.many` for when the
+    weight is unpacked instead). `silu` applies SiLU in float32 to the sums rounded to BF16, as `F.silu` on the rounded
+    outputs does.
 
     Raises `nvrtc.DriverError` when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
     """
@@ -52,7 +52,7 @@ def mx_linear_now(
     m, k = x.shape
     product = CudaShape(m, out_features, k, cuda_packing.element_bits(element))
     if product.many and not config:
-        out = library_product(x, unpack(tiles, (out_features, k), element), bias, post)
+        out = library_product(x, unpack(tiles, (out_features, k), element), bias, output_scale)
         return F.silu(out) if silu else out
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
     if m == 0:
@@ -69,7 +69,7 @@ def mx_linear_now(
             ctypes.c_int(m),
             ctypes.c_int(out_features),
             ctypes.c_int(tiles.shape[1]),
-            ctypes.c_float(post),
+            ctypes.c_float(output_scale),
         )
         function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, pdl)
     return out
@@ -86,22 +86,22 @@ def _(
     bias: Tensor | None,
     out_features: int,
     element: str,
-    post: float,
+    output_scale: float,
     config: list[int],
     silu: bool = False,
 ) -> Tensor:
     return torch.empty(x.shape[0], out_features, dtype=torch.bfloat16, device=x.device)
 
 
-def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, post: float) -> Tensor:
-    """`post * x @ weight.T + bias`, BF16, rounded once."""
-    if post == 1:
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: float) -> Tensor:
+    """`output_scale * x @ weight.T + bias`, BF16, rounded once."""
+    if output_scale == 1:
         return F.linear(x, weight, bias)
-    return torch.addmm(x.new_zeros(1) if bias is None else bias, x, weight.t(), alpha=post)
+    return torch.addmm(x.new_zeros(1) if bias is None else bias, x, weight.t(), alpha=output_scale)
 
 
 def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
-    """The BF16 weight [N, K], divided by `post`, that `tiles` hold, for `sizes` (N, K).
+    """The BF16 weight [N, K], divided by `output_scale`, that `tiles` hold, for `sizes` (N, K).
 
     Raises `nvrtc.DriverError` when the driver refuses the launch.
     """

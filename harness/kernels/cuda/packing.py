@@ -64,10 +64,10 @@ _BYTE_PLACES: dict[str, Places] = {
 
 
 class CudaWeight(NamedTuple):
-    """A weight as the kernel reads it: `tiles` uint8 [N/16, K/64, bytes], to be multiplied by `post` after summing."""
+    """A weight as the kernel reads it: `tiles` uint8 [N/16, K/64, bytes]; sums are multiplied by `output_scale`."""
 
     tiles: Tensor
-    post: float
+    output_scale: float
 
 
 def element_bits(element: str) -> int:
@@ -140,7 +140,7 @@ def unpack(weight: CudaWeight, fmt: ElementFormat, out_features: int, in_feature
     elements, exponents = tiles[..., :-SCALE_BYTES], tiles[..., -SCALE_BYTES:]
     lanes = _lanes8(elements, _BYTE_PLACES[fmt.name]) if fmt.bits == 8 else _lanes4(elements)
     codes = lanes.reshape(tiles.shape[0] * ROWS, -1)[:out_features, :in_features]
-    shift = int(torch.tensor(weight.post).log2())
+    shift = int(torch.tensor(weight.output_scale).log2())
     scales = (exponents.to(torch.int16) - fmt.spare + shift).clamp(0, 254).to(torch.uint8)
     scales = scales.unflatten(2, (8, 2, 2)).permute(0, 4, 2, 1, 3).reshape(tiles.shape[0] * ROWS, -1)
     scales = scales[:out_features, : in_features // BLOCK].contiguous()

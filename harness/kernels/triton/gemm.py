@@ -12,7 +12,7 @@ Two products, both exact up to the order of float32 summation:
   product by the two blocks' powers of two in float32. E2M1 becomes E4M3 by moving bits.
 
 Both can split K over programs. Each then leaves its partial sums in memory, and the last one to arrive at a tile
-(counted by `tickets`, which it sets back to 0) adds them up in a fixed order: the result is the same every time.
+(counted by `arrived`, which it sets back to 0) adds them up in a fixed order: the result is the same every time.
 
 NATIVE is False where Triton's interpreter runs the kernels: it knows no inline assembly, multiplies BF16 as if it
 were integers, and rounds to BF16 carelessly.
@@ -231,12 +231,12 @@ def multiply(acc, x, w, SWAP: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def finish(
+def epilogue(
     acc,
     out,
     bias,
     partial,
-    tickets,
+    arrived,
     M,
     N,
     rows_m,
@@ -256,12 +256,12 @@ def finish(
         slices = partial + tile * (SPLIT * BM * BN) + inside
         tl.store(slices + tl.program_id(2) * (BM * BN), acc)
         tl.debug_barrier()  # every thread's part is written before one thread announces it
-        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
         if last:
             acc = tl.load(slices, cache_modifier=".cg")
             for k in tl.static_range(1, SPLIT):
                 acc += tl.load(slices + k * (BM * BN), cache_modifier=".cg")
-            tl.store(tickets + tile, 0)
+            tl.store(arrived + tile, 0)
     if last:
         if HAS_BIAS:
             acc += tl.load(bias + rows_n, mask=rows_n < N, other=0.0).to(tl.float32)[None, :]
@@ -276,7 +276,7 @@ def gemm_bf16(
     bias,
     out,
     partial,
-    tickets,
+    arrived,
     M,
     N,
     NP,
@@ -295,7 +295,7 @@ def gemm_bf16(
     """`out[M, N] = x[M, K] @ weight.T + bias`, weights decoded to BF16.
 
     `x` and `out` BF16; `weight` uint8 [tiles, NP, WIDTH] and `scales` int32 [blocks/4, NP] packed in tiles of 64 or
-    128 bytes; `partial` float32, SPLIT tiles for every output tile; `tickets` int32, 0 for every output tile.
+    128 bytes; `partial` float32, SPLIT tiles for every output tile; `arrived` int32, 0 for every output tile.
     Grid: (tiles of N, tiles of M, SPLIT).
     """
     rows_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -329,7 +329,7 @@ def gemm_bf16(
         acc += other
     if SWAP:
         acc = tl.trans(acc)
-    finish(acc, out, bias, partial, tickets, M, N, rows_m, rows_n, HAS_BIAS, SPLIT, NATIVE)
+    epilogue(acc, out, bias, partial, arrived, M, N, rows_m, rows_n, HAS_BIAS, SPLIT, NATIVE)
 
 
 @triton.jit
@@ -361,7 +361,7 @@ def gemm_fp8(
     bias,
     out,
     partial,
-    tickets,
+    arrived,
     M,
     N,
     NP,
@@ -413,7 +413,7 @@ def gemm_fp8(
                 acc = block_product(acc, x_low, s_low, w_fp8, weight_scale(low, i, 0, WIDE), SWAP, NATIVE)
     if SWAP:
         acc = tl.trans(acc)
-    finish(acc, out, bias, partial, tickets, M, N, rows_m, rows_n, HAS_BIAS, SPLIT, NATIVE)
+    epilogue(acc, out, bias, partial, arrived, M, N, rows_m, rows_n, HAS_BIAS, SPLIT, NATIVE)
 
 
 @triton.jit

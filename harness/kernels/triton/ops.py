@@ -1,7 +1,7 @@
 """The kernels of `triton_kernels` as torch operators: they trace into `torch.compile` and CUDA graphs.
 
 Importing this module needs the package triton. Nothing here waits for the device. Workspace for split K is allocated
-inside an operator, so that a CUDA graph owns it; `tickets` are the caller's, int32, zero before and after every call.
+inside an operator, so that a CUDA graph owns it; `arrived` are the caller's, int32, zero before and after every call.
 """
 
 from typing import Any
@@ -29,15 +29,15 @@ def _launch(kernel: Any, grid: tuple[int, ...]) -> Any:
     return kernel[grid] if interpreted() else wrap_triton(kernel)[grid]
 
 
-def _grid_and_partial(m: int, n: int, config: GemmConfig, tickets: Tensor) -> tuple[tuple[int, int, int], Tensor]:
+def _grid_and_partial(m: int, n: int, config: GemmConfig, arrived: Tensor) -> tuple[tuple[int, int, int], Tensor]:
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split_k)
     tiles = grid[0] * grid[1]
     if config.split_k == 1:
-        return grid, tickets  # never touched
-    if tiles > tickets.numel():
-        raise ValueError(f"{config} makes {tiles} output tiles, {tickets.numel()} tickets were given; use split_k=1")
+        return grid, arrived  # never touched
+    if tiles > arrived.numel():
+        raise ValueError(f"{config} makes {tiles} output tiles, {arrived.numel()} counters were given; use split_k=1")
     size = tiles * config.split_k * config.block_m * config.block_n
-    return grid, torch.empty(size, dtype=torch.float32, device=tickets.device)
+    return grid, torch.empty(size, dtype=torch.float32, device=arrived.device)
 
 
 def _shape(config: list[int], shape: Shape, device: torch.device) -> GemmConfig:
@@ -49,13 +49,13 @@ def _launch_options(config: GemmConfig) -> dict[str, int]:
     return {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
 
 
-@triton_op("harness_mx::triton_gemm_bf16", mutates_args={"tickets"})
+@triton_op("harness_mx::triton_gemm_bf16", mutates_args={"arrived"})
 def gemm_bf16(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    tickets: Tensor,
+    arrived: Tensor,
     out_features: int,
     element: str,
     wide: bool,
@@ -65,14 +65,14 @@ def gemm_bf16(
 
     `weight` uint8 [tiles, NP, 64 or 128] and `scales` int32 [blocks/4, NP] come from `packing.pack` (or are rows of
     larger such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()` or empty (see
-    `triton_config.choose`), `tickets` has a zero for every output tile.
+    `triton_config.choose`), `arrived` has a zero for every output tile.
 
-    Raises ValueError when K is split and there are fewer tickets than output tiles.
+    Raises ValueError when K is split and there are fewer counters than output tiles.
     """
     m, k = x.shape
     shape = _shape(config, Shape(m, out_features, k, FORMATS[element].bits, "bf16"), x.device)
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
-    grid, partial = _grid_and_partial(m, out_features, shape, tickets)
+    grid, partial = _grid_and_partial(m, out_features, shape, arrived)
     _launch(triton_kernels.gemm_bf16, grid)(
         x,
         weight,
@@ -80,7 +80,7 @@ def gemm_bf16(
         x if bias is None else bias,
         out,
         partial,
-        tickets,
+        arrived,
         m,
         out_features,
         weight.stride(0) // weight.shape[2],
@@ -100,14 +100,14 @@ def gemm_bf16(
     return out
 
 
-@triton_op("harness_mx::triton_gemm_fp8", mutates_args={"tickets"})
+@triton_op("harness_mx::triton_gemm_fp8", mutates_args={"arrived"})
 def gemm_fp8(
     x: Tensor,
     x_scales: Tensor,
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    tickets: Tensor,
+    arrived: Tensor,
     out_features: int,
     element: str,
     wide: bool,
@@ -120,7 +120,7 @@ def gemm_fp8(
     m = x.shape[1]
     shape = _shape(config, Shape(m, out_features, x.shape[0] * BLOCK, FORMATS[element].bits, "fp8"), x.device)
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
-    grid, partial = _grid_and_partial(m, out_features, shape, tickets)
+    grid, partial = _grid_and_partial(m, out_features, shape, arrived)
     _launch(triton_kernels.gemm_fp8, grid)(
         x,
         x_scales,
@@ -129,7 +129,7 @@ def gemm_fp8(
         x if bias is None else bias,
         out,
         partial,
-        tickets,
+        arrived,
         m,
         out_features,
         weight.stride(0) // weight.shape[2],

@@ -47,9 +47,9 @@ def build(weight: MXWeight) -> MXModule:
 class CudaLinear(nn.Module):
     """Linear over a packed weight, BF16 here; `forward` maps BF16 [..., K] to BF16 [..., N].
 
-    Buffers: `tiles` uint8 [N/16, K/64, bytes] (see `cuda_packing`), `bias` BF16 [N] or None. Products are multiplied
-    by `post`, a power of two, after summing. `config` overrides the launch shape (see `cuda_config.choose`) for every
-    M. `silu`: whether the kernel applies SiLU to its outputs (see `absorb`).
+    Buffers: `tiles` uint8 [N/16, K/64, bytes] (see `cuda_packing`), `bias` BF16 [N] or None. Sums are multiplied by
+    `output_scale`, a power of two. `config` overrides the launch shape (see `cuda_config.choose`) for every M.
+    `silu`: whether the kernel applies SiLU to its outputs (see `absorb`).
     """
 
     tiles: Tensor
@@ -61,7 +61,7 @@ class CudaLinear(nn.Module):
     def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None) -> None:
         """`sizes` are (out_features, in_features) of the weight that `weight` holds."""
         super().__init__()
-        self.post = weight.post
+        self.output_scale = weight.output_scale
         self.out_features, self.in_features = sizes
         self.register_buffer("tiles", weight.tiles)
         self.register_buffer("bias", bias)
@@ -105,7 +105,7 @@ class CudaLinear(nn.Module):
 
         config = [] if self.config is None else self.config.as_ints()
         run = mx_linear_now if rows.is_cuda and not torch.compiler.is_compiling() else mx_linear
-        return run(rows, self.tiles, self.bias, self.out_features, self.element, self.post, config, silu)
+        return run(rows, self.tiles, self.bias, self.out_features, self.element, self.output_scale, config, silu)
 
     def weight_bytes(self) -> int:
         """Elements and scales with their padding, and bias."""
@@ -129,16 +129,17 @@ class CudaLinear(nn.Module):
         """One Linear whose output is that of this one, then those of `others`, which read the same input.
 
         Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
-        when they do not fit together: another format or K, padded outputs, another `post`, or SiLU behind some only.
+        when they do not fit together: another format or K, padded outputs, another output scale, or SiLU behind some
+        only.
         """
         members = [self, *(other for other in others if type(other) is type(self))]
-        kinds = {(*m._kind(), m.post, m.in_features, m.bias is None, m.silu) for m in members}
+        kinds = {(*m._kind(), m.output_scale, m.in_features, m.bias is None, m.silu) for m in members}
         outputs = [m.out_features for m in members]
         if len(members) <= len(others) or len(kinds) > 1 or any(n % cuda_packing.ROWS for n in outputs):
             return None
         with torch.inference_mode(False):
             bias = None if self.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
-            weight = CudaWeight(_joined(members), self.post)
+            weight = CudaWeight(_joined(members), self.output_scale)
             stacked = type(self)(weight, (sum(outputs), self.in_features), bias, *self._kind())
             stacked.silu = self.silu
             return stacked
@@ -180,7 +181,7 @@ class CudaMXLinear(CudaLinear, MXModule):
 
     def weight_blocks(self) -> MXBlocks:
         """The weight in MX form, unpacked."""
-        weight = CudaWeight(self.tiles, self.post)
+        weight = CudaWeight(self.tiles, self.output_scale)
         return cuda_packing.unpack(weight, self.fmt.element, self.out_features, self.in_features)
 
     def dense_weight(self) -> Tensor:

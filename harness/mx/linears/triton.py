@@ -47,16 +47,16 @@ class TritonMXLinear(MXModule):
     """Linear over a packed MX weight; activations BF16, or MX blocks encoded at every call.
 
     Buffers: `elements` uint8 [tiles, NP, width] and `scales` int32 [blocks/4, NP] (see `packing`), `bias` BF16 [N] or
-    None, `tickets` int32, zero between calls. `path` says which tensor cores multiply; with "bf16" MX activations are
-    rounded to MX and enter as BF16, which is exact. `config` overrides the launch shape (see
-    `triton_config.choose`) for every M.
+    None, `arrived` int32, counters of split K's programs, zero between calls. `path` says which tensor cores multiply;
+    with "bf16" MX activations are rounded to MX and enter as BF16, which is exact. `config` overrides the launch shape
+    (see `triton_config.choose`) for every M.
 
-    Two streams must not run one module at the same time: they would share the tickets.
+    Two streams must not run one module at the same time: they would share the counters.
     """
 
     elements: Tensor
     scales: Tensor
-    tickets: Tensor
+    arrived: Tensor
     config: GemmConfig | None = None
 
     def __init__(
@@ -71,8 +71,8 @@ class TritonMXLinear(MXModule):
         self.register_buffer("elements", packed.elements)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("bias", bias)
-        tickets = torch.zeros(self._most_tickets(), dtype=torch.int32, device=packed.scales.device)
-        self.register_buffer("tickets", tickets, persistent=False)
+        arrived = torch.zeros(self._most_tiles(), dtype=torch.int32, device=packed.scales.device)
+        self.register_buffer("arrived", arrived, persistent=False)
 
     @classmethod
     def from_weight(cls, weight: MXWeight, path: Path | None = None) -> "TritonMXLinear":
@@ -123,7 +123,7 @@ class TritonMXLinear(MXModule):
         from harness.kernels.triton import ops as triton_ops  # needs the package triton, which CPU builds of torch lack
 
         gemm = triton_ops.gemm_fp8 if self.path == "fp8" else triton_ops.gemm_bf16
-        weight = (self.elements, self.scales, self.bias, self.tickets, self.out_features, self.fmt.element.name)
+        weight = (self.elements, self.scales, self.bias, self.arrived, self.out_features, self.fmt.element.name)
         return gemm(*operands, *weight, self.wide, [] if self.config is None else self.config.as_ints())
 
     def extra_repr(self) -> str:
@@ -136,15 +136,15 @@ class TritonMXLinear(MXModule):
         return packing.unpack(packed, self.fmt.element, self.out_features, self.in_features)
 
     def weight_bytes(self) -> int:
-        """Elements and scales with their padding, bias and tickets."""
-        buffers = (self.elements, self.scales, self.bias, self.tickets)
+        """Elements and scales with their padding, bias and counters."""
+        buffers = (self.elements, self.scales, self.bias, self.arrived)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def shape(self, rows: int) -> Shape:
         """The product of this weight and `rows` activation rows."""
         return Shape(rows, self.out_features, self.padded, self.fmt.element.bits, self.path)
 
-    def _most_tickets(self) -> int:
+    def _most_tiles(self) -> int:
         """Enough for every launch that splits K: of up to 1024 rows, in blocks of 64 by 64 or larger, or 16 rows."""
         return -(-self.out_features // 64) * 16
 
