@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import Enum
+from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -56,11 +56,11 @@ class ModelConf:
     calibration: list[str] = field(default_factory=list)
 
 
-class DecoderDtype(Enum):
+class DecoderDtype(StrEnum):
     """What a decoder may compute in."""
 
-    bfloat16 = torch.bfloat16
-    float32 = torch.float32
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 @dataclass
@@ -91,7 +91,7 @@ class DecoderConf:
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """``dtype``, or what null stands for on ``device``."""
         fitting = DecoderDtype.bfloat16 if has_fast_bf16(device) else DecoderDtype.float32
-        return (self.dtype or fitting).value
+        return getattr(torch, self.dtype or fitting)
 
 
 @dataclass

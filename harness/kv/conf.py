@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from harness.formats.mx import BLOCK, FORMATS, ElementFormat
 from harness.formats.scales import ScaleMode
@@ -12,7 +12,7 @@ from harness.formats.scales import ScaleMode
 TENSORS = ("k", "v")
 
 
-class KVStorage(Enum):
+class KVStorage(StrEnum):
     """How frames are kept.
 
     ``bf16``: in the attention's own dtype. ``i8_scale``: int8 with one BF16 scale per token and head. ``mx``: MX
@@ -24,7 +24,7 @@ class KVStorage(Enum):
     mx = "mx"
 
 
-class KVFormat(Enum):
+class KVFormat(StrEnum):
     """Element format of MX; see :mod:`harness.formats.mx`."""
 
     e4m3 = "e4m3"
@@ -32,7 +32,7 @@ class KVFormat(Enum):
     e2m1 = "e2m1"
 
 
-class KVScales(Enum):
+class KVScales(StrEnum):
     """What shares an E8M0 scale.
 
     ``per_token``: a block of 32 along the head, scaled by its own amax. ``per_head_ema``: a head's whole frame, scaled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from statistics import median
 from typing import TypeVar
@@ -22,7 +22,7 @@ MERGED = (64, 128)
 """Channels per group that ``auto`` tries between the trained ones and all of them."""
 
 
-class DecoderGroups(Enum):
+class DecoderGroups(StrEnum):
     """How grouped convolutions run; all compute the same.
 
     ``grouped``: as trained. ``dense``: as ordinary convolutions whose weights are zero between the groups: more

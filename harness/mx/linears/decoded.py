@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ SHARE = 0.5
 """Of the memory that is free, as much as ``auto`` lets decoded weights take."""
 
 
-class KeepDecoded(Enum):
+class KeepDecoded(StrEnum):
     """``auto``: on a CPU, where they take at most half of the free memory; ``always``, on any device; ``never``."""
 
     auto = "auto"
