@@ -21,10 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from harness.config import CONF
+from harness.files.writing import write_text
 from harness.report.gates import EXIT_CODES, GateError, GatesConf, build_table, evaluate, next_lines, verdict_line
 from harness.report.gates.advice import changed
 from harness.report.page.run_page import run_page, write_run_page
-from harness.report.record import RecordError, RunRecord, load_record, save_record, write_atomically
+from harness.report.record import RecordError, RunRecord, load_record, save_record
 from harness.report.table import render
 
 RECORD = "record.json"
@@ -73,7 +74,7 @@ def rewrite(record: RunRecord, folder: Path) -> None:
         said = f"{type(error).__name__}: {error}"
         raise RecordError(f"{folder / RECORD}: judged, but too broken to be shown ({said}); use --print") from error
     save_record(record, folder / RECORD)
-    write_atomically(folder / "table.txt", table)
+    write_text(folder / "table.txt", table)
     print(f"Written again: {write_run_page(folder)}")
 
 

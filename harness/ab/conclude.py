@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from harness.config import RunConf
+from harness.files.writing import write_text
 from harness.report import incidents
 from harness.report.gates import evaluate
-from harness.report.page.run_page import write_run_page
-from harness.report.record import RunRecord, save_record, write_atomically
+from harness.report.page.run_page import write_page
+from harness.report.record import RunRecord, save_record
 from harness.report.table import WIDTH, build, render
 
 
@@ -21,14 +22,15 @@ def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, 
     """Save the record, judge it, write what is made from it and show its table.
 
     Saved before it is judged, and every step is tried: neither a gate that cannot be evaluated nor a full disk nor a
-    page that cannot be drawn takes anything else of a finished run with it.
+    page that cannot be drawn takes anything else of a finished run with it. Of a record that is there already it makes
+    up for what is missing, since its run may have been killed on the way.
 
     Returns:
         What went wrong, in order.
     """
 
     def judge() -> None:
-        if conf.gates.enabled and not (conf.gates.implied and len(record.arms) < 2):
+        if record.gates is None and conf.gates.enabled and not (conf.gates.implied and len(record.arms) < 2):
             record.gates = evaluate(asdict(record), conf.gates, baseline)
             save_record(record, folder / "record.json")
 
@@ -39,9 +41,9 @@ def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, 
     steps: list[Callable[[], Any]] = [
         lambda: save_record(record, folder / "record.json"),
         judge,
-        lambda: write_atomically(folder / "table.txt", render(record)),
+        lambda: write_text(folder / "table.txt", render(record)),
         log_incidents,
-        lambda: write_run_page(folder),
+        lambda: write_page(record, folder),
         lambda: show(record, folder),
     ]
     problems = []

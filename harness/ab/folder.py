@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness.ab.signals import Stopped
+from harness.files.writing import remove_parts
 from harness.report.files import CONFIG, ERROR, FRAMES, JOURNAL, LOCK, LOG, LOGGED, PAGE, RECORD, TABLE, VIDEOS
 
 OURS = (RECORD, TABLE, PAGE, FRAMES, LOG, ERROR, VIDEOS, LOGGED, "wandb", JOURNAL, CONFIG)
@@ -60,6 +61,8 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        for folder in (self.path, self.path / VIDEOS):
+            remove_parts(folder)
         found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in OTHERS)
         foreign = [name for name in found if name not in OURS]
         if foreign and foreign == found:

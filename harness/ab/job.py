@@ -18,7 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
 from harness.ab.callbacks import RolloutProgress
-from harness.ab.conclude import conclude, show
+from harness.ab.conclude import conclude
 from harness.ab.context import RunContext
 from harness.ab.ending import Ending
 from harness.ab.folder import RunFolder
@@ -38,6 +38,7 @@ from harness.export.layout import ExportError
 from harness.export.write import write_export
 from harness.report.files import LOG
 from harness.report.gates import check_comparable
+from harness.report.journal import remove_journals
 from harness.report.record import COMPLETE, RunRecord, load_record
 from harness.report.table import bytes_text
 from harness.threads import usable_cores
@@ -75,7 +76,9 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
         if trainer.is_global_zero:
             folder.claim(plan.conf.resume, plan.conf.overwrite)
             if plan.conf.resume and (earlier := finished_before(context.folder, cfg)) is not None:
-                show(earlier, context.folder)
+                for problem in conclude(earlier, plan.conf, baseline, context.folder):
+                    raise problem
+                remove_journals(context.folder)
                 return earlier
             write_config(cfg, context)
         with logged_to(context.folder / LOG) if trainer.is_global_zero else nullcontext():

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from harness.ab.arm import DIGITS
 from harness.ab.module import BatchOutcome, ClipOutcome, RolloutModule
+from harness.files.writing import append, write_text
 from harness.measure.figures import FrameScores
 from harness.report.files import FRAMES, VIDEOS, FileRecord
 from harness.report.journal import FinishedBatch, Journal, Line, in_order
-from harness.report.record import write_atomically
 from harness.report.sections import BatchTimes, ClipRecord, FallbackRecord, IncidentRecord
 from harness.report.video import Frames, Panel, write_comparison
 
@@ -104,8 +104,7 @@ class Results(Callback):
     def _append_rows(self, batch: FinishedBatch) -> None:
         path = self.folder / FRAMES
         new = not path.exists()
-        with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(_csv(_rows(batch), heading=new))
+        append(path, _csv(_rows(batch), heading=new).encode())
 
     def take_over(self, module: RolloutModule, batches: Sequence[FinishedBatch], clips: Sequence[str]) -> None:
         """Make batches of other processes, or of an earlier run, this one's; ``clips`` say in what order."""
@@ -120,7 +119,7 @@ class Results(Callback):
                 if name == "bf16" or batch.times.fallback == module.guard.fallback:
                     module.arms[name].take_over(figures)
         self.incidents_told, self._fallbacks_told = len(module.guard.incidents), len(module.guard.taken)
-        write_atomically(self.folder / FRAMES, _csv((row for batch in self.batches for row in _rows(batch)), True))
+        write_text(self.folder / FRAMES, _csv((row for batch in self.batches for row in _rows(batch)), True))
 
     def _panels(self, outcome: ClipOutcome) -> list[Panel]:
         panels = []

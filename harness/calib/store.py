@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,10 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.files.tensors import read_safetensors
+from harness.files.tensors import read_safetensors, write_tensors
 from harness.files.text import FileError
 from harness.formats.mx import BLOCK, MXBlocks
 from harness.mx.linears.base import LinearFormat, MXWeight
@@ -99,14 +96,7 @@ def save(path: Path, weights: Mapping[str, MXWeight], facts: Facts) -> None:
         parts = {"elements": weight.blocks.elements, "scales": weight.blocks.scales, "bias": weight.bias}
         tensors |= {f"{name}.{part}": x.cpu().contiguous() for part, x in parts.items() if x is not None}
     metadata = {"facts": json.dumps(asdict(facts)), "content": _content(tensors), "fingerprint": path.stem}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_tensors(path, tensors, metadata)
 
 
 def load(path: Path, model: nn.Module, formats: Mapping[str, LinearFormat]) -> tuple[dict[str, MXWeight], Facts]:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.export.layout import KEY, ExportError, ExportHeader, digest, fingerprint, quantization_config, tensors_of
-from harness.files.writing import replacing
+from harness.files.tensors import write_tensors
 from harness.models.world import WorldModel
 from harness.mx.linears.base import MXModule
 from harness.report.codec import encode
@@ -64,9 +63,7 @@ def write_export(model: WorldModel, header: ExportHeader, path: Path) -> ExportH
         quantization_config=quantization_config(formats, others),
         digests={name: digest(tensor) for name, tensor in sorted(tensors.items())},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        save_file(tensors, part, {KEY: encode(_sorted(asdict(header)))})
+    write_tensors(path, tensors, {KEY: encode(_sorted(asdict(header)))})
     return header
 
 

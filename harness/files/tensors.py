@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.files.text import FileError, check_file
+from harness.files.writing import replacing
 
 WHAT = "a .safetensors or .pt file"
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -49,6 +50,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         check_tensor(path, name, tensor)
     return state
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, all of it or nothing. Raises ``OSError`` as :func:`replacing`."""
+    with replacing(path) as part:
+        try:
+            save_file(dict(tensors), part, dict(metadata))
+        except SafetensorError as error:  # which is how it tells of a disk that is full
+            raise OSError(None, str(error)) from error
 
 
 def read_pickle(path: Path) -> Any:

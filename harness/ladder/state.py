@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.files.writing import write_text
 from harness.report.codec import CodecError, decode, encode, read
-from harness.report.record import write_atomically
 from harness.report.sections import Calibration
 
 STATE_VERSION = 2
@@ -100,7 +100,7 @@ def load(path: Path) -> State:
 
 def save(state: State, path: Path) -> None:
     """Write the state, atomically. Raises ``OSError`` naming the file."""
-    write_atomically(path, encode(state, indent=1) + "\n")
+    write_text(path, encode(state, indent=1) + "\n")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.files import writing as files
 from harness.measure.figures import Stats
 from harness.report.record import RunRecord
 from harness.report.sections import ArmRecord, Environment
@@ -30,12 +31,14 @@ def entry(record: RunRecord) -> str:
 def append(path: Path, record: RunRecord) -> None:
     """Append a run's entry to the log at ``path``, in one write, so that runs side by side do not mix.
 
+    An entry that is there already is not written twice: a run that was killed while it ended ends again.
+
     Raises:
         OSError: if the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as log:
-        log.write(entry(record))
+    text = entry(record).encode()
+    if not (path.is_file() and text in path.read_bytes()):
+        files.append(path, text)
 
 
 def _software(environment: Environment) -> str:

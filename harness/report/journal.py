@@ -7,12 +7,12 @@ that was killed, and ``resume=true`` goes on. A finished run has none: all of it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.files.writing import append
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.drift import DriftConf, summarise_drift
 from harness.report.files import JOURNAL, RECORD, FileRecord
@@ -93,19 +93,7 @@ class Journal:
         Raises:
             OSError: naming the file, if it cannot be written or the disk is full.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                start = file.tell()
-                try:
-                    file.write(encode(line).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, start)
-                    raise
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from error
+        append(self.path, encode(line).encode() + b"\n")
 
     def new_lines(self) -> list[Line]:
         """Lines that are complete and were not read before; none if there is no file.

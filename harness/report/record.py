@@ -7,12 +7,11 @@ of :mod:`harness.report.sections`.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.files.writing import write_text
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.files import FileRecord
 from harness.report.sections import (
@@ -88,41 +87,13 @@ class RunRecord:
         return self.arms.get("candidate")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either all of it or what it held before.
-
-    Raises:
-        OSError: naming ``path``, if the folder cannot be written or the disk is full; nothing half-written is left
-            behind.
-    """
-    try:
-        _write_atomically(path, text)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def save_record(record: RunRecord, path: Path) -> None:
     """Write ``record`` as strict JSON, atomically; see :mod:`harness.report.codec` for floats that JSON cannot hold.
 
     Raises:
-        OSError: see :func:`write_atomically`.
+        OSError: naming ``path``, if it cannot be written; it then holds what it held before.
     """
-    write_atomically(path, encode(record, indent=1) + "\n")
+    write_text(path, encode(record, indent=1) + "\n")
 
 
 def load_record(path: Path) -> RunRecord:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,9 +24,11 @@ from hydra.experimental.callback import Callback
 from markupsafe import Markup
 from omegaconf import DictConfig, OmegaConf
 
+from harness.files.writing import write_text
 from harness.report.files import CONFIG, ERROR, PAGE, RECORD, is_running
 from harness.report.journal import load_run
 from harness.report.page.charts import Point, pareto, scatter
+from harness.report.page.drawing import Section, attempt, draw_page, each
 from harness.report.page.figures import (
     EMULATED,
     Record,
@@ -33,14 +37,13 @@ from harness.report.page.figures import (
     number,
     pick,
     ratio,
-    render_page,
     size,
     speed_ratio,
     times,
     verdict,
 )
 from harness.report.page.run_page import write_run_page
-from harness.report.record import COMPLETE, RUNNING, write_atomically
+from harness.report.record import COMPLETE, RUNNING
 
 REJECTED = "rejected: "
 """Begins what ended a job that never ran: its command, config or files were wrong."""
@@ -157,7 +160,7 @@ def write_sweep_page(folder: Path, rebuild_runs: bool = False) -> Path:
             if run.record is not None:
                 write_run_page(run.folder)
     page = folder / PAGE
-    write_atomically(page, sweep_page(folder.resolve().name, runs))
+    write_text(page, sweep_page(folder.resolve().name, runs))
     return page
 
 
@@ -167,22 +170,36 @@ def sweep_page(name: str, runs: Sequence[Run]) -> str:
     for run in runs:
         if run.reason:
             failed.setdefault(run.reason, []).append(run)
-    rows = [_row(run) for run in runs]
-    used = [number for number in range(len(COLUMNS)) if any(row["cells"][number]["sort"] for row in rows)]
+    failures = sum(map(len, failed.values()))
+    header = Section("header", f"Sweep {name}", lambda: {"name": name, "count": len(runs), "failures": failures})
+    sections = [
+        Section("pareto", "What quality costs", lambda: {"plots": _all_plots(runs), "emulated": _emulated(runs)}),
+        Section("failed", "Failed", lambda: {"failed": failed}),
+        Section("runs", "Runs", lambda: _table(runs)),
+    ]
+    return draw_page("sweep.html.j2", f"Sweep {name}", header, sections)
+
+
+def _emulated(runs: Sequence[Run]) -> str:
+    return EMULATED if any(run.record and emulated(run.record) for run in runs) else ""
+
+
+def _all_plots(runs: Sequence[Run]) -> list[Markup]:
     compared = [run for run in runs if run.record is not None and run.record["quality"]]
-    return render_page(
-        "sweep.html.j2",
-        name=name,
-        count=len(runs),
-        failed=failed,
-        failures=sum(map(len, failed.values())),
-        columns=[COLUMNS[number] for number in used],
-        rows=[{**row, "cells": [row["cells"][number] for number in used]} for row in rows],
-        notes=list(dict.fromkeys(note for run in runs if run.record for note in run.record["notes"])),
-        plots=[plot for name, group in _alike(compared).items() for plot in _plots(group, name)],
-        emulated=EMULATED if any(run.record and emulated(run.record) for run in runs) else "",
-        judged=any(run.record and run.record.get("gates") for run in runs),
-    )
+    return [plot for name, group in _alike(compared).items() for plot in _plots(group, name)]
+
+
+def _table(runs: Sequence[Run]) -> dict[str, Any]:
+    rows, unread = each(runs, lambda run: run.folder.name, _row)
+    used = [number for number in range(len(COLUMNS)) if any(row["cells"][number]["sort"] for row in rows)]
+    return {
+        "columns": [COLUMNS[number] for number in used],
+        "rows": [{**row, "cells": [row["cells"][number] for number in used]} for row in rows],
+        "unread": unread,
+        "notes": list(dict.fromkeys(note for run in runs if run.record for note in run.record["notes"])),
+        "emulated": _emulated(runs),
+        "judged": any(run.record and run.record.get("gates") for run in runs),
+    }
 
 
 def _cell(value: float | None, text: str) -> dict[str, str]:
@@ -263,7 +280,7 @@ def _plots(runs: Sequence[Run], name: str = "") -> list[Markup]:
             if points:
                 title = f"{'PSNR drop' if quality == 'drop' else 'Fidelity to BF16'} against "
                 title += ("speed" if cost == "speed" else "memory") + (f": {name}" if name else "")
-                plots.append(scatter(title, points, x_label, y_label, flip_y=quality == "drop"))
+                plots.append(attempt(title, partial(scatter, title, points, x_label, y_label, quality == "drop")))
     return plots
 
 
@@ -295,7 +312,7 @@ def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: in
         record: Record = run.record or {}
         y = pick(record, f"quality.all.{quality}.psnr")
         x = speed_ratio(record) if cost == "speed" else _held_ratio(record)
-        if x is not None and y is not None:
+        if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
             found.append((run, x, y, cost == "held" or not emulated(record)))
     competing = [(sense * x, better * y) for _, x, y, competes in found if competes]
     fronts = iter(pareto([*competing, (sense * 1.0, 0.0)] if quality == "drop" else competing))
@@ -349,9 +366,9 @@ class SweepPage(Callback):
             kind = "" if isinstance(error, CompactHydraException) else f"{type(error).__name__}: "
             folder = Path(config.hydra.runtime.output_dir)
             rejected = REJECTED if isinstance(error.__cause__, ValueError) and not (folder / RECORD).exists() else ""
-            write_atomically(folder / ERROR, f"{rejected}{kind}{str(error).removeprefix('error: ')}\n")
+            write_text(folder / ERROR, f"{rejected}{kind}{str(error).removeprefix('error: ')}\n")
             overrides = OmegaConf.to_yaml(config.hydra.overrides.task)
-            write_atomically(folder / CONFIG / "overrides.yaml", overrides)
+            write_text(folder / CONFIG / "overrides.yaml", overrides)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write the page."""

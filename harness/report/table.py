@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from io import StringIO
 
@@ -241,6 +241,14 @@ def _notes(record: RunRecord) -> Iterator[str]:
         yield f"Incident: {said}" + (f" ({times} times)" if times > 1 else "")
 
 
+def _attempted(name: str, rows: Callable[[], Iterable[tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
+    """Rows up to one that cannot be made, and then why: the table's other parts are wanted whatever is wrong."""
+    try:
+        yield from rows()
+    except Exception as error:
+        yield (f"{name} could not be shown: {type(error).__name__}: {error}",)
+
+
 def headline(record: RunRecord) -> list[RenderableType]:
     """The first lines: the verdict and why, in one sentence, and the next command."""
     if record.gates is not None:
@@ -259,20 +267,20 @@ def build(record: RunRecord) -> RenderableType:
     title = f"{record.choices.get('model', 'model')} on {record.data.name}: {record.data.summary}"
     if record.status != "complete":
         title += f" ({record.status})"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("")
     candidate = record.candidate
     headings = [arm.label + ("" if arm.speed_is_meaningful else " *") for arm in record.arms.values()]
     if len(headings) == 2:
         headings.append("candidate / BF16")
     for heading in headings:
-        table.add_column(heading, justify="right")
-    sections = (_speed_rows, _part_rows, _memory_rows, _quality_rows)
-    for section in sections:
-        for row in section(record):
-            table.add_row(*row[: len(headings) + 1])
+        table.add_column(Text(heading), justify="right")
+    sections = {"speed": _speed_rows, "parts": _part_rows, "memory": _memory_rows, "quality": _quality_rows}
+    for name, section in sections.items():
+        for row in _attempted(name, lambda section=section: section(record)):  # type: ignore[misc]
+            table.add_row(*map(Text, row[: len(headings) + 1]))
         table.add_section()
-    notes: list[RenderableType] = [Text(note) for note in _notes(record)]
+    notes: list[RenderableType] = [Text(row[0]) for row in _attempted("notes", lambda: ((n,) for n in _notes(record)))]
     if candidate is not None and not candidate.speed_is_meaningful:
         notes.insert(0, Text("* emulated kernel: its speed says nothing about MX on hardware that runs it."))
     if record.gates is not None:

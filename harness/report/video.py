@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from harness.data.yuv import rgb_to_yuv420
+from harness.files.writing import replacing
 
 CODE_BT601 = 6
 """The matrix of :func:`rgb_to_yuv420`, as H.264 numbers it; without it a player guesses from the picture's size."""
@@ -91,13 +92,8 @@ def write_comparison(path: Path, panels: Sequence[Panel], fps: float) -> None:
     if len(shapes) != 1 or not next(iter(shapes))[0]:
         raise ValueError(f"panels need the same number of frames and height, given [N, h] = {sorted(shapes)}")
     (frames, _) = shapes.pop()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        _encode(partial, panels, frames, fps)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part:
+        _encode(part, panels, frames, fps)
 
 
 def _encode(path: Path, panels: Sequence[Panel], frames: int, fps: float) -> None:

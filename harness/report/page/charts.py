@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -66,6 +66,11 @@ class Axis:
     def at(self, value: float) -> float:
         """Where ``value`` is drawn."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _known(values: Values) -> Values:
+    """``values`` with a gap where one is NaN or infinite: there is no place for it in a drawing."""
+    return [value if value is None or math.isfinite(value) else None for value in values]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -150,16 +155,23 @@ def line_chart(
 
     Args:
         title: what the chart shows.
-        series: at least one, with at least one value.
+        series: at least one, with at least one value; NaN and infinities are gaps.
         unit: of the values.
         x_label: what x counts.
         y_range: values that the y axis must hold besides the series' own, so that charts side by side compare.
         read_out: figures that only the read-out shows, by name.
         labels: what the read-out calls each x; "frame 0" and so on if not given.
         synced: whether x is the frame of the videos, so that both follow each other.
+
+    Raises:
+        ValueError: if there is no value to draw.
     """
+    series = [replace(line, values=_known(line.values)) for line in series]
+    read_out = {name: _known(values) for name, values in (read_out or {}).items()}
     length = max(len(line.values) for line in series)
     values = [value for line in series for value in line.values if value is not None]
+    if not values:
+        raise ValueError("none of its figures is a finite number")
     x = Axis(0, max(length - 1, 1), LEFT + 6, WIDTH - RIGHT - 6, _frame_ticks(length))
     y = make_axis([*values, *(y_range or ())], HEIGHT - BOTTOM, TOP, 4)
     drawing = _grid(x, y, x_label, "")
@@ -184,7 +196,7 @@ def line_chart(
         ]
         + [
             {"name": name, "style": "", "values": [None if v is None else round(v, 4) for v in values], "y": []}
-            for name, values in (read_out or {}).items()
+            for name, values in read_out.items()
         ],
         "unit": unit,
         "frames": synced,
@@ -210,6 +222,7 @@ def column_chart(
         drawn: the figure that the columns show; values that are not above 0 have no column.
         styles: CSS class of each column.
     """
+    columns = {name: _known(values) for name, values in columns.items()}
     positive = [value for value in columns[drawn] if value is not None and value > 0] or [1.0]
     logarithmic = max(positive) > LOG_FROM * min(positive)
     y = _log_axis(positive) if logarithmic else _axis_from_zero(max(positive))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harness.files.writing import write_text
 from harness.report.journal import load_run
 from harness.report.page.charts import Series, line_chart
+from harness.report.page.drawing import Section, attempt, draw_page
 from harness.report.page.figures import (
     Record,
     emulated,
@@ -16,7 +19,6 @@ from harness.report.page.figures import (
     held_bytes,
     number,
     pick,
-    render_page,
     shown,
     size,
     speed_ratio,
@@ -25,7 +27,6 @@ from harness.report.page.figures import (
 )
 from harness.report.page.players import embedded_bytes, panels, source, stage, video_path
 from harness.report.page.run_page import EMBED_LIMIT, METRICS
-from harness.report.record import write_atomically
 
 PAGE = "comparison.html"
 STYLES = ("s-bf16", "s-cand")
@@ -45,31 +46,32 @@ def write_compare_page(first: Path, second: Path) -> Path:
     """
     page = second / PAGE
     runs = [(asdict(load_run(folder)), folder) for folder in (first, second)]
-    write_atomically(page, compare_page(runs[0], runs[1], second))
+    write_text(page, compare_page(runs[0], runs[1], second))
     return page
 
 
 def compare_page(first: Run, second: Run, folder: Path, embed_limit: int = EMBED_LIMIT) -> str:
     """The page of two runs, each a record and the folder its videos lie in; the page itself lies in ``folder``."""
-    runs = (first, second)
-    return render_page(
-        "compare.html.j2",
-        runs=[
-            {
-                "name": _name(record),
-                "id": record["run_id"],
-                "folder": str(where),
-                "style": style,
-                "verdict": verdict(record, where),
-            }
-            for (record, where), style in zip(runs, STYLES, strict=True)
-        ],
-        doubts=_doubts(first[0], second[0]),
-        figures=_figures(first[0], second[0]),
-        curves=_curves(first[0], second[0]),
-        videos=_videos(first, second, folder, embed_limit),
-        differences=_differences(first[0], second[0]),
-    )
+    runs = [
+        {"name": _name(record), "id": record["run_id"], "folder": str(where), "style": style}
+        for (record, where), style in zip((first, second), STYLES, strict=True)
+    ]
+
+    def verdicts() -> dict[str, Any]:
+        found = (verdict(*run) for run in (first, second))
+        return {"runs": [run | {"verdict": one} for run, one in zip(runs, found, strict=True)]}
+
+    one, other = first[0], second[0]
+    sections = [
+        Section("verdicts", "Verdicts", verdicts),
+        Section("doubts", "Not alike in both runs", lambda: {"doubts": _doubts(one, other)}),
+        Section("figures", "Figures", lambda: {"runs": runs, "figures": _figures(one, other)}),
+        Section("videos", "Side by side", lambda: {"videos": _videos(first, second, folder, embed_limit)}),
+        Section("quality", "Quality over the rollout", lambda: {"curves": _curves(one, other)}),
+        Section("setup", "Configs", lambda: {"runs": runs, "differences": _differences(one, other)}),
+    ]
+    title = f"{runs[0]['name']} against {runs[1]['name']}"
+    return draw_page("compare.html.j2", title, Section("header", title, lambda: {"runs": runs}), sections)
 
 
 def _name(record: Record) -> str:
@@ -143,7 +145,7 @@ def _curves(first: Record, second: Record) -> list[dict[str, Any]]:
                     if (curve := pick(record, path.format(arm=_last(record))))
                 ]
                 if lines:
-                    charts.append(line_chart(f"{name} {title}", lines, unit))
+                    charts.append(attempt(f"{name} {title}", partial(line_chart, f"{name} {title}", lines, unit)))
         if charts:
             blocks.append({"tag": tag.replace("_", " ").capitalize(), "charts": charts})
     return blocks

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from harness.report.gates import terms
 from harness.report.gates.advice import changed, command
@@ -171,29 +166,3 @@ def shown(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(shown(item) for item in value)
     return str(value)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("harness.report.page"),
-        autoescape=True,  # clip ids, errors and paths are other people's text
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "significant": significant, "size": size, "times": times, "shown": shown}
-    return environment
-
-
-def _asset(name: str) -> Markup:
-    return Markup((resources.files("harness.report.page") / "templates" / name).read_text(encoding="utf-8"))
-
-
-def render_page(template: str, **view: Any) -> str:
-    """A whole page from one of ``templates/``, style and script inside."""
-    return (
-        _environment()
-        .get_template(template)
-        .render(**view, css=_asset("page.css"), js=_asset("page.js") + _asset("player.js"))
-    )

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from harness.report.page.charts import Series, column_chart, line_chart
+from harness.report.page.drawing import attempt, undrawn
 from harness.report.page.figures import Record, flatten, pick, significant
 
 READ_OUT = ("rel", "mae", "max", "sqnr_db", "bf16.rel")
 """Figures of a Linear's error that its column shows under the pointer."""
 CATEGORIES = {"mlp": "c-mlp", "attn": "c-attention", "modulation": "c-modulation"}
 """CSS class of each category of Linears."""
+LINEARS, CACHE = "MX Linears, layer by layer", "KV cache, layer by layer"
 TENSORS = {"k": "s-bf16", "v": "s-cand"}
 """CSS class of K's and V's curves."""
 
 
 def numerics_blocks(record: Record) -> list[dict[str, Any]]:
-    """Blocks of ``heading``, ``lead``, ``charts``, ``columns`` and ``rows``; empty where nothing was sampled."""
+    """Blocks of ``heading``, ``lead``, ``charts``, ``columns`` and ``rows``; none where nothing was sampled."""
     candidate = record["arms"].get("candidate")
-    blocks = [_linears(pick(candidate, "numerics")), _kv(pick(candidate, "kv_stats"))]
+    blocks = [
+        _attempted(LINEARS, lambda: _linears(pick(candidate, "numerics"))),
+        _attempted(CACHE, lambda: _kv(pick(candidate, "kv_stats"))),
+    ]
     return [block for block in blocks if block is not None]
+
+
+def _attempted(heading: str, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The block; where it cannot be made, its ``heading`` and why it ``failed``."""
+    try:
+        return make()
+    except Exception as error:
+        return {"heading": heading, "failed": undrawn("This part", error)}
 
 
 def _block(heading: str, lead: str, rows: Sequence[Mapping[str, Any]], charts: Sequence[Markup]) -> dict[str, Any]:
@@ -38,14 +51,15 @@ def _linears(section: Any) -> dict[str, Any] | None:
     rows = [{"name": name, **flatten(layer)} for name, layer in layers.items()]
     figures = {figure: [row.get(figure) for row in rows] for figure in READ_OUT}
     styles = [CATEGORIES.get(row.get("category", ""), "c-other") for row in rows]
-    chart = column_chart("Relative error of each Linear's output", list(layers), figures, "rel", styles)
+    title = "Relative error of each Linear's output"
+    chart = attempt(title, lambda: column_chart(title, list(layers), figures, "rel", styles))
     kinds = pick(section, "categories") or {}
     means = [
         f"{kind} {significant(found['rel_mean'])} (largest {significant(found['rel_max'])})"
         for kind, found in kinds.items()
     ]
     lead = f"{pick(section, 'method') or ''}. Mean relative error: {', '.join(means)}." if means else ""
-    return _block("MX Linears, layer by layer", lead, rows, [chart])
+    return _block(LINEARS, lead, rows, [chart])
 
 
 def _kv(stats: Any) -> dict[str, Any] | None:
@@ -53,10 +67,8 @@ def _kv(stats: Any) -> dict[str, Any] | None:
     if not layers:
         return None
     charts = [
-        line_chart(
-            "Saturated elements, share by layer", _by_layer(layers, "saturated_share"), "", "layer", synced=False
-        ),
-        line_chart("log2 of the scale by layer: mean, and extremes", _scales(layers), "", "layer", synced=False),
+        _chart("Saturated elements, share by layer", _by_layer(layers, "saturated_share"), "layer"),
+        _chart("log2 of the scale by layer: mean, and extremes", _scales(layers), "layer"),
     ]
     frames = pick(stats, "frames") or []
     if len(frames) > 1:
@@ -67,13 +79,17 @@ def _kv(stats: Any) -> dict[str, Any] | None:
         ):
             lines = _over_time(layers, key)
             if lines:
-                charts.append(line_chart(title, lines, "", "sampled frame", labels=labels, synced=False))
+                charts.append(_chart(title, lines, "sampled frame", labels))
     rows = [{"name": f"layer {row['layer']} {row['tensor'].upper()}", **_plain(row)} for row in layers]
     broken = [
         f"layer {one['layer']} {one['tensor'].upper()} frame {one['frame']}" for one in stats.get("nonfinite") or []
     ]
     lead = f"NaN or Inf stored: {', '.join(broken)}." if broken else ""
-    return _block("KV cache, layer by layer", lead, rows, charts)
+    return _block(CACHE, lead, rows, charts)
+
+
+def _chart(title: str, lines: Sequence[Series], x_label: str, labels: Sequence[str] | None = None) -> Markup:
+    return attempt(title, lambda: line_chart(title, lines, "", x_label, labels=labels, synced=False))
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

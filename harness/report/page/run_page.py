@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from markupsafe import Markup
 
+from harness.files.writing import write_text
 from harness.measure.trust import distrust
 from harness.report import drift
 from harness.report.codec import read
@@ -17,6 +20,7 @@ from harness.report.files import PAGE
 from harness.report.journal import load_run
 from harness.report.page.charts import Series, line_chart
 from harness.report.page.costs import fps_bars, memory_bars, part_bars, span_bars
+from harness.report.page.drawing import Section, attempt, draw_page, each
 from harness.report.page.figures import (
     ABSENT,
     ARMS,
@@ -28,7 +32,6 @@ from harness.report.page.figures import (
     number,
     pick,
     ratio,
-    render_page,
     significant,
     size,
     speed_ratio,
@@ -37,7 +40,7 @@ from harness.report.page.figures import (
 )
 from harness.report.page.numerics import numerics_blocks
 from harness.report.page.players import embedded_bytes, panels, source, stage, video_path
-from harness.report.record import write_atomically
+from harness.report.record import RunRecord
 from harness.report.sections import Drift
 
 EMBED_LIMIT = 25 * 1024 * 1024
@@ -54,40 +57,77 @@ def write_run_page(folder: Path) -> Path:
         RecordError: if there is no readable record.
         OSError: if the page cannot be written.
     """
+    return write_page(load_run(folder), folder)
+
+
+def write_page(record: RunRecord, folder: Path) -> Path:
+    """As :func:`write_run_page`, of a record at hand."""
     page = folder / PAGE
-    write_atomically(page, run_page(asdict(load_run(folder)), folder))
+    write_text(page, run_page(asdict(record), folder))
     return page
 
 
 def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> str:
     """The page of ``record``, whose videos lie below ``folder``."""
-    labels = {name: arm["label"] for name, arm in record["arms"].items()}
-    videos = _videos(record, folder, embed_limit)
-    return render_page(
-        "run.html.j2",
-        record=record,
-        title=labels.get("candidate") or "BF16",
-        labels=labels,
-        verdict=verdict(record, folder),
-        tiles=_tiles(record),
-        checks=_checks(record),
-        mild=record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"]),
-        doubts=distrust(record["arms"]),
-        emulated=EMULATED if emulated(record) else "",
-        fps=fps_bars(record),
-        spans=span_bars(record),
-        parts=part_bars(record),
-        memory=memory_bars(record),
-        curves=_curves(record),
-        drift=list(drift.sentences(read(Drift, record["drift"]))) if record.get("drift") else [],
-        clips=_clips(record),
-        looks=_looks(record),
-        videos=videos,
-        numerics=numerics_blocks(record),
-        setup=_setup(record),
-        config=_config_lines(record["config"]),
-        facts=_facts(record),
-    )
+    labels = {name: pick(arm, "label") or name for name, arm in record["arms"].items()}
+    title = labels.get("candidate") or "BF16"
+    hatched = EMULATED if emulated(record) else ""
+    sections = [
+        Section("verdict", "Verdict", lambda: {"verdict": verdict(record, folder), "tiles": _tiles(record)}),
+        Section("gates", "Gates", lambda: {"checks": _checks(record)}),
+        Section("incidents", "Incidents", lambda: {"record": record, "mild": _is_mild(record)}),
+        Section("videos", "Side by side", lambda: {"videos": _videos(record, folder, embed_limit)}),
+        Section("quality", "Quality over the rollout", lambda: _quality(record)),
+        Section("speed", "Speed", lambda: _speed(record) | {"labels": labels, "emulated": hatched}),
+        Section("memory", "Memory", lambda: {"memory": memory_bars(record), "rss": pick(record, RSS)}),
+        Section("numerics", "Numerics", lambda: {"numerics": numerics_blocks(record)}),
+        Section("setup", "What ran", lambda: _what_ran(record)),
+    ]
+    header = Section("header", title, lambda: {"record": record, "title": title, "labels": labels})
+    return draw_page("run.html.j2", f"{title} · {record['run_id']}", header, sections, NAV)
+
+
+RSS = "arms.bf16.memory.process_peak_rss"
+NAV = {
+    "verdict": "Verdict",
+    "videos": "Side by side",
+    "quality": "Quality",
+    "speed": "Speed",
+    "memory": "Memory",
+    "numerics": "Numerics",
+    "setup": "What ran",
+}
+
+
+def _is_mild(record: Record) -> bool:
+    """Whether its incidents are BF16's own, and took nothing from the run."""
+    return record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"])
+
+
+def _quality(record: Record) -> dict[str, Any]:
+    clips, unread = each(record["clips"], lambda clip: clip["clip_id"], _clip)
+    return {
+        "curves": _curves(record),
+        "drift": list(drift.sentences(read(Drift, record["drift"]))) if record.get("drift") else [],
+        "looks": _looks(record),
+        "clips": clips,
+        "unread": unread,
+        "has_videos": any(clip.get("video") for clip in record["clips"]),
+    }
+
+
+def _speed(record: Record) -> dict[str, Any]:
+    return {
+        "doubts": distrust(record["arms"]),
+        "fps": fps_bars(record),
+        "spans": span_bars(record),
+        "parts": part_bars(record),
+    }
+
+
+def _what_ran(record: Record) -> dict[str, Any]:
+    config = _config_lines(record["config"])
+    return {"setup": _setup(record), "record": record, "facts": _facts(record), "config": config}
 
 
 DIFFERS = 0.005
@@ -192,6 +232,7 @@ def _axis(check: Mapping[str, Any]) -> dict[str, float] | None:
     }
 
 
+FIDELITY, OF_WHAT = "Fidelity", "of candidate against BF16"
 METRICS = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
 """Key, name and unit."""
 
@@ -203,10 +244,11 @@ def _curves(record: Record) -> list[dict[str, Any]]:
     blocks = []
     for tag, section in tags.items():
         charts = [
-            chart
+            attempt(title, partial(_curve, record, tag, kind, metric, title, unit, ranges[metric]))
             for kind in ("arms", "fidelity")
             for metric, name, unit in METRICS
-            if (chart := _curve(record, tag, kind, metric, name, unit, ranges[metric])) is not None
+            if _lines(section, metric, kind)
+            for title in [f"{name} against the recording" if kind == "arms" else f"{FIDELITY}: {name} {OF_WHAT}"]
         ]
         if charts:
             clips = section.get("clips", 0)
@@ -222,16 +264,14 @@ def _lines(section: Any, metric: str, kind: str) -> dict[str, list[float]]:
 
 def _range(tags: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
     lines = [line for section in tags.values() for line in _lines(section, metric, "fidelity").values()]
-    values = [value for line in lines for value in line]
+    values = [value for line in lines for value in line if value is not None and math.isfinite(value)]
     return (min(values), max(values)) if values else None
 
 
 def _curve(
-    record: Record, tag: str, kind: str, metric: str, name: str, unit: str, limits: tuple[float, float] | None
-) -> Markup | None:
+    record: Record, tag: str, kind: str, metric: str, title: str, unit: str, limits: tuple[float, float] | None
+) -> Markup:
     lines = _lines(record["quality"]["by_tag"][tag], metric, kind)
-    if not lines:
-        return None
     if kind == "arms":
         shown = [
             (arm, record["arms"][arm]["label"], f"s-{style}")
@@ -239,10 +279,8 @@ def _curve(
             if arm in lines.keys() & record["arms"]
         ]
         drop = {"drop": [a - b for a, b in zip(*lines.values(), strict=True)]} if len(lines) == 2 else {}
-        title = f"{name} against the recording"
     else:
         shown, drop = [("fidelity", "fidelity", "s-fid")], {}
-        title = f"Fidelity: {name} of candidate against BF16"
     faint = [line for arm, _, style in shown for line in _single_clips(record, tag, f"{arm}.frames.{metric}", style)]
     means = [Series(label, lines[arm], style) for arm, label, style in shown]
     return line_chart(title, [*faint, *means], unit, y_range=limits if kind != "arms" else None, read_out=drop)
@@ -279,16 +317,14 @@ def _looks(record: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def _clips(record: Record) -> list[dict[str, Any]]:
-    rows = []
-    for clip in record["clips"]:
-        scores = {
-            f"{name}_{metric}": pick(clip, f"scores.{name}.{metric}")
-            for name in ("bf16", "candidate", "fidelity")
-            for metric in ("psnr", "ssim")
-        }
-        rows.append({"id": clip["clip_id"], "tag": clip.get("tag", ""), "drop": pick(clip, "drop.psnr"), **scores})
-    return rows
+def _clip(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of clips."""
+    scores = {
+        f"{name}_{metric}": pick(clip, f"scores.{name}.{metric}")
+        for name in ("bf16", "candidate", "fidelity")
+        for metric in ("psnr", "ssim")
+    }
+    return {"id": clip["clip_id"], "tag": clip.get("tag", ""), "drop": pick(clip, "drop.psnr"), **scores}
 
 
 def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
@@ -302,8 +338,9 @@ def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
             else:
                 found.append((clip, path))
     total = sum(embedded_bytes(path) for _, path in found)
-    players = [
-        {
+
+    def player(clip: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        return {
             "id": clip["clip_id"],
             "tag": clip.get("tag", ""),
             "drop": pick(clip, "drop.psnr"),
@@ -311,9 +348,12 @@ def _videos(record: Record, folder: Path, embed_limit: int) -> dict[str, Any]:
             "panels": panels(record, clip),
             "sources": [source(path, folder, total <= embed_limit)],
         }
-        for clip, path in found
-    ]
-    return stage(players, pick(record, "data.future_frames") or 0, total, total <= embed_limit) | {"missing": missing}
+
+    players, failed = each(found, lambda one: one[0]["clip_id"], lambda one: player(*one))
+    return stage(players, pick(record, "data.future_frames") or 0, total, total <= embed_limit) | {
+        "missing": missing,
+        "failed": failed,
+    }
 
 
 def _setup(record: Record) -> list[dict[str, Any]]:
