@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from harness.ab.arm import Arm
 from harness.data.datamodule import ClipBatch
 from harness.mx.linears.base import MXModule
-from harness.mx.linears.cuda import CudaLinear
 from harness.mx.numerics import linear_error
+from harness.rollout.linears import is_packed
 
 FRAMES = 2
 """Generated frames whose inputs are sampled, at most; every denoising step of them."""
@@ -86,7 +86,7 @@ def layer_numerics(
     layers: dict[str, dict[str, Any]] = {}
     for name in names:
         linear, mx = bf16.core.get_submodule(name), candidate.core.get_submodule(name)
-        if isinstance(linear, CudaLinear):
+        if is_packed(linear):
             linear = linear.plain()
         assert isinstance(linear, nn.Linear)
         assert isinstance(mx, MXModule)

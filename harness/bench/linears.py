@@ -16,12 +16,12 @@ from harness.bench import tune_cuda, tune_triton
 from harness.bench.measuring import Bench, Row
 from harness.formats.mx import E2M1, E4M3, decode, encode
 from harness.formats.scales import ScaleMode
+from harness.kernels.cuda.linear import PackedBF16Linear, unavailable
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.mx.conf import Activation, KernelChoice
 from harness.mx.dispatch import KERNELS, available_kernels
-from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat, MXModule
-from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
+from harness.mx.linears.cuda import CudaMXLinear
 from harness.mx.linears.triton import TritonMXLinear, paths
 from harness.mx.weights import nearest
 
@@ -146,9 +146,9 @@ def bench_packed(
 ) -> None:
     """BF16 through the kernel of kernel=cuda, where it runs and is asked for."""
     asked = kernels is None or KernelChoice.cuda in kernels
-    if not asked or cuda_linear.unavailable(bench.device, FORMATS["W8A16"]) is not None:
+    if not asked or unavailable(bench.device) is not None:
         return
-    packed = CudaLinear.from_linear(linear)
+    packed = PackedBF16Linear.from_linear(linear)
     row = Row("linear", product.name, product.shape, "BF16 cuda", product.n)
     bench.rows.append(row)
     bench.check_time()

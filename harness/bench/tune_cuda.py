@@ -17,9 +17,9 @@ from harness.bench.measuring import Bench
 from harness.kernels import launch
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda.linear import PackedLinear
 from harness.kernels.cuda.shapes import CudaConfig, CudaShape, candidates, choose, fits
 from harness.kernels.tuned import entry, gpu_name
-from harness.mx.linears.cuda import CudaLinear
 
 TRIED = 64
 """Launch shapes tried at first, the ones that the rule puts in front."""
@@ -28,7 +28,7 @@ REFINED = 4
 """Of these, the fastest are tried with other stages."""
 
 
-def tune(bench: Bench, mx: CudaLinear, x: Tensor) -> str:
+def tune(bench: Bench, mx: PackedLinear, x: Tensor) -> str:
     """Set `mx.config` to the fastest found; the entry for a file in `tuned/`, and what was refused.
 
     Launch shapes are compiled side by side. One that gives anything but the product of the decoded operands up to the
@@ -84,7 +84,7 @@ def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
     return [other for other in others if fits(other, shape)]
 
 
-def checker(mx: CudaLinear, rows: Tensor) -> Callable[[], str | None]:
+def checker(mx: PackedLinear, rows: Tensor) -> Callable[[], str | None]:
     """A function that says what is wrong with `mx`'s product of `rows`, or None."""
     weight = mx.dense_weight()
     bias = None if mx.bias is None else mx.bias.double()

@@ -32,13 +32,13 @@ from harness.bench.tune_cuda import checker, other_stages, reason
 from harness.kernels import launch
 from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda import shapes as cuda_config
+from harness.kernels.cuda.linear import PackedLinear
 from harness.kernels.cuda.shapes import CudaConfig
 from harness.kernels.tuned import entry
 from harness.kv import KVConf, KVStorage
 from harness.measure.timing import samples_ms
 from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
-from harness.mx.linears.cuda import CudaLinear
 from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import AttentionKind, frame_attention
@@ -77,10 +77,10 @@ class Layers:
         angles = torch.rand(arch.tokens_per_frame, arch.head_dim // 2, device=device)
         self.rotary = (angles.cos(), angles.sin())
 
-    def linears(self, name: str) -> list[CudaLinear]:
+    def linears(self, name: str) -> list[PackedLinear]:
         """Every layer's Linear of a name such as "mlp.fc1"."""
         found = [block.get_submodule(name) for block in self.blocks]
-        assert all(isinstance(linear, CudaLinear) for linear in found)
+        assert all(isinstance(linear, PackedLinear) for linear in found)
         return found  # type: ignore[return-value]
 
     def run(self) -> Tensor:

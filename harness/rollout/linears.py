@@ -14,9 +14,9 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from harness.kernels.cuda import linear as cuda_linear
+from harness.kernels.cuda.linear import PackedBF16Linear, PackedLinear
 from harness.models.world import WorldModel
-from harness.mx.linears import cuda as cuda_linear
-from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
 from harness.rollout.attention import AttentionKind
 from harness.rollout.compile import CompileConf
 
@@ -50,10 +50,10 @@ def pack_where_faster(core: WorldModel, conf: CompileConf, attention: AttentionK
     return pack(core) if wanted else 0
 
 
-def pack(core: WorldModel, make: Callable[[nn.Linear], nn.Module] = CudaLinear.from_linear) -> int:
+def pack(core: WorldModel, make: Callable[[nn.Linear], nn.Module] = PackedBF16Linear.from_linear) -> int:
     """Pack BF16 Linears of the blocks, in place; returns how many. A SiLU behind one goes into its kernel.
 
-    ``make``: what gives the kernel's form of a Linear, a :class:`CudaLinear` or, in a format, another module.
+    ``make``: what gives the kernel's form of a Linear, a :class:`PackedLinear` or another module.
     """
     packed = 0
     for path, layer, spec, linear in list(core.linears()):
@@ -61,7 +61,7 @@ def pack(core: WorldModel, make: Callable[[nn.Linear], nn.Module] = CudaLinear.f
             made = make(linear)
             core.set_submodule(path, made)
             packed += 1
-            if spec.activation is None or not isinstance(made, CudaLinear):
+            if spec.activation is None or not isinstance(made, PackedLinear):
                 continue
             block = core.blocks[layer]
             if made.absorb(block.get_submodule(spec.activation)):
@@ -79,9 +79,9 @@ def unpack(core: WorldModel) -> WorldModel:
     return core
 
 
-def is_packed(module: nn.Module) -> TypeGuard[CudaLinear]:
+def is_packed(module: nn.Module) -> TypeGuard[PackedBF16Linear]:
     """Whether :func:`pack` made it."""
-    return isinstance(module, CudaLinear) and not isinstance(module, CudaMXLinear)
+    return isinstance(module, PackedBF16Linear)
 
 
 def compile_ahead(core: WorldModel, batch: int) -> None:
@@ -91,7 +91,9 @@ def compile_ahead(core: WorldModel, batch: int) -> None:
     from harness.kernels.cuda.ops import compile_product  # an operator of CUDA tensors alone
 
     rows = batch * core.cfg.tokens_per_frame
-    linears = [module for _, _, spec, module in core.linears() if isinstance(module, CudaLinear) and not spec.per_frame]
+    linears = [
+        module for _, _, spec, module in core.linears() if isinstance(module, PackedLinear) and not spec.per_frame
+    ]
     kinds = {(x.out_features, x.in_features, x.element, x.silu) for x in linears if x.config is None}
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(compile_product, rows, n, k, element, silu, core.device) for n, k, element, silu in kinds]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from harness.kernels.cuda.linear import PackedLinear
 from harness.kv import KVCache
 from harness.models import bf16
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
 from harness.models.world import WorldModel
-from harness.mx.linears.cuda import CudaLinear
 from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention
 from harness.rollout.compile import CompileConf, compile_function, keep_in_place
 from harness.rollout.fused import ring_view
@@ -129,7 +129,7 @@ def _is_ready(block: Block, cache: KVCache, layer: int) -> bool:
     A compiler finds nothing to fuse in it then, and in a captured graph its calls from Python cost nothing.
     """
     linears = (block.attn.qkv, block.attn.out, block.mlp.fc1, block.mlp.fc2)
-    launches = all(bf16.is_plain(x) or (isinstance(x, CudaLinear) and not rounds_inputs(x)) for x in linears)
+    launches = all(bf16.is_plain(x) or (isinstance(x, PackedLinear) and not rounds_inputs(x)) for x in linears)
     return launches and all(ring_view(ring).stores for ring in cache.rings[layer].values())
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from harness.bench import tune_cuda, tune_layer
+from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.kv import KVStorage
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
-from harness.mx.linears.cuda import CudaLinear
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")
@@ -21,7 +21,7 @@ def test_many_rows_have_nothing_to_tune(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert tune_layer.main(["--batch", "5"]) == 2
     assert "--batch 5: 320 rows; of more than 256 weights are unpacked" in capsys.readouterr().err
-    packed = CudaLinear.from_linear(torch.nn.Linear(64, 64).bfloat16())
+    packed = PackedBF16Linear.from_linear(torch.nn.Linear(64, 64).bfloat16())
     note = tune_cuda.tune(None, packed, torch.zeros(257, 64).bfloat16())
     assert note == "nothing to tune: of 257 rows the weight is unpacked for a library's product"
 

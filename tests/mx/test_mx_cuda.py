@@ -11,12 +11,13 @@ from harness.formats.mx import E2M1, E4M3, E5M2, MXBlocks, decode, encode
 from harness.formats.scales import ScaleMode
 from harness.kernels import launch
 from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.kernels.cuda.shapes import MANY_ROWS, CudaConfig
 from harness.models.embeddings import MLP
 from harness.mx.conf import Activation
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat, MXWeight
-from harness.mx.linears.cuda import CudaLinear, CudaMXLinear
+from harness.mx.linears.cuda import CudaMXLinear
 from harness.mx.linears.triton import TritonMXLinear
 from harness.mx.weights import nearest
 
@@ -245,7 +246,7 @@ def test_of_many_rows_the_weight_is_unpacked(name, large, monkeypatch):
 
 def test_of_many_rows_a_packed_bf16_weight_is_a_librarys_too():
     linear = nn.Linear(352, 712).bfloat16().to(DEVICE).requires_grad_(False)
-    packed, x = CudaLinear.from_linear(linear), activations(MANY_ROWS + 1, 352)
+    packed, x = PackedBF16Linear.from_linear(linear), activations(MANY_ROWS + 1, 352)
     assert torch.equal(packed(x), linear(x))
     assert packed.absorb(nn.SiLU())
     assert torch.equal(packed(x), F.silu(linear(x)))
@@ -260,7 +261,7 @@ def test_an_unpacked_weight_is_the_decoded_one(fmt):
 
 
 def test_stacked_bf16_linears_give_their_outputs_side_by_side():
-    members = [CudaLinear.from_linear(nn.Linear(256, 64 * i).bfloat16().to(DEVICE)) for i in (1, 2, 3)]
+    members = [PackedBF16Linear.from_linear(nn.Linear(256, 64 * i).bfloat16().to(DEVICE)) for i in (1, 2, 3)]
     x = activations(2, 256)
     assert torch.equal(members[0].stacked(members[1:])(x), torch.cat([m(x) for m in members], dim=1))
 

@@ -8,6 +8,7 @@ from torch import nn
 from harness.formats.mx import E2M1, E4M3, decode
 from harness.formats.scales import ScaleMode
 from harness.kernels.cuda import ops as cuda_ops
+from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.kernels.cuda.shapes import (
     MANY_ROWS,
     SHARED_BYTES,
@@ -25,7 +26,6 @@ from harness.kernels.cuda.shapes import (
 from harness.mx.conf import Activation
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat
-from harness.mx.linears.cuda import CudaLinear
 from harness.mx.linears.triton import TritonMXLinear
 from harness.mx.weights import nearest
 
@@ -98,7 +98,7 @@ def test_stacking_shares_memory():
 def test_bf16_weights_are_stacked_likewise():
     torch.manual_seed(0)
     plain = [nn.Linear(64, 16 * i).bfloat16().requires_grad_(False) for i in (1, 2, 3)]
-    members = [CudaLinear.from_linear(linear) for linear in plain]
+    members = [PackedBF16Linear.from_linear(linear) for linear in plain]
     stacked = members[0].stacked(members[1:])
     assert torch.equal(stacked.dense_weight(), torch.cat([linear.weight for linear in plain]))
     assert torch.equal(stacked.bias, torch.cat([linear.bias for linear in plain]))
@@ -112,7 +112,7 @@ def test_bf16_weights_are_stacked_likewise():
 def test_a_library_product_of_an_unpacked_weight(bias, output_scale):
     torch.manual_seed(0)
     linear, x = nn.Linear(96, 40, bias=bias).bfloat16().requires_grad_(False), torch.randn(300, 96).bfloat16()
-    packed = CudaLinear.from_linear(linear)
+    packed = PackedBF16Linear.from_linear(linear)
     weight = cuda_ops.unpack(packed.tiles, (40, 96), "bf16")
     assert torch.equal(weight, linear.weight)
     got = cuda_ops.library_product(x, weight / output_scale, packed.bias, output_scale)
@@ -132,7 +132,7 @@ def test_what_does_not_fit_together_is_not_stacked():
     assert first.stacked([make(32, 64, W4A16)]) is None
     assert first.stacked([make(32, 64, scale=1e7)]) is None  # another power of two to multiply by
     assert first.stacked([nn.Linear(64, 32)]) is None
-    assert first.stacked([CudaLinear.from_linear(nn.Linear(64, 32).bfloat16())]) is None
+    assert first.stacked([PackedBF16Linear.from_linear(nn.Linear(64, 32).bfloat16())]) is None
 
 
 def test_a_weight_out_of_range_goes_to_triton_and_says_so():

@@ -8,9 +8,9 @@ import torch
 from rollout_cases import make_core
 from torch import nn
 
+from harness.kernels.cuda import linear as cuda_linear
+from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.mx.conf import MXConf, Scope
-from harness.mx.linears import cuda as cuda_linear
-from harness.mx.linears.cuda import CudaLinear
 from harness.mx.transform import apply_mx
 from harness.rollout import AttentionKind, CompileConf
 from harness.rollout.linears import is_packed, pack, pack_where_faster, unpack, validate
@@ -27,10 +27,10 @@ def test_unpacking_gives_every_bit_back(core):
     plain = copy.deepcopy(core)
     assert pack(core) == 16
     block = core.blocks[0]
-    assert isinstance(block.attn.qkv, CudaLinear)
+    assert isinstance(block.attn.qkv, PackedBF16Linear)
     assert block.mlp.fc1.silu
     assert isinstance(block.mlp.act, nn.Identity)
-    assert isinstance(block.adaln1.fc, CudaLinear)
+    assert isinstance(block.adaln1.fc, PackedBF16Linear)
     unpack(core)
     assert str(core) == str(plain)
     for (name, weight), (other, expected) in zip(core.named_parameters(), plain.named_parameters(), strict=True):
@@ -50,7 +50,7 @@ def test_mx_linears_are_left_alone(core):
 
 
 def test_auto_packs_where_it_is_faster(core, monkeypatch):
-    monkeypatch.setattr(cuda_linear, "unavailable", lambda device, fmt=None: None)
+    monkeypatch.setattr(cuda_linear, "unavailable", lambda device: None)
     captured = CompileConf(enabled=True, cuda_graph=True)
     assert pack_where_faster(core, CompileConf(), FUSED, 1) == 0
     assert pack_where_faster(core, captured, AttentionKind.sdpa, 1) == 0
@@ -61,7 +61,7 @@ def test_auto_packs_where_it_is_faster(core, monkeypatch):
 
 @pytest.mark.parametrize(("width", "rows", "packs"), [(2560, 64, True), (2560, 128, False), (1536, 128, True)])
 def test_a_wide_model_is_packed_for_few_rows_alone(core, monkeypatch, width, rows, packs):
-    monkeypatch.setattr(cuda_linear, "unavailable", lambda device, fmt=None: None)
+    monkeypatch.setattr(cuda_linear, "unavailable", lambda device: None)
     core.cfg = replace(core.cfg, d_model=width)
     captured = CompileConf(enabled=True, cuda_graph=True)
     assert bool(pack_where_faster(core, captured, FUSED, rows // core.cfg.tokens_per_frame)) is packs
