@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import harness  # noqa: F401  (how threads wait is settled before torch is imported)
 
-NEEDED = ("starlette", "uvicorn", "wsproto")
+NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
 HELP = """\
 Play a world model live in a browser, in BF16 and in the candidate formats side by side.
 
@@ -65,17 +65,16 @@ def main(words: Sequence[str]) -> int:
     if (problem := missing_packages()) is not None:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    import torch
     from hydra.errors import HydraException
 
+    from harness.live.process import settle_threads
     from harness.live.server import Game, run_server
     from harness.session.open import load_play
-    from harness.threads import usable_cores
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         engine, conf, labels = load_play(words)
-        torch.set_num_threads(engine.plan.conf.threads or min(torch.get_num_threads(), usable_cores()))
+        settle_threads(engine)
         game = Game.of(engine, conf, labels, words)
         for name, arm in engine.arms.items():
             print(

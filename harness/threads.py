@@ -31,3 +31,12 @@ def usable_cores(quota: Path = QUOTA) -> int:
         return max(1, min(cores, math.ceil(int(granted) / int(period))))
     except (OSError, ValueError, ZeroDivisionError):  # no container, or "max": no quota
         return cores
+
+
+def threads_of_a_game(cores: int) -> int:
+    """Threads of one operator where a frame is denoised while the one before it is decoded: half of the cores each.
+
+    Two frames in flight need no barrier between cores, which a parallel operator needs at its end: of two cores each
+    works for itself, which two threads an operator that sleep while they wait for one another do not come near.
+    """
+    return max(1, cores // 2)

@@ -6,6 +6,7 @@ import io
 import math
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,13 +18,13 @@ PSNR_CAP = 100.0
 
 
 def compress(picture: Tensor, codec: str, quality: int) -> bytes:
-    """A picture uint8 ``[h, w, 3]`` as JPEG or WebP."""
-    image, out = Image.fromarray(picture.numpy()), io.BytesIO()
+    """A picture uint8 ``[h, w, 3]`` as JPEG or WebP. Other threads run meanwhile: Pillow's JPEG would not let them."""
+    pixels = picture.contiguous().numpy()
     if codec == "jpeg":
         # Colour at full resolution: pictures are small, and a format's error is what one looks for in them.
-        image.save(out, "JPEG", quality=quality, subsampling=0)
-    else:
-        image.save(out, "WEBP", quality=quality, method=0)
+        return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGB", "444", fastdct=False))
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "WEBP", quality=quality, method=0)
     return out.getvalue()
 
 

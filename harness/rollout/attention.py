@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from harness.formats.scales import ScaleMode
 from harness.kv import KVCache, KVConf
-from harness.kv.conf import TENSORS
 from harness.models.attention import Attend, ProjectedAttend
 from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
@@ -100,8 +99,7 @@ class PrefillAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`~harness.models.attention.Attend`."""
-        kept = (self.cache.turned(name, layer, x) for name, x in (("k", k), ("v", v)))
-        self.cache.load(layer, *kept, first=self.first)
+        self.cache.load(layer, k, v, first=self.first)
         return self.masked(layer, q, k, v)
 
 
@@ -119,11 +117,10 @@ class RingAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`~harness.models.attention.Attend`."""
-        q, k, v = (self.cache.turned(name, layer, x) for name, x in (("k", q), ("k", k), ("v", v)))
         out = self.attend(layer, q, k, v)
         if self.store:
             self.cache.store(layer, k, v)
-        return self.cache.turned("v", layer, out)
+        return out
 
 
 class FusedAttention:
@@ -152,13 +149,12 @@ class FusedAttention:
         mode = key.scale_mode or value.scale_mode or ScaleMode.rceil
         formats = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, self.config, keep_k)
         rings = (key.data, key.scales, value.data, value.scales)
-        turns = [self.cache.turns(name, layer) for name in TENSORS]
-        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *formats, *turns)
+        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *formats)
         if keep_k:
             self.cache.rings[layer]["k"].store(slot, k)
         if self.store and not value.stores:
             v = qkv.unflatten(-1, (3, value.data.shape[1], -1))[:, :, 2].transpose(1, 2)
-            self.cache.rings[layer]["v"].store(slot, self.cache.turned("v", layer, v))
+            self.cache.rings[layer]["v"].store(slot, v)
         return out
 
 

@@ -6,8 +6,10 @@ clip's actions gives the frames that a run rolls out of that clip, bit for bit.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from harness.data.noise import CONTEXT, FUTURE, frame_noise
 from harness.measure.stability import finite_clips
-from harness.measure.timing import FrameTimer
+from harness.measure.timing import Clock
 from harness.rollout import Rollout
 from harness.rollout.compile import without_grad
 from harness.session.action import Action
@@ -39,14 +41,28 @@ class UnstableWorldError(SessionError):
         self.arm, self.frame = arm, frame
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moment:
-    """A frame of a history: latent ``[B, C, S, S]``, controls, and the picture uint8 ``[B, h, w, 3]``, if known."""
+    """A frame of a history: latent ``[B, C, S, S]``, controls, and the picture uint8 ``[B, h, w, 3]``, once known."""
 
     latent: Tensor
     mouse: Tensor
     btn: Tensor
     picture: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A frame that :meth:`Session.advance` rolled out; :meth:`Session.decode` makes its pictures.
+
+    ``frame``: absolute index. ``arm``: the one that was played. ``moments``: of each live arm. ``ms``: milliseconds of
+    ``dit`` in each, and of ``decoder`` once decoded.
+    """
+
+    frame: int
+    arm: str
+    moments: dict[str, Moment]
+    ms: dict[str, dict[str, float]]
 
 
 class World:
@@ -87,9 +103,9 @@ class Session:
         arm: the arm that is played at first; the candidate by default where there is one.
         batch: contexts played at once; as ``data.batch_size`` by default.
 
-    One thread at a time may use a session. ``arm``: the arm that is played. ``frame``: absolute index of the newest
-    frame; the context's are 0 … W-1. ``latent``: of the newest frame. ``ms``: milliseconds that the last step's ``dit``
-    and ``decoder`` took in each arm.
+    One thread at a time may use a session, but for :meth:`decode`, which another may call beside it. ``arm``: the arm
+    that is played. ``frame``: absolute index of the newest frame; the context's are 0 … W-1. ``latent``: of the newest
+    frame. ``ms``: milliseconds that the last step's ``dit`` and ``decoder`` took in each arm.
     """
 
     def __init__(self, engine: Engine, arm: str | None = None, batch: int | None = None) -> None:
@@ -100,7 +116,12 @@ class Session:
         self._decode = engine.decoder(self.batch)
         self._worlds = {name: World(engine.rollout(name, self.batch), self.window) for name in engine.arms}
         self._live: tuple[str, ...] = ()
-        self._timer = FrameTimer(engine.device, ("dit", "decoder"))
+        self._decoding = threading.Lock()
+        self._stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        """The decoder's, so that it decodes while the next frame is denoised."""
+        self._clock = Clock(engine.device)
+        self._drawn: tuple[tuple[int, tuple[str, ...], int], Tensor] | None = None
+        """Noise that was drawn ahead of its frame, and of which seed, names and frame it is."""
         self.frame, self.seed = -1, engine.plan.conf.sampler.seed
         self.names: tuple[str, ...] = ()
         self.ms: dict[str, dict[str, float]] = {}
@@ -191,23 +212,41 @@ class Session:
             SessionError: before :meth:`reset`, or after :meth:`close`.
             ValueError: for an action that the model cannot take.
         """
+        return self.decode(self.advance(action))
+
+    @without_grad
+    def advance(self, action: Action | Sequence[Action]) -> Rolled:
+        """The first half of :meth:`step`: the new frame's latents. Raises as :meth:`step` does.
+
+        The other half is :meth:`decode`, which may run in another thread while this makes the next frame: more frames
+        a second, each as long on its way. What follows depends on latents alone.
+        """
         self._playing()
         mouse, btn = self._rows(action)
-        noise = self._noise(FUTURE, self.frame + 1 - self.window).to(self.engine.device)
+        noise = self._future_noise(self.frame + 1)
         self.frame += 1
-        self.ms = {name: self._step(name, noise, mouse, btn) for name in self._live}
-        self._check_finite()
-        return self.frame_of(self.arm)
+        moments, stamps = {}, {}
+        for name in self._live:
+            world, start = self._worlds[name], self._clock.now()
+            moments[name] = Moment(world.rollout.next_frame(noise, mouse, btn), mouse, btn, None)
+            world.history.append(moments[name])
+            stamps[name] = start, self._clock.now()
+        if self._stream is not None:
+            self._future_noise(self.frame + 1)  # while the GPU works
+        self._check_finite()  # waits for it
+        self.ms = {name: {"dit": self._clock.elapsed_ms(*both)} for name, both in stamps.items()}
+        return Rolled(self.frame, self.arm, moments, self.ms)
 
-    def _step(self, name: str, noise: Tensor, mouse: Tensor, btn: Tensor) -> dict[str, float]:
-        world = self._worlds[name]
-        self._timer.start()
-        latent = world.rollout.next_frame(noise, mouse, btn)
-        self._timer.lap()
-        rgb = self._decode(latent)
-        self._timer.lap()
-        world.history.append(Moment(latent, mouse, btn, to_pictures(rgb)))
-        return self._timer.take()[0]
+    @without_grad
+    def decode(self, rolled: Rolled) -> Tensor:
+        """The second half of :meth:`step`: decode a frame of :meth:`advance`, in any thread, and return what
+        :meth:`step` does."""
+        for name, moment in rolled.moments.items():
+            if moment.picture is None:
+                moment.picture, rolled.ms[name]["decoder"] = self._decoded(moment.latent)
+        picture = rolled.moments[rolled.arm].picture
+        assert picture is not None
+        return self._shaped(picture)
 
     def frame_of(self, arm: str) -> Tensor:
         """The newest frame of a live arm, as :meth:`step` gives that of the one that is played."""
@@ -310,7 +349,24 @@ class Session:
     @without_grad
     def picture_of(self, latent: Tensor) -> Tensor:
         """Decode latents ``[B, C, S, S]``: uint8 ``[B, h, w, 3]`` on the CPU."""
-        return to_pictures(self._decode(latent))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
+        return self._decoded(latent)[0]
+
+    def _decoded(self, latent: Tensor) -> tuple[Tensor, float]:
+        """The picture, and the milliseconds that decoding took. The decoder's stream does not wait for ``latent``."""
+        with self._decoding, nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            start = self._clock.now()
+            rgb = self._decode(latent)
+            end = self._clock.now()
+            return to_pictures(rgb), self._clock.elapsed_ms(start, end)  # on the CPU, so the stream has been waited for
+
+    def _future_noise(self, frame: int) -> Tensor:
+        """Noise of frame ``frame`` on the device; it depends on no action, so it may be drawn before it is needed."""
+        key = self.seed, self.names, frame
+        if self._drawn is None or self._drawn[0] != key:
+            self._drawn = key, self._noise(FUTURE, frame - self.window).to(self.engine.device)
+        return self._drawn[1]
 
     def _noise(self, part: str, frame: int) -> Tensor:
         """``[B, C, S, S]``."""

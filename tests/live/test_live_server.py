@@ -170,7 +170,7 @@ def test_a_replay_on_other_formats_is_refused(make_game, serve, connect, loaded,
 
 def test_a_recording_ends_where_memory_does(make_game, serve, connect, monkeypatch):
     with serve(make_game()) as client, connect(client) as player:
-        monkeypatch.setattr("harness.live.player.RECORD_UNIT", 32 * 32 * 3 // 100)
+        monkeypatch.setattr("harness.live.taping.RECORD_UNIT", 32 * 32 * 3 // 100)
         player.send(type="record", on=True)
         player.send(type="play")
         player.until_notice("as long as play.record_mb allows")
@@ -258,7 +258,7 @@ def test_a_fault_of_the_game_ends_that_game_alone(make_game, serve, connect, mon
     game = make_game()
     with serve(game) as client:
         with connect(client) as player:
-            monkeypatch.setattr(Session, "step", lambda *_: 1 / 0)
+            monkeypatch.setattr(Session, "advance", lambda *_: 1 / 0)
             player.send(type="step")
             player.until_closed()
             assert "the game broke" in player.notices[-1]["text"]
