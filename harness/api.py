@@ -34,7 +34,7 @@ class RunResult:
     @property
     def verdict(self) -> str | None:
         """The gates' verdict; ``None`` if nothing was judged."""
-        return None if self.record.gates is None else self.record.gates["verdict"]
+        return None if self.record.gates is None else self.record.gates.verdict
 
     def __str__(self) -> str:
         text = io.StringIO()

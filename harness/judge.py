@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from harness.report.gates.advice import changed
 from harness.report.page.run_page import run_page, write_run_page
 from harness.report.record import RecordError, RunRecord, load_record, save_record
 from harness.report.table import render
+from harness.report.verdict import Verdict
 
 RECORD = "record.json"
 FOLDER = CONF / "gates"
@@ -78,13 +79,13 @@ def rewrite(record: RunRecord, folder: Path) -> None:
     print(f"Written again: {write_run_page(folder)}")
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(found: Verdict) -> None:
     """Print the verdict, what to do next, and the checks."""
     console = Console()
     for line in (verdict_line(found), *next_lines(found)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(build_table(found))
-    for note in found["notes"]:
+    for note in found.notes:
         console.print(note, markup=False, highlight=False)
 
 
@@ -101,15 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise GateError(f"{args.record}: a run keeps its record as {RECORD}; with --print any file can be judged")
         record = load_record(args.record)
         conf = gates_conf(args.gates, record.config.get("gates", {}), args.changes)
-        baseline = None if conf.baseline is None else asdict(load_record(Path(conf.baseline)))
-        found = evaluate(asdict(record) | {"overrides": asked_again(record, args.gates, args.changes)}, conf, baseline)
+        baseline = None if conf.baseline is None else load_record(Path(conf.baseline))
+        found = evaluate(replace(record, overrides=asked_again(record, args.gates, args.changes)), conf, baseline)
         show(found)
         if not args.print:
             rewrite(replace(record, gates=found), args.record.parent)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return EXIT_CODES[found["verdict"]]
+    return EXIT_CODES[found.verdict]
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def run(cfg: DictConfig) -> str | None:
     if record is None or record.gates is None:
         return None
     asked = not record.config["gates"]["implied"] or any(word.startswith("gates.") for word in record.overrides)
-    return record.gates["verdict"] if asked else None
+    return record.gates.verdict if asked else None
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")

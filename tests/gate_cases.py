@@ -1,10 +1,15 @@
 """Records to judge, made by hand: a record needs no run."""
 
+from dataclasses import asdict
+
 import report_cases
 import yaml
 
 from harness.config import ROOT
+from harness.report import gates
+from harness.report.codec import read
 from harness.report.gates import GatesConf
+from harness.report.record import RunRecord
 
 GATES = {path.stem: path for path in (ROOT / "conf" / "gates").glob("*.yaml")}
 FRAMES = 25
@@ -92,6 +97,33 @@ def incident(arm="candidate", kind="frozen", clip="clip_0", frame=2, **more):
 
 def checks(found):
     return {check["criterion"]: check for check in found["checks"]}
+
+
+def judged(found, conf, baseline=None):
+    """The verdict over records as files hold them; fields that a test does not give are filled in."""
+    given = [None if one is None else read(RunRecord, report_cases.completed(one)) for one in (found, baseline)]
+    return gates.evaluate(given[0], conf, given[1])
+
+
+def evaluate(found, conf, baseline=None):
+    """The same, as a file holds it."""
+    return asdict(judged(found, conf, baseline))
+
+
+def numerics(errors):
+    """Of MX Linears by name: these relative errors, and whatever else."""
+    error = {"mae": 0.1, "max": 0.1, "sqnr_db": 20.0}
+    use = {"saturated": 0, "saturated_fraction": 0.0, "nan_blocks": 0, "clipped": 0}
+    use |= dict.fromkeys(("scale_min", "scale_mean", "scale_max"))
+    layer = {"category": "mlp", "rows": 1, "in_features": 32, "out_features": 32, "weight": use}
+    layers = {name: {**layer, **error, "rel": rel, "bf16": {**error, "rel": 0.0}} for name, rel in errors.items()}
+    return {
+        "method": "sampled",
+        "clip": "clip_0",
+        "layers": layers,
+        "categories": {},
+        "worst": max(errors, key=errors.get),
+    }
 
 
 def full(**changes):

@@ -116,6 +116,7 @@ def record(candidate="mxfp8_all", emulated=False, factor=2.0, **changes):
         "quality": quality(one_arm=not candidate),
         "clips": [clip("walk", "motion", not candidate), clip("wait", "stand_still", not candidate, drop=0.2)],
         "notes": ["A CPU run."],
+        "incidents": [],
         "schema_version": 1,
     }
     return read(RunRecord, whole | changes)

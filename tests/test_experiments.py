@@ -68,7 +68,7 @@ def test_every_gate_judges_or_asks_for_what_it_compares_with(record, tmp_path, o
     found = record(*words)
     assert (found.gates is None) == (option == "none")
     if found.gates:
-        assert found.gates["verdict"] in ("ship", "do not ship", "undecided")
+        assert found.gates.verdict in ("ship", "do not ship", "undecided")
 
 
 @pytest.mark.parametrize(

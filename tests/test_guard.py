@@ -88,7 +88,7 @@ def test_record_goes_on_and_the_gate_fails(record, game, overrides, black_candid
     found = record(*overrides(game), "kv=mx_v_only", "on_instability=record", "gates=d", "gates.min_clips=1")
     assert len(found.clips) == 2
     assert [(one.kind, one.frame, one.action) for one in found.incidents] == [("black", 1, "recorded")]
-    assert found.gates["verdict"] == "do not ship"
+    assert found.gates.verdict == "do not ship"
     log = (tmp_path / "incidents.log").read_text()
     for text in ("Hardware/Software:", "Transform summary:", "Metrics:", "Quality:", "black frames"):
         assert text in log
@@ -129,14 +129,14 @@ def test_a_gate_experiment_ends_with_a_verdict(record, game, overrides, name):
     missing = [check["criterion"] for check in found["checks"] if check["status"] == "not_measured"]
     assert (found["verdict"], missing) == (("undecided", ["speed"]) if name == "gate_a" else ("ship", []))
     assert found["title"] == f"gate {name[-1].upper()}"
-    assert record(*words, f"experiment={name}", "gates.max_psnr_drop=-50").gates["verdict"] == "do not ship"
+    assert record(*words, f"experiment={name}", "gates.max_psnr_drop=-50").gates.verdict == "do not ship"
 
 
 def test_a_run_that_names_no_gate_is_judged_by_the_default_one(record, game, overrides):
     found = record(*overrides(game, **{"data.limit": 3}), "kv=mx_v_only")
-    assert found.gates["title"] == "default gate"
-    assert found.gates["left_out"] == ["speed"]
-    assert found.gates["verdict"] == "ship"  # of a cache that tiny rollouts hardly read
+    assert found.gates.title == "default gate"
+    assert found.gates.left_out == ["speed"]
+    assert found.gates.verdict == "ship"  # of a cache that tiny rollouts hardly read
     assert record(*overrides(game)).gates is None  # BF16 alone: nothing to judge
     assert record(*overrides(game), "kv=mx_v_only", "gates=none").gates is None
 
@@ -151,11 +151,11 @@ def test_gates_b_and_c_stand_on_the_record_before(record, game, overrides, tmp_p
         kept = tmp_path / f"before_{name}.json"
         shutil.copy(tmp_path / "run" / "record.json", kept)
         found = record(*words, f"experiment=gate_{name}", f"gates.baseline={kept}", "gates.without=[speed]")
-        checks = {check["criterion"]: check for check in found.gates["checks"]}
-        assert checks["psnr"]["interval"] is not None
+        checks = {check.criterion: check for check in found.gates.checks}
+        assert checks["psnr"].interval is not None
         assert ("memory" in checks) is (name == "c")
-        assert found.gates["against"] != before
-        before = found.gates["against"]
+        assert found.gates.against != before
+        before = found.gates.against
     with pytest.raises(ValueError, match=r"data.future_frames: 4 in the baseline, 3 here"):
         run(composed(*words, "experiment=gate_b", f"gates.baseline={kept}", "data.future_frames=3"))
     with pytest.raises(ValueError, match="is the baseline; use gates=none"):

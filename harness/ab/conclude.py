@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from harness.report.record import RunRecord, save_record
 from harness.report.table import WIDTH, build, render
 
 
-def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, folder: Path) -> list[Exception]:
+def conclude(record: RunRecord, conf: RunConf, baseline: RunRecord | None, folder: Path) -> list[Exception]:
     """Save the record, judge it, write what is made from it and show its table.
 
     Saved before it is judged, and every step is tried: neither a gate that cannot be evaluated nor a full disk nor a
@@ -31,7 +30,7 @@ def conclude(record: RunRecord, conf: RunConf, baseline: dict[str, Any] | None, 
 
     def judge() -> None:
         if record.gates is None and conf.gates.enabled and not (conf.gates.implied and len(record.arms) < 2):
-            record.gates = evaluate(asdict(record), conf.gates, baseline)
+            record.gates = evaluate(record, conf.gates, baseline)
             save_record(record, folder / "record.json")
 
     def log_incidents() -> None:

@@ -7,10 +7,9 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
@@ -145,7 +144,7 @@ def build_data(plan: RunPlan) -> ClipDataModule:
     return data
 
 
-def load_baseline(plan: RunPlan, cfg: DictConfig) -> dict[str, Any] | None:
+def load_baseline(plan: RunPlan, cfg: DictConfig) -> RunRecord | None:
     """The record that the gates compare with, checked to be comparable before anything runs.
 
     Raises:
@@ -154,7 +153,7 @@ def load_baseline(plan: RunPlan, cfg: DictConfig) -> dict[str, Any] | None:
     gates = plan.conf.gates
     if not gates.enabled or gates.baseline is None:
         return None
-    baseline = asdict(load_record(Path(gates.baseline)))
+    baseline = load_record(Path(gates.baseline))
     check_comparable(plain_config(cfg), baseline)
     return baseline
 

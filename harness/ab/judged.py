@@ -6,7 +6,6 @@ SHA-256 is in the record.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from harness.kv import KVConf
 from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.report.record import COMPLETE, RunRecord
+from harness.report.verdict import Verdict
 from harness.rollout.assembly import put_into_formats
 
 
@@ -48,9 +48,13 @@ def _calibration(record: RunRecord) -> dict[str, Any]:
     return {name: getattr(made, name) for name in ("method", "clips", "frames", "linears", "fingerprint")}
 
 
-def _verdict(gates: Mapping[str, Any] | None) -> dict[str, Any]:
+def _verdict(gates: Verdict | None) -> dict[str, Any]:
     """What was said of the run. Without a gate nothing was, and the file says so."""
-    return {"verdict": "none"} if gates is None else {name: gates[name] for name in ("title", "verdict", "against")}
+    return (
+        {"verdict": "none"}
+        if gates is None
+        else {name: getattr(gates, name) for name in ("title", "verdict", "against")}
+    )
 
 
 def _plain(conf: Any) -> dict[str, Any]:

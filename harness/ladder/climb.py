@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_pr
 from harness.ladder.rungs import BASELINE, Candidate, Rung, Variant
 from harness.ladder.state import Failure, LadderError, Result, State, load, save
 from harness.measure.environment import git_state
-from harness.report.codec import read
 from harness.report.gates import DO_NOT_SHIP, EXIT_CODES, FAIL, OPEN, SHIP, UNDECIDED, GatesConf, unsound
 from harness.report.gates.reading import Unmeasured, clip_drops
-from harness.report.record import RecordError, load_record
-from harness.report.sections import Calibration
+from harness.report.record import FAILED, RecordError, RunRecord, load_record
+from harness.report.verdict import Verdict
 
 OWN_WORDS = ("quant", "kv", "gates", "experiment", "hydra")
 """Config groups that the ladder sets itself."""
@@ -184,7 +182,7 @@ class Ladder:
     def _usable(self, result: Result) -> bool:
         """Whether a result from before still stands on a record that may be judged."""
         try:
-            record = asdict(load_record(self.out / result.folder / "record.json"))
+            record = load_record(self.out / result.folder / "record.json")
         except RecordError:
             return False
         return unsound(record) is None or result.verdict == DO_NOT_SHIP
@@ -245,18 +243,17 @@ class Ladder:
         save(state, self.state_file)
 
 
-def _read_run(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:
+def _read_run(folder: Path, code: int) -> tuple[RunRecord | None, str]:
     """The record of a run that ended with ``code``, if it may be judged, else why not."""
     said = last_words(folder)
     ended = f"the run ended with exit code {code}" + (f" ({said})" if said else "")
     if not (folder / "record.json").is_file():
         return None, ended
     try:
-        record = asdict(load_record(folder / "record.json"))
+        record = load_record(folder / "record.json")
     except RecordError as error:
         return None, str(error)
-    gates = record["gates"]
-    if gates is not None and gates["verdict"] == DO_NOT_SHIP and record["status"] == "failed":
+    if record.gates is not None and record.gates.verdict == DO_NOT_SHIP and record.status == FAILED:
         return record, ""  # the harness broke it off because the candidate became unstable: that much is proven
     if code not in JUDGED:
         return None, ended
@@ -265,28 +262,28 @@ def _read_run(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:
     return record, ""
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, Any]:
+def figures(record: RunRecord) -> dict[str, Any]:
     """What the ladder keeps of a run's record."""
-    arm = record["arms"].get("candidate", record["arms"]["bf16"])
-    gates = record["gates"]
-    checks = {} if gates is None else {check["criterion"]: check for check in gates["checks"]}
-    psnr, fps = checks.get("psnr", {}), checks.get("speed")
-    needs = [check["needs_clips"] for check in checks.values() if check["status"] == OPEN]
+    arm, gates = record.candidate or record.first, record.gates
+    checks = [] if gates is None else gates.checks
+    psnr, fps = (None if gates is None else gates.check(name) for name in ("psnr", "speed"))
+    needs = [check.needs_clips for check in checks if check.status == OPEN and check.needs_clips is not None]
+    fidelity = None if record.quality is None else record.quality.all.fidelity
     return {
-        "verdict": SHIP if gates is None else gates["verdict"],
+        "verdict": SHIP if gates is None else gates.verdict,
         "reason": "" if gates is None else reason(gates),
         "drop": _drop(record),
-        "added": psnr.get("value"),
-        "interval": None if psnr.get("interval") is None else list(psnr["interval"]),
-        "needs_clips": max((need for need in needs if need is not None), default=None),
-        "speed": "" if fps is None else "not measured" if fps["value"] is None else f"{fps['value']:.2f}x",
-        "fidelity": ((record["quality"] or {}).get("all", {}).get("fidelity") or {}).get("psnr"),
-        "calibration": None if (made := arm.get("calibration")) is None else read(Calibration, made),
-        "bytes": arm["memory"]["weight_bytes"] + arm["memory"]["kv_window_bytes"],
+        "added": None if psnr is None else psnr.value,
+        "interval": None if psnr is None or psnr.interval is None else list(psnr.interval),
+        "needs_clips": max(needs, default=None),
+        "speed": "" if fps is None else "not measured" if fps.value is None else f"{fps.value:.2f}x",
+        "fidelity": None if fidelity is None else fidelity.psnr,
+        "calibration": arm.calibration,
+        "bytes": arm.memory.weight_bytes + arm.memory.kv_window_bytes,
     }
 
 
-def _drop(record: Mapping[str, Any]) -> float | None:
+def _drop(record: RunRecord) -> float | None:
     """Mean drop against BF16, dB, over the frames that a gate would judge."""
     try:
         drops = clip_drops(record, "psnr", GatesConf())
@@ -295,14 +292,13 @@ def _drop(record: Mapping[str, Any]) -> float | None:
     return sum(drops.values()) / len(drops)
 
 
-def reason(gates: Mapping[str, Any]) -> str:
+def reason(gates: Verdict) -> str:
     """Why a run was not let through, and what the gate would do about it."""
-    if gates["verdict"] == SHIP:
+    if gates.verdict == SHIP:
         return ""
-    only_speed = all(check["criterion"] == "speed" for check in gates["checks"] if check["status"] == FAIL)
-    failed = gates["verdict"] == DO_NOT_SHIP
-    advice = f" (next: {gates['next']['text']})" if failed and only_speed else ""
-    return f"{gates['reason']}{advice}"
+    only_speed = all(check.criterion == "speed" for check in gates.checks if check.status == FAIL)
+    told = gates.verdict == DO_NOT_SHIP and only_speed and gates.next is not None
+    return gates.reason + (f" (next: {gates.next.text})" if told and gates.next else "")
 
 
 def line(result: Result) -> str:

@@ -7,7 +7,9 @@ neighbour on the machine, a clock that changed) has also moved the times that ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Protocol
+
+from harness.measure.figures import Stats
 
 CONTROL = 0.03
 """Share by which the decoder's median may differ between the arms: as much as gate A allows the frame itself."""
@@ -17,25 +19,30 @@ SPANS = (("dit_ms", "DiT"), ("decoder_ms", "decoder"))
 ADVICE = "run again with nothing else on the machine"
 
 
-def distrust(arms: Mapping[str, Any]) -> list[str]:
+class Times(Protocol):
+    """An arm's times of a frame's parts, as a record's ``speed`` section has them; ``None`` where none were taken."""
+
+    dit_ms: Stats | None
+    decoder_ms: Stats | None
+
+
+def distrust(arms: Mapping[str, Times]) -> list[str]:
     """What speaks against the times of a run, a sentence each; empty if nothing does.
 
     Args:
-        arms: a record's ``arms``; what they lack or hold in another form is not judged.
+        arms: the ``speed`` of ``bf16`` and ``candidate``; figures that are no times are not judged.
     """
     found = [*_control(arms), *_tails(arms)]
     return [f"Timing cannot be trusted: {text}; {ADVICE}." for text in found]
 
 
-def _figure(arms: Mapping[str, Any], arm: str, span: str, figure: str) -> float | None:
-    section: Any = arms
-    for key in (arm, "speed", span, figure):
-        section = section.get(key) if isinstance(section, Mapping) else None
-    number = isinstance(section, int | float) and not isinstance(section, bool)
-    return float(section) if number and 0 < section < float("inf") else None
+def _figure(arms: Mapping[str, Times], arm: str, span: str, figure: str) -> float | None:
+    stats: Stats | None = getattr(arms[arm], span) if arm in arms else None
+    value = None if stats is None else float(getattr(stats, figure))
+    return value if value is not None and 0 < value < float("inf") else None
 
 
-def _control(arms: Mapping[str, Any]) -> list[str]:
+def _control(arms: Mapping[str, Times]) -> list[str]:
     bf16, candidate = (_figure(arms, name, "decoder_ms", "median") for name in ("bf16", "candidate"))
     if bf16 is None or candidate is None:
         return []
@@ -45,7 +52,7 @@ def _control(arms: Mapping[str, Any]) -> list[str]:
     return [f"the decoder, the same in both arms, took {ratio:.2f} times as long in the candidate's"]
 
 
-def _tails(arms: Mapping[str, Any]) -> list[str]:
+def _tails(arms: Mapping[str, Times]) -> list[str]:
     texts = []
     for arm, name in (("bf16", "BF16"), ("candidate", "the candidate")):
         for span, part in SPANS:

@@ -81,6 +81,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read(kind, value, where)
     if origin is list and isinstance(value, list):
         return [_read(arguments[0], inner, f"{where}[{index}]") for index, inner in enumerate(value)]
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
+        return tuple(
+            _read(one, inner, f"{where}[{i}]") for i, (one, inner) in enumerate(zip(arguments, value, strict=True))
+        )
     if origin is dict and isinstance(value, dict):
         return {key: _read(arguments[1], inner, f"{where}.{key}") for key, inner in value.items()}
     return _scalar(kind, value, where)

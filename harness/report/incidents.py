@@ -90,7 +90,7 @@ def _quality(record: RunRecord) -> Iterator[str]:
     if record.drift and record.drift.horizons:
         yield f"drift: {record.drift.decohered} of {len(record.drift.horizons)} clips decohere"
     if record.gates:
-        yield f"verdict: {record.gates['verdict']}"
+        yield f"verdict: {record.gates.verdict}"
 
 
 def _issues(record: RunRecord) -> Iterator[str]:

@@ -26,6 +26,7 @@ from harness.report.sections import (
     Model,
     Quality,
 )
+from harness.report.verdict import Verdict
 
 SCHEMA_VERSION = 1
 COMPLETE, FAILED, INTERRUPTED, RUNNING = "complete", "failed", "interrupted", "running"
@@ -67,9 +68,9 @@ class RunRecord:
     arms: dict[str, ArmRecord]
     quality: Quality | None
     clips: list[ClipRecord]
+    incidents: list[IncidentRecord]
     notes: list[str] = field(default_factory=list)
-    incidents: list[IncidentRecord] = field(default_factory=list)
-    gates: dict[str, Any] | None = None
+    gates: Verdict | None = None
     drift: Drift | None = None
     fallbacks: list[FallbackRecord] = field(default_factory=list)
     timings: list[BatchTimes] = field(default_factory=list)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from io import StringIO
 
 from rich.console import Console, Group, RenderableType
@@ -236,7 +235,7 @@ def _notes(record: RunRecord) -> Iterator[str]:
     for fallback in record.fallbacks:
         yield f"Fallback from clip {fallback.clip} on: {fallback.step}."
     yield from record.notes
-    yield from distrust({name: asdict(arm) for name, arm in record.arms.items()})
+    yield from distrust({name: arm.speed for name, arm in record.arms.items()})
     for said, times in Counter(f"{incident.kind}: {incident.message}" for incident in record.incidents).items():
         yield f"Incident: {said}" + (f" ({times} times)" if times > 1 else "")
 
@@ -284,7 +283,7 @@ def build(record: RunRecord) -> RenderableType:
     if candidate is not None and not candidate.speed_is_meaningful:
         notes.insert(0, Text("* emulated kernel: its speed says nothing about MX on hardware that runs it."))
     if record.gates is not None:
-        notes += [gates_room.build_table(record.gates), *map(Text, record.gates["notes"])]
+        notes += [gates_room.build_table(record.gates), *map(Text, record.gates.notes)]
     return Group(*headline(record), table, *notes)
 
 

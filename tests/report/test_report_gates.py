@@ -4,10 +4,11 @@ import json
 
 import pytest
 import report_cases
-from gate_cases import arm, checks, full, gate, incident, record, scores
+from gate_cases import GPU, arm, checks, evaluate, full, gate, incident, judged, record, scores
 from rich.console import Console
 
 from harness.judge import main as judge
+from harness.report.codec import encode, read
 from harness.report.gates import (
     DO_NOT_SHIP,
     SHIP,
@@ -15,11 +16,11 @@ from harness.report.gates import (
     GateError,
     GatesConf,
     build_table,
-    evaluate,
     next_lines,
     verdict_line,
 )
 from harness.report.record import load_record
+from harness.report.verdict import Verdict
 
 
 def test_gate_a_is_the_plans():
@@ -67,7 +68,7 @@ def test_the_point_estimate_decides_only_where_asked_for_by_name_and_the_verdict
     noisy = record(drops=[-0.1, 0.1, 0.9, 0.0])
     found = evaluate(noisy, gate("a", rule="point"))
     assert found["verdict"] == SHIP
-    assert "by point estimates" in verdict_line(found)
+    assert "by point estimates" in verdict_line(read(Verdict, found))
     assert "noise could have decided it" in " ".join(found["notes"])
     assert evaluate(record(drops=[-0.5, 0.4, 1.5, 0.4]), gate("a", rule="point"))["verdict"] == DO_NOT_SHIP
     assert evaluate(record(meaningful=False), gate("a", rule="point"))["verdict"] == UNDECIDED  # speed is still missing
@@ -95,7 +96,7 @@ def test_a_criterion_left_out_by_name_is_not_asked_and_the_verdict_says_so():
     found = evaluate(record(meaningful=False), gate("a", without=["speed"]))
     assert found["verdict"] == SHIP
     assert "speed" not in checks(found)
-    assert "without speed" in verdict_line(found)
+    assert "without speed" in verdict_line(read(Verdict, found))
     assert "FPS ratio" in next(note for note in found["notes"] if note.startswith("Not asked"))
     unstable = record(drops=[9.0] * 3, incidents=[incident()])
     assert evaluate(unstable, gate("a", without=["quality"]))["verdict"] == SHIP
@@ -108,9 +109,9 @@ def test_an_undecided_drop_says_how_many_clips_would_decide_it():
     needed = checks(found)["psnr"]["needs_clips"]
     assert found["verdict"] == UNDECIDED
     assert 4 < needed <= 14
-    assert f"about {needed} clips" in verdict_line(found)
+    assert f"about {needed} clips" in verdict_line(read(Verdict, found))
     assert evaluate(record(drops=[-0.1, 0.1, 0.5, 0.0] * (needed // 4 + 1)), gate("a"))["verdict"] == SHIP
-    at_the_threshold = evaluate(record(drops=[0.2, 0.4, 0.2, 0.4]), gate("a"))
+    at_the_threshold = judged(record(drops=[0.2, 0.4, 0.2, 0.4]), gate("a"))
     assert "no number of clips would decide it" in verdict_line(at_the_threshold)
 
 
@@ -192,7 +193,7 @@ def test_random_weights_get_no_verdict_on_quality(part):
     assert evaluate(random, gate("a", without=["quality"]))["verdict"] == SHIP  # speed is real
 
 
-@pytest.mark.parametrize("status", ["failed", "running", "interrupted", None, 1])
+@pytest.mark.parametrize("status", ["failed", "running", "interrupted", "", "1"])
 def test_a_run_that_is_not_complete_is_never_judged(status):
     for rule in ("interval", "point"):
         found = evaluate(record(status=status), gate("a", rule=rule))
@@ -256,7 +257,7 @@ def test_the_first_frames_can_be_judged_alone_and_the_verdict_says_so():
 
 def test_a_candidate_that_changed_formats_midway_is_not_judged_on_quality():
     found = record()
-    found["fallbacks"] = [{"step": "attention in BF16"}]
+    found["fallbacks"] = [{"step": "attention in BF16", "clip": "clip_0", "frame": 2}]
     assert evaluate(found, gate("d"))["verdict"] == UNDECIDED
 
 
@@ -310,7 +311,7 @@ def test_records_of_different_runs_do_not_compare():
     with pytest.raises(GateError, match=r"model.window: 8 in the baseline, 4 here"):
         evaluate(record(), gate("b", baseline="a"), other)
     elsewhere = record()
-    elsewhere["environment"] = {"gpu": {"name": "another"}}
+    elsewhere["environment"] = {"gpu": {**GPU, "name": "another"}}
     found = evaluate(record(), gate("b", baseline="a"), elsewhere)
     assert checks(found)["speed"]["note"] == "the baseline ran on another machine"
 
@@ -365,8 +366,8 @@ def test_there_must_be_something_to_judge():
 
 
 def test_a_verdict_is_json_a_sentence_and_a_table():
-    found = evaluate(record(), gate("a"))
-    json.dumps(found, allow_nan=False)
+    found = judged(record(), gate("a"))
+    assert read(Verdict, json.loads(encode(found))) == found
     sentence = "Verdict (gate A, against BF16): SHIP, because PSNR drop 0.100 dB, at most 0.3 dB allowed; FPS ratio"
     assert verdict_line(found).startswith(sentence)
     assert next_lines(found)[1].strip().startswith("python ")
@@ -388,7 +389,7 @@ def test_a_run_judged_again_gets_the_verdict_in_record_table_and_page(tmp_path, 
         (["without=[speed]", "max_psnr_drop=2"], 0, SHIP, "May ship"),
     ):
         assert judge([*words, *changes]) == code
-        assert load_record(folder / "record.json").gates["verdict"] == verdict
+        assert load_record(folder / "record.json").gates.verdict == verdict
         said = f"Verdict (gate A, without speed, against BF16): {verdict.upper()}, because"
         assert (folder / "table.txt").read_text().startswith(said)
         page = (folder / "report.html").read_text()

@@ -3,11 +3,10 @@
 import shlex
 
 import pytest
-from gate_cases import checks, gate, incident, record
+from gate_cases import checks, evaluate, gate, incident, numerics, record
 
 from harness.config import ROOT
 from harness.ladder.climb import compose_run
-from harness.report.gates import evaluate
 from harness.report.gates.advice import changed, worst_blocks
 
 
@@ -30,8 +29,8 @@ def failing(errors=None, **quant):
     found["overrides"] = ["quant=mxfp4_mlp", "gates=d"]
     found["config"]["quant"] = {"enabled": True, "bits": 4, "exclude": [], **quant}
     if errors is not None:
-        layers = {f"blocks.{block}.mlp.fc{n}": {"rel": error} for block, error in enumerate(errors) for n in (1, 2)}
-        found["arms"]["candidate"]["numerics"] = {"layers": layers}
+        layers = {f"blocks.{block}.mlp.fc{n}": error for block, error in enumerate(errors) for n in (1, 2)}
+        found["arms"]["candidate"]["numerics"] = numerics(layers)
     return found
 
 
@@ -91,7 +90,7 @@ def test_a_slow_candidate_is_compiled_then_fused_then_given_another_kernel():
     slow["config"]["compile"] = {"enabled": True}
     assert "attention=fused" in words_of(advised(slow, gate("a"))[1])
     slow["config"]["attention"] = {"kind": "fused"}
-    slow["arms"]["candidate"]["transform"] = {"kernel": "triton"}
+    slow["arms"]["candidate"]["transform"] = {"kernel": "triton", "count": 1}
     text, command, _ = advised(slow, gate("a"))
     assert "the kernel that ran is triton" in text
     assert "quant.kernel=cuda" in words_of(command)

@@ -51,7 +51,7 @@ def test_nothing_in_the_page_points_outside_of_it(tmp_path):
 def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
     run_record = record(emulated=True)
     conf = GatesConf(enabled=True, title="Gate A", max_psnr_drop=-1.0, max_ssim_drop=0.5, min_fps_ratio=0.97)
-    run_record.gates = evaluate(asdict(run_record), conf)
+    run_record.gates = evaluate(run_record, conf)
     text = page(run_record, tmp_path)
     assert "Do not ship" in text
     assert "Gate A, against BF16" in text
@@ -75,7 +75,7 @@ def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
 )
 def test_the_verdict_of_the_gates_is_the_pages_headline(tmp_path, thresholds, title, kind):
     run_record = record()
-    run_record.gates = evaluate(asdict(run_record), GatesConf(enabled=True, **thresholds))
+    run_record.gates = evaluate(run_record, GatesConf(enabled=True, **thresholds))
     assert re.search(rf'class="verdict {kind}">\s*<div class="ruling"><strong>{title}<', page(run_record, tmp_path))
 
 

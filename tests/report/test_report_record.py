@@ -84,6 +84,7 @@ def record(candidate=None):
         "arms": arms,
         "quality": {"all": section, "by_tag": {"motion": section}},
         "clips": [],
+        "incidents": [],
         "notes": ["random weights: speed is real, quality is not"],
         "schema_version": 1,
     }

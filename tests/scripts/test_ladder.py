@@ -22,8 +22,9 @@ from harness.ladder.climb import BrokenOff, Ladder, compose_run, recommendation
 from harness.ladder.command import main
 from harness.ladder.show import gained, show
 from harness.ladder.state import LadderError, locked
+from harness.report.codec import read
 from harness.report.gates import EXIT_CODES, GatesConf, evaluate
-from harness.report.record import load_record
+from harness.report.record import RunRecord, load_record
 from harness.report.sections import Calibration
 
 register()
@@ -89,8 +90,8 @@ class World:
         record = self.record(folder.name, config, plan.conf, broken)
         conf = GateWords(gates)
         if conf.gate.enabled:
-            baseline = None if conf.gate.baseline is None else asdict(load_record(Path(conf.gate.baseline)))
-            record["gates"] = evaluate(record, conf.gate, baseline)
+            baseline = None if conf.gate.baseline is None else load_record(Path(conf.gate.baseline))
+            record["gates"] = asdict(evaluate(read(RunRecord, record), conf.gate, baseline))
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(json.dumps(record))
         return 1 if broken else EXIT_CODES[record["gates"]["verdict"]] if record["gates"] else 0
@@ -468,7 +469,7 @@ def test_one_real_run(tmp_path):
     words = ["model=smoke", "model.arch.n_layers=2", "data.limit=1", "data.future_frames=2", "measure.videos=false"]
     assert launch_process([*words, "quant=mxfp4_mlp", "gates=d"], folder) == 4
     record = load_record(folder / "record.json")
-    assert record.gates["verdict"] == "undecided"
+    assert record.gates.verdict == "undecided"
     assert "UNDECIDED" in (folder / "console.log").read_text()
     assert quoted("a'b") == "'a\\'b'"
 

@@ -23,7 +23,6 @@ from harness.report.gates.judge import (
     PASS,
     SHIP,
     UNDECIDED,
-    Check,
     check_comparable,
     evaluate,
 )
@@ -42,7 +41,6 @@ __all__ = [
     "SHIP",
     "UNDECIDED",
     "Against",
-    "Check",
     "GateError",
     "GatesConf",
     "Rule",

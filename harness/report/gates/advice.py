@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from harness.report.gates.reading import Record, finite, pick
-
-Advice = dict[str, str]
+from harness.report.gates.reading import finite, setting
+from harness.report.record import RunRecord
+from harness.report.verdict import Advice, Check, Verdict
 
 RUN = "python harness/run.py"
 LADDER = "python scripts/ladder.py"
@@ -21,25 +22,20 @@ NEW_SEED = 1_001_000
 """Of the first clip to record for the demo: beyond the clips that are there."""
 
 
-def advise(record: Record, found: Mapping[str, Any]) -> Advice:
-    """What to do next after the verdict ``found``: ``text``, and ``command`` where one says it (else empty)."""
-    checks = found["checks"]
-    failed = [check for check in checks if check["status"] == "fail"]
-    still = [check for check in checks if check["status"] in ("undecided", "not_measured")]
-    if found["verdict"] == "ship":
+def advise(record: RunRecord, found: Verdict) -> Advice:
+    """What to do next after the verdict ``found``."""
+    failed = [check for check in found.checks if check.status == "fail"]
+    still = [check for check in found.checks if check.status in ("undecided", "not_measured")]
+    if found.verdict == "ship":
         return _after_ship(record, found)
     if failed:
         return _after_failure(record, failed[0])
     if not still:
-        return {"text": "run it again", "command": command(_words(record))}
+        return Advice("run it again", command(record.overrides))
     # What more clips cannot decide comes first.
-    still.sort(key=lambda check: check["needs_clips"] is not None)
-    clips = max((check["needs_clips"] or 0 for check in still), default=0)
-    return _after_doubt(record, still[0], clips, found["baseline"] is not None)
-
-
-def _only(text: str) -> Advice:
-    return {"text": text, "command": ""}
+    still.sort(key=lambda check: check.needs_clips is not None)
+    clips = max((check.needs_clips or 0 for check in still), default=0)
+    return _after_doubt(record, still[0], clips, found.baseline is not None)
 
 
 def command(words: Sequence[str], program: str = RUN) -> str:
@@ -61,91 +57,88 @@ def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def _words(record: Record) -> list[str]:
-    words = record.get("overrides")
-    return [str(word) for word in words] if isinstance(words, list) else []
-
-
-def _after_ship(record: Record, found: Mapping[str, Any]) -> Advice:
-    words = _words(record)
-    alone = found["baseline"] is None  # a record to stand on is of its own machine
-    if alone and "speed" in found["not_asked"] and pick(record, "arms.candidate.speed_is_meaningful") is not True:
+def _after_ship(record: RunRecord, found: Verdict) -> Advice:
+    words = record.overrides
+    alone = found.baseline is None  # a record to stand on is of its own machine
+    if alone and "speed" in found.not_asked and not (record.candidate and record.candidate.speed_is_meaningful):
         words = changed([word for word in words if _key(word) != "gates.without"], "trainer=gpu", "compile=on")
         words = words if any(_key(word) in ("gates", "experiment") for word in words) else [*words, "gates=a"]
-        return {"text": "measure its speed on the GPU it is for", "command": command(words)}
+        return Advice("measure its speed on the GPU it is for", command(words))
     common = [word for word in words if _key(word).split(".")[0] not in CHOSEN]
-    return {"text": "look for a smaller configuration that ships", "command": command(common, LADDER)}
+    return Advice("look for a smaller configuration that ships", command(common, LADDER))
 
 
-def _after_failure(record: Record, check: Mapping[str, Any]) -> Advice:
-    words = _words(record)
-    if check["criterion"] == "instabilities":
+def _after_failure(record: RunRecord, check: Check) -> Advice:
+    words = record.overrides
+    if check.criterion == "instabilities":
         text = "let the candidate fall back to safer formats, and see which ones hold"
-        return {"text": text, "command": command(changed(words, "on_instability=fallback"))}
-    if check["criterion"] == "speed":
+        return Advice(text, command(changed(words, "on_instability=fallback")))
+    if check.criterion == "speed":
         return _faster(record, words)
-    if check["criterion"] == "memory":
+    if check.criterion == "memory":
         return _smaller(record, words)
     return _narrower(record, check, words)
 
 
-def _faster(record: Record, words: list[str]) -> Advice:
-    if not pick(record, "config.compile.enabled"):
-        return {"text": "compile the frame", "command": command(changed(words, "compile=on"))}
-    if pick(record, "config.attention.kind") != "fused":
+def _faster(record: RunRecord, words: list[str]) -> Advice:
+    if not setting(record.config, "compile", "enabled"):
+        return Advice("compile the frame", command(changed(words, "compile=on")))
+    if setting(record.config, "attention", "kind") != "fused":
         text = "attend over the packed window instead of dequantising it"
-        return {"text": text, "command": command(changed(words, "attention=fused"))}
-    kernel = pick(record, "arms.candidate.transform.kernel")
+        return Advice(text, command(changed(words, "attention=fused")))
+    transform = None if record.candidate is None else record.candidate.transform
+    kernel = None if transform is None else transform.kernel
     text = (
         f"the kernel that ran is {kernel}: try the other one, or keep the format for its memory (gates.without=[speed])"
     )
     other = "triton" if kernel != "triton" else "cuda"
-    return {"text": text, "command": command(changed(words, f"quant.kernel={other}"))}
+    return Advice(text, command(changed(words, f"quant.kernel={other}")))
 
 
-def _smaller(record: Record, words: list[str]) -> Advice:
-    scratch = finite(pick(record, "arms.candidate.memory.kv_scratch_bytes"))
-    if scratch and str(pick(record, "environment.device")).startswith("cuda"):
+def _smaller(record: RunRecord, words: list[str]) -> Advice:
+    scratch = record.candidate is not None and record.candidate.memory.kv_scratch_bytes
+    if scratch and record.environment.device.startswith("cuda"):
         text = "the room to dequantise a layer costs what the formats save: attend over the packed window"
-        return {"text": text, "command": command(changed(words, "attention=fused"))}
-    if finite(pick(record, "config.kv.late_layers")):
+        return Advice(text, command(changed(words, "attention=fused")))
+    if setting(record.config, "kv", "late_layers"):
         text = "so few layers save less than the room to read one takes: quantise them all"
-        return {"text": text, "command": command(changed(words, "kv.late_layers=null"))}
-    return {"text": "quantise K as well as V", "command": command(changed(words, "kv=mx_kv"))}
+        return Advice(text, command(changed(words, "kv.late_layers=null")))
+    return Advice("quantise K as well as V", command(changed(words, "kv=mx_kv")))
 
 
-def _narrower(record: Record, check: Mapping[str, Any], words: list[str]) -> Advice:
+def _narrower(record: RunRecord, check: Check, words: list[str]) -> Advice:
     """Fewer Linears in MX, those first whose measured error is largest; or fewer bits saved."""
-    if not pick(record, "config.quant.enabled"):
+    if not setting(record.config, "quant", "enabled"):
         return _narrower_cache(record, words)
     errors = _block_errors(record)
-    value, threshold = check["value"], check["threshold"]
-    if check["relation"] == "<=" and errors and value > 0:
+    value, threshold = check.value, check.threshold
+    if check.relation == "<=" and errors and value is not None and value > 0:
         blocks = worst_blocks(errors, 1 - ENOUGH * max(threshold, 0) / value)
         if len(blocks) <= len(errors) / 2:
             share = sum(errors[block] for block in blocks) / sum(errors.values())
-            kept = pick(record, "config.quant.exclude")
+            kept = setting(record.config, "quant", "exclude")
             patterns = [*(kept if isinstance(kept, list) else []), *(f"*blocks.{block}.*" for block in sorted(blocks))]
             names = ",".join(f'"{pattern}"' for pattern in patterns)
             text = (
                 f"keep the blocks with the largest measured error in BF16: {len(blocks)} of {len(errors)} carry "
                 f"{share:.0%} of the squared error"
             )
-            return {"text": text, "command": command(changed(words, f"quant.exclude=[{names}]"))}
-    by_category = pick(record, "config.quant.bits_by_category")
+            return Advice(text, command(changed(words, f"quant.exclude=[{names}]")))
+    by_category = setting(record.config, "quant", "bits_by_category")
     fours = (
         [name for name, bits in (by_category or {}).items() if bits == 4] if isinstance(by_category, Mapping) else []
     )
-    if pick(record, "config.quant.bits") == 4 or fours:
+    if setting(record.config, "quant", "bits") == 4 or fours:
         text = "no few blocks carry the error: store the same Linears in 8 bits"
         wider = ["quant.bits=8", *(f"quant.bits_by_category.{name}=null" for name in fours)]
-        return {"text": text, "command": command(changed(words, *wider))}
-    layers = finite(pick(record, "model.arch.n_layers")) or 2
-    late = max(1, int(layers) // 2)
-    return {
-        "text": f"only the last {late} layers in MX",
-        "command": command(changed(words, f"quant.late_layers={late}")),
-    }
+        return Advice(text, command(changed(words, *wider)))
+    late = _half(record.model.arch.get("n_layers"))
+    return Advice(f"only the last {late} layers in MX", command(changed(words, f"quant.late_layers={late}")))
+
+
+def _half(layers: Any) -> int:
+    """Half of so many layers, at the least one; of a number that nobody knows, one."""
+    return max(1, layers // 2) if isinstance(layers, int) else 1
 
 
 def worst_blocks(errors: Mapping[int, float], share: float) -> list[int]:
@@ -159,70 +152,69 @@ def worst_blocks(errors: Mapping[int, float], share: float) -> list[int]:
     return blocks
 
 
-def _block_errors(record: Record) -> dict[int, float]:
+def _block_errors(record: RunRecord) -> dict[int, float]:
     """Squared relative error of each block's MX Linears, added up; empty where it was not measured."""
-    layers = pick(record, "arms.candidate.numerics.layers")
+    numerics = None if record.candidate is None else record.candidate.numerics
     errors: dict[int, float] = {}
-    for name, layer in layers.items() if isinstance(layers, Mapping) else ():
-        place, error = re.search(r"blocks\.(\d+)\.", str(name)), finite(pick(layer, "rel"))
+    for name, layer in numerics.layers.items() if numerics is not None else ():
+        place, error = re.search(r"blocks\.(\d+)\.", name), finite(layer.rel)
         if place is not None and error is not None:
             errors[int(place[1])] = errors.get(int(place[1]), 0.0) + error**2
     return errors
 
 
-def _narrower_cache(record: Record, words: list[str]) -> Advice:
-    if pick(record, "config.kv.quantize_k") and pick(record, "config.kv.quantize_v"):
-        return {"text": "K back to BF16", "command": command(changed(words, "kv=mx_v_only"))}
-    layers = finite(pick(record, "config.kv.late_layers")) or finite(pick(record, "model.arch.n_layers")) or 2
-    late = max(1, int(layers) // 2)
+def _narrower_cache(record: RunRecord, words: list[str]) -> Advice:
+    if setting(record.config, "kv", "quantize_k") and setting(record.config, "kv", "quantize_v"):
+        return Advice("K back to BF16", command(changed(words, "kv=mx_v_only")))
+    late = _half(setting(record.config, "kv", "late_layers") or record.model.arch.get("n_layers"))
     text = f"quantise the cache of the last {late} layers alone"
-    return {"text": text, "command": command(changed(words, f"kv.late_layers={late}"))}
+    return Advice(text, command(changed(words, f"kv.late_layers={late}")))
 
 
-def _after_doubt(record: Record, check: Mapping[str, Any], clips: int, on_record: bool) -> Advice:
-    words = _words(record)
-    if check["criterion"] == "speed":
+def _after_doubt(record: RunRecord, check: Check, clips: int, on_record: bool) -> Advice:
+    words = record.overrides
+    if check.criterion == "speed":
         return _speed_doubt(check, words)
-    if check["criterion"] == "memory":
-        return {"text": "measure memory on a GPU", "command": command(changed(words, "trainer=gpu"))}
-    if check["needs_clips"] is not None:
+    if check.criterion == "memory":
+        return Advice("measure memory on a GPU", command(changed(words, "trainer=gpu")))
+    if check.needs_clips is not None:
         advice = _more_clips(record, clips, words)
-        return advice | {"text": f"{advice['text']}; the baseline needs them too"} if on_record else advice
-    if "random weights" in check["note"]:
+        return replace(advice, text=f"{advice.text}; the baseline needs them too") if on_record else advice
+    if "random weights" in check.note:
         text = "give the model's weights: speed is real on random ones, quality is not"
         files = [f"{part}.{file}=FILE" for part in ("model", "decoder") for file in ("config_file", "checkpoint")]
-        return {"text": text, "command": command(changed(words, *files))}
-    if "no number of clips" in check["note"]:
-        return _only("the drop is what is allowed, to within noise: narrow the formats, or allow more")
-    if "fell back" in check["note"]:
-        return _only("judge the formats it ended with: run them by themselves (record.json, fallbacks)")
-    return {"text": f"what is missing: {check['note']}", "command": command(words)}
+        return Advice(text, command(changed(words, *files)))
+    if "no number of clips" in check.note:
+        return Advice("the drop is what is allowed, to within noise: narrow the formats, or allow more")
+    if "fell back" in check.note:
+        return Advice("judge the formats it ended with: run them by themselves (record.json, fallbacks)")
+    return Advice(f"what is missing: {check.note}", command(words))
 
 
-def _speed_doubt(check: Mapping[str, Any], words: list[str]) -> Advice:
-    if check["value"] is not None:
-        again = "frames" in check["note"] and "Timing" not in check["note"]
+def _speed_doubt(check: Check, words: list[str]) -> Advice:
+    if check.value is not None:
+        again = "frames" in check.note and "Timing" not in check.note
         text = "time more frames, of every clip" if again else "run again with nothing else on the machine"
-        return {"text": text, "command": command(changed(words, "data.limit=null") if again else words)}
-    if "another machine" in check["note"]:
-        return _only("run the baseline on this machine too")
+        return Advice(text, command(changed(words, "data.limit=null") if again else words))
+    if "another machine" in check.note:
+        return Advice("run the baseline on this machine too")
     text = "measure speed on the GPU it is for; to judge without it, add gates.without=[speed]"
-    return {"text": text, "command": command(changed(words, "trainer=gpu", "compile=on"))}
+    return Advice(text, command(changed(words, "trainer=gpu", "compile=on")))
 
 
-def _more_clips(record: Record, clips: int, words: list[str]) -> Advice:
-    available = finite(pick(record, "data.available"))
+def _more_clips(record: RunRecord, clips: int, words: list[str]) -> Advice:
+    available = record.data.available
     if available is not None and clips <= available:
-        text = f"take about {clips} of the {available:.0f} clips there are"
-        return {"text": text, "command": command(changed(words, f"data.limit={clips}"))}
-    if available is not None and len(record["clips"]) < available:
-        text = f"about {clips} clips would decide it; take all {available:.0f} there are first"
-        return {"text": text, "command": command(changed(words, "data.limit=null"))}
-    text = f"about {clips} clips would decide it, and there are {len(record['clips'])}: add clips"
-    paths = pick(record, "config.data.paths")
+        text = f"take about {clips} of the {available} clips there are"
+        return Advice(text, command(changed(words, f"data.limit={clips}")))
+    if available is not None and len(record.clips) < available:
+        text = f"about {clips} clips would decide it; take all {available} there are first"
+        return Advice(text, command(changed(words, "data.limit=null")))
+    text = f"about {clips} clips would decide it, and there are {len(record.clips)}: add clips"
+    paths = setting(record.config, "data", "paths")
     if not isinstance(paths, list) or not any("assets/doom" in str(path) for path in paths):
-        return {"text": f"{text} to data.paths", "command": command(changed(words, "data.limit=null"))}
-    more = clips - len(record["clips"])
+        return Advice(f"{text} to data.paths", command(changed(words, "data.limit=null")))
+    more = clips - len(record.clips)
     play = f"python scripts/record_doom.py --out more_clips --clips {more} --seed {NEW_SEED}"
     both = changed(words, "data.limit=null", 'data.paths=["${repo:assets/doom/clips}",more_clips]')
-    return {"text": f"{text}, here of Doom", "command": f"{play} && {command(both)}"}
+    return Advice(f"{text}, here of Doom", f"{play} && {command(both)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from harness.report.gates import reading
 from harness.report.gates.advice import advise
 from harness.report.gates.conf import COUNTED_BYTES, THRESHOLDS, Against, GateError, GatesConf, Rule, validate
 from harness.report.gates.intervals import Interval, difference_interval, mean_interval, values_needed
-from harness.report.gates.reading import Record, Unmeasured, pick
+from harness.report.gates.reading import Unmeasured, setting
+from harness.report.record import RunRecord
+from harness.report.verdict import Check, Verdict
 
 SHIP, DO_NOT_SHIP, UNDECIDED = "ship", "do not ship", "undecided"
 EXIT_CODES = {SHIP: 0, DO_NOT_SHIP: 3, UNDECIDED: 4}
@@ -36,61 +38,34 @@ NEEDS_MORE = 1.05
 """A few more than were run: the spread is itself an estimate."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One criterion of a gate.
-
-    ``margin`` is how far ``value`` is on the right side of ``threshold`` (negative: on the wrong one), ``interval`` as
-    in :mod:`harness.report.gates.intervals`, ``note`` what a person should know about the status, ``needs_clips`` how
-    many clips would decide what is undecided now.
-    """
-
-    criterion: str
-    figure: str
-    value: float | None
-    relation: str
-    threshold: float
-    margin: float | None
-    status: str
-    interval: Interval | None = None
-    note: str = ""
-    needs_clips: int | None = None
-
-
 def differences(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
     """What two runs' configs differ in that must be equal for their figures to compare; empty if nothing."""
-    pairs = [("data." + key, pick(config, f"data.{key}"), pick(baseline, f"data.{key}")) for key in SAME_DATA]
+    pairs = [("data." + key, setting(config, "data", key), setting(baseline, "data", key)) for key in SAME_DATA]
     for section in SAME_SECTIONS:
-        ours, theirs = (one if isinstance(one := pick(run, section), Mapping) else {} for run in (config, baseline))
+        ours, theirs = (one if isinstance(one := run.get(section), Mapping) else {} for run in (config, baseline))
         pairs += [(f"{section}.{key}", ours.get(key), theirs.get(key)) for key in sorted({*ours, *theirs})]
     return [f"{name}: {theirs} in the baseline, {ours} here" for name, ours, theirs in pairs if ours != theirs]
 
 
-def check_comparable(config: Mapping[str, Any], baseline: Record) -> None:
+def check_comparable(config: Mapping[str, Any], baseline: RunRecord) -> None:
     """Raise ``GateError`` if a run of ``config`` would not compare with the record ``baseline``."""
-    theirs = baseline.get("config")
-    different = differences(config, theirs) if isinstance(theirs, Mapping) else ["the baseline has no config"]
+    different = differences(config, baseline.config)
     if (why := reading.unsound(baseline)) is not None:
         different.append(f"the baseline cannot be stood on, {why}")
     if different:
         raise GateError(
-            f"gates.baseline: run {baseline.get('run_id')} does not compare: " + "; ".join(different) + ". "
+            f"gates.baseline: run {baseline.run_id} does not compare: " + "; ".join(different) + ". "
             "Run the baseline again with the same overrides, only quant and kv may differ"
         )
 
 
-def evaluate(record: Record, conf: GatesConf, baseline: Record | None = None) -> dict[str, Any]:
+def evaluate(record: RunRecord, conf: GatesConf, baseline: RunRecord | None = None) -> Verdict:
     """Judge a run.
 
     Args:
-        record: a run record as a dict; it may come from anywhere.
+        record: a run's; it may come from anywhere.
         conf: the gate.
         baseline: the record that ``conf.baseline`` names, with ``against=record``.
-
-    Returns:
-        A dict for the record: ``title``, ``against``, ``baseline``, ``rule``, ``confidence``, ``verdict``, ``reason``,
-        ``checks`` (see :class:`Check`), ``left_out`` and ``not_asked`` (criteria), ``notes``, ``next`` (see
-        :func:`harness.report.gates.advice.advise`).
 
     Raises:
         GateError: if the gate is not valid, the run has no candidate, or the baseline does not compare.
@@ -99,51 +74,49 @@ def evaluate(record: Record, conf: GatesConf, baseline: Record | None = None) ->
     if (conf.against == Against.record) != (baseline is not None):
         raise GateError(f"gates: against={conf.against} and {'a' if baseline else 'no'} baseline record given")
     if baseline is not None:
-        config = record.get("config")
-        check_comparable(config if isinstance(config, Mapping) else {}, baseline)
+        check_comparable(record.config, baseline)
     why = reading.unsound(record)
-    if why is None and not isinstance(pick(record, "arms.candidate"), Mapping):
+    if why is None and record.candidate is None:
         raise GateError("gates: the run has no candidate arm (quant=bf16 kv=bf16): there is nothing to judge")
+    checks: list[Check] = []
+    notes: list[str] = []
     if why is not None and not _ended_by_candidate(record, conf):
-        verdict, reason, checks, notes = UNDECIDED, f"{why}, and so it is not judged", [], []
+        verdict, reason = UNDECIDED, f"{why}, and so it is not judged"
     else:
         checks = _condition_checks(record, conf) if why else _checks(record, conf, baseline)
         verdict, reason = _verdict(checks, conf)
         notes = [*_notes(record, conf, baseline), *([f"Not judged further: {why}."] if why else [])]
-    stands_on = "BF16"
-    if baseline is not None:
-        stands_on = f"{reading.last_arm(baseline).get('label')} ({baseline.get('run_id')})"
-    found = {
-        "title": conf.title,
-        "against": stands_on,
-        "baseline": conf.baseline,
-        "rule": str(conf.rule),
-        "confidence": conf.confidence,
-        "verdict": verdict,
-        "reason": reason,
-        "checks": [vars(check) for check in checks],
-        "left_out": list(conf.left_out),
-        "not_asked": list(conf.not_asked),
-        "notes": notes,
-    }
-    return {**found, "next": advise(record, found)}
+    found = Verdict(
+        title=conf.title,
+        against="BF16" if baseline is None else f"{reading.last_arm(baseline).label} ({baseline.run_id})",
+        baseline=conf.baseline,
+        rule=str(conf.rule),
+        confidence=conf.confidence,
+        verdict=verdict,
+        reason=reason,
+        checks=checks,
+        left_out=list(conf.left_out),
+        not_asked=list(conf.not_asked),
+        notes=notes,
+    )
+    return replace(found, next=advise(record, found))
 
 
-def _ended_by_candidate(record: Record, conf: GatesConf) -> bool:
+def _ended_by_candidate(record: RunRecord, conf: GatesConf) -> bool:
     """Whether the harness itself broke the run off because the candidate did what the gate forbids.
 
     That much is proven: it is the one verdict over a run that is not complete.
     """
     try:
-        bf16_lost = any(row.get("kind") == reading.NON_FINITE for row in reading.incidents(record, "bf16"))
-        ended = any(row.get("action") == "run ended" for row in reading.candidate_instabilities(record))
+        bf16_lost = any(row.kind == reading.NON_FINITE for row in reading.incidents(record, "bf16"))
+        ended = any(row.action == "run ended" for row in reading.candidate_instabilities(record))
         reading.check_weights(record)
     except Unmeasured:
         return False
-    return conf.asks("instabilities") and record.get("status") == "failed" and ended and not bf16_lost
+    return conf.asks("instabilities") and record.status == "failed" and ended and not bf16_lost
 
 
-def _checks(record: Record, conf: GatesConf, baseline: Record | None) -> list[Check]:
+def _checks(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> list[Check]:
     return [
         *_quality_checks(record, conf, baseline),
         *_cost_checks(record, conf, baseline),
@@ -151,7 +124,7 @@ def _checks(record: Record, conf: GatesConf, baseline: Record | None) -> list[Ch
     ]
 
 
-def _quality_checks(record: Record, conf: GatesConf, baseline: Record | None) -> list[Check]:
+def _quality_checks(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> list[Check]:
     checks = []
     for criterion, relation in (("psnr", "<="), ("ssim", "<="), ("fidelity", ">=")):
         if not conf.asks(criterion):
@@ -166,7 +139,7 @@ def _quality_checks(record: Record, conf: GatesConf, baseline: Record | None) ->
             continue
         interval = mean_interval(values, conf.confidence, conf.resamples, conf.seed)
         check = _check(criterion, float(np.mean(values)), relation, conf, interval, "one clip gives no interval")
-        checks.append(_with_clips(check, values, len(record["clips"]), conf))
+        checks.append(_with_clips(check, values, len(record.clips), conf))
     return checks
 
 
@@ -177,19 +150,11 @@ def _with_clips(check: Check, values: Sequence[float], clips: int, conf: GatesCo
     needed = values_needed(values, check.threshold, conf.confidence)
     if needed is None:
         if len(values) < 2:
-            return _replaced(
-                check, needs_clips=max(2, conf.min_clips), note=f"{check.note}; run two clips at the least"
-            )
-        return _replaced(check, note="it lies at the threshold, and no number of clips would decide it")
+            return replace(check, needs_clips=max(2, conf.min_clips), note=f"{check.note}; run two clips at the least")
+        return replace(check, note="it lies at the threshold, and no number of clips would decide it")
     # Clips of which nothing can be judged will be among the new ones as well.
     needed = math.ceil(max(needed, len(values) + 1) * NEEDS_MORE * clips / len(values))
-    return _replaced(
-        check, needs_clips=needed, note=f"{check.note}; about {needed} clips would decide it at this spread"
-    )
-
-
-def _replaced(check: Check, **changes: Any) -> Check:
-    return Check(**{**vars(check), **changes})
+    return replace(check, needs_clips=needed, note=f"{check.note}; about {needed} clips would decide it at this spread")
 
 
 def _figure(criterion: str, conf: GatesConf) -> str:
@@ -230,7 +195,7 @@ def _missing(criterion: str, relation: str, conf: GatesConf, note: str) -> Check
     return Check(criterion, _figure(criterion, conf), None, relation, threshold, None, NOT_MEASURED, None, note)
 
 
-def _cost_checks(record: Record, conf: GatesConf, baseline: Record | None) -> list[Check]:
+def _cost_checks(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> list[Check]:
     checks = []
     for criterion, relation, judged in (("speed", ">=", _speed), ("memory", "<=", _memory)):
         if not conf.asks(criterion):
@@ -242,7 +207,7 @@ def _cost_checks(record: Record, conf: GatesConf, baseline: Record | None) -> li
     return checks
 
 
-def _speed(record: Record, conf: GatesConf, baseline: Record | None) -> Check:
+def _speed(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> Check:
     """Candidate / BF16 of the run, divided by the same of the baseline."""
     if baseline is not None and reading.machine(record) != reading.machine(baseline):
         raise Unmeasured("the baseline ran on another machine")
@@ -255,18 +220,23 @@ def _speed(record: Record, conf: GatesConf, baseline: Record | None) -> Check:
         interval = difference_interval(ours, theirs, conf.confidence)
     ends = None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
     check = _check("speed", math.exp(centre), ">=", conf, ends, "too few frames were timed for an interval")
-    doubts = [text for run in (record, baseline) if run is not None for text in distrust(pick(run, "arms"))]
+    doubts = [
+        text
+        for run in (record, baseline)
+        if run is not None
+        for text in distrust({name: arm.speed for name, arm in run.arms.items()})
+    ]
     if doubts and check.status in (PASS, FAIL):
-        check = _replaced(check, status=OPEN, note=doubts[0].rstrip("."))
+        check = replace(check, status=OPEN, note=doubts[0].rstrip("."))
     elif check.status == OPEN and interval is not None:
-        check = _replaced(check, note=f"{doubts[0].rstrip('.') if doubts else check.note + '; time more frames'}")
+        check = replace(check, note=f"{doubts[0].rstrip('.') if doubts else check.note + '; time more frames'}")
     return check
 
 
-def _memory(record: Record, conf: GatesConf, baseline: Record | None) -> Check:
+def _memory(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> Check:
     """Bytes of the candidate over BF16's, or over those of the baseline's candidate."""
-    ours = reading.memory(pick(record, "arms.candidate"), conf)
-    theirs = reading.memory(pick(record, "arms.bf16") if baseline is None else reading.last_arm(baseline), conf)
+    ours = reading.memory(reading.last_arm(record), conf)
+    theirs = reading.memory(record.arms["bf16"] if baseline is None else reading.last_arm(baseline), conf)
     if min(theirs) <= 0 or min(ours) < 0:
         raise Unmeasured("bytes of nothing cannot be compared")
     ratio = float(np.mean(ours) / np.mean(theirs))
@@ -283,11 +253,11 @@ def _memory(record: Record, conf: GatesConf, baseline: Record | None) -> Check:
     return _check("memory", ratio, "<=", conf, ends, "one batch gives no interval")
 
 
-def _condition_checks(record: Record, conf: GatesConf) -> list[Check]:
+def _condition_checks(record: RunRecord, conf: GatesConf) -> list[Check]:
     """What must hold beside the figures: enough clips, nothing unstable."""
     checks = []
     if conf.asks("clips"):
-        clips = len(record["clips"])
+        clips = len(record.clips)
         enough = clips >= conf.min_clips
         note = "" if enough else f"{clips} of at least {conf.min_clips} clips"
         status, needs = (PASS, None) if enough else (OPEN, conf.min_clips)
@@ -298,13 +268,13 @@ def _condition_checks(record: Record, conf: GatesConf) -> list[Check]:
     return checks
 
 
-def _instability_check(record: Record) -> Check:
+def _instability_check(record: RunRecord) -> Check:
     try:
         reading.check_weights(record)
         unstable = reading.candidate_instabilities(record)
     except Unmeasured as error:
         return Check("instabilities", "instabilities", None, "<=", 0, None, NOT_MEASURED, None, str(error))
-    count, note = len(unstable), "; ".join(str(incident.get("message", ""))[:300] for incident in unstable[:3])
+    count, note = len(unstable), "; ".join(incident.message[:300] for incident in unstable[:3])
     return Check("instabilities", "instabilities", count, "<=", 0, -count, FAIL if count else PASS, None, note)
 
 
@@ -336,7 +306,7 @@ def _said(check: Check) -> str:
     return f"{text}, {allowed}" + (f": {check.note}" if check.note else "")
 
 
-def _notes(record: Record, conf: GatesConf, baseline: Record | None) -> list[str]:
+def _notes(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> list[str]:
     """What qualifies the verdict."""
     notes = []
     if conf.not_asked:
@@ -349,13 +319,13 @@ def _notes(record: Record, conf: GatesConf, baseline: Record | None) -> list[str
             "a criterion passes or fails with its whole interval."
         )
     notes += _cut_notes(record, conf, baseline)
-    before = pick(baseline, "gates.verdict")
-    if baseline is not None and before not in (None, SHIP):
+    before = None if baseline is None or baseline.gates is None else baseline.gates.verdict
+    if before not in (None, SHIP):
         notes.append(f"The baseline stands on nothing itself: its own verdict is {before}.")
     return notes
 
 
-def _cut_notes(record: Record, conf: GatesConf, baseline: Record | None) -> list[str]:
+def _cut_notes(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> list[str]:
     notes = []
     if conf.frames is not None:
         notes.append(f"Judged over the first {conf.frames} generated frames of each clip (gates.frames).")

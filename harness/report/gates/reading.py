@@ -1,13 +1,14 @@
-"""Reads figures out of a record that may come from anywhere.
+"""Takes figures out of a run's record, which may come from anywhere.
 
-Nothing here trusts the record's form: what is missing, null, a string, NaN or infinite is a :class:`Unmeasured` with
-the place in its message, so that it can neither pass a gate nor end in a traceback.
+Its types hold (see :mod:`harness.report.codec`), its values need not make sense: what is missing, not finite, out of
+range or contradicts the rest is a :class:`Unmeasured` with the place in its message, so that it can neither pass a gate
+nor end in a traceback.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 
 from harness.report.gates.blocks import block_ratios
 from harness.report.gates.conf import COUNTED_BYTES, GatesConf
-
-Record = Mapping[str, Any]
+from harness.report.record import COMPLETE, RunRecord
+from harness.report.sections import ArmRecord, BatchTimes, ClipRecord, IncidentRecord
 
 LOST = ("structure", "black", "frozen")
 """Incidents of the BF16 arm after which its frames prove nothing about a format."""
@@ -42,113 +43,88 @@ class ClipScores:
     fidelity: list[float] | None
 
 
-def pick(section: Any, path: str) -> Any:
-    """The value at a dotted ``path``; ``None`` where a step of it is missing."""
-    for key in path.split("."):
-        if not isinstance(section, Mapping) or key not in section:
-            return None
-        section = section[key]
-    return section
+def setting(config: Mapping[str, Any], section: str, name: str) -> Any:
+    """A field of a config, which is plain data and may be of another version; ``None`` where it is missing."""
+    found = config.get(section)
+    return found.get(name) if isinstance(found, Mapping) else None
 
 
-def finite(value: Any) -> float | None:
-    """``value`` as a float if it is a number that a record can hold: finite, and not absurdly large."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-    return number if abs(number) <= LARGEST else None
+def finite(value: float | None) -> float | None:
+    """``value`` if it is a number that a record can hold: finite, and not absurdly large."""
+    return value if value is not None and abs(value) <= LARGEST else None
 
 
-def rows(record: Record, name: str) -> list[Mapping[str, Any]]:
-    """The mappings listed at ``name`` of the record.
-
-    Raises:
-        Unmeasured: if it is no list of mappings.
-    """
-    found = record.get(name)
-    if not isinstance(found, list) or not all(isinstance(row, Mapping) for row in found):
-        raise Unmeasured(f"the record's {name} cannot be read")
-    return found
-
-
-def clip_ids(record: Record) -> list[str]:
+def clip_ids(record: RunRecord) -> list[str]:
     """Names of the finished clips.
 
     Raises:
-        Unmeasured: if they cannot be read, or one is there twice: a clip counted twice is no second clip.
+        Unmeasured: if one is there twice: a clip counted twice is no second clip.
     """
-    names = [row.get("clip_id") for row in rows(record, "clips")]
-    if not all(isinstance(name, str) for name in names):
-        raise Unmeasured("a clip of the record has no name")
-    twice = next((str(name) for name, count in Counter(names).items() if count > 1), None)
+    names = [clip.clip_id for clip in record.clips]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise Unmeasured(f"clip {twice} is in the record twice")
-    return names  # type: ignore[return-value]
+    return names
 
 
-def _frames(clip: Mapping[str, Any], arm: str, metric: str) -> list[float] | None:
-    values = pick(clip, f"scores.{arm}.frames.{metric}")
-    if values is None:
+def _frames(clip: ClipRecord, arm: str, metric: str) -> list[float] | None:
+    if arm not in clip.scores:
         return None
-    numbers = [finite(value) for value in values] if isinstance(values, list) else []
+    values: list[float] = getattr(clip.scores[arm].frames, metric)
     low, high = RANGES[metric]
-    if not numbers or not all(number is not None and low <= number <= high for number in numbers):
-        raise Unmeasured(f"clip {clip.get('clip_id')}: {arm}'s {metric} per frame are no scores")
-    return numbers  # type: ignore[return-value]
+    if not values or not all(low <= value <= high for value in values):
+        raise Unmeasured(f"clip {clip.clip_id}: {arm}'s {metric} per frame are no scores")
+    return values
 
 
-def clip_scores(record: Record, metric: str) -> dict[str, ClipScores]:
+def clip_scores(record: RunRecord, metric: str) -> dict[str, ClipScores]:
     """Scores of every clip, frame by frame.
 
     Raises:
-        Unmeasured: if a clip's cannot be read, or contradict each other.
+        Unmeasured: if a clip's are none, or contradict each other.
     """
-    names = clip_ids(record)
     found = {}
-    for name, clip in zip(names, rows(record, "clips"), strict=True):
+    for name, clip in zip(clip_ids(record), record.clips, strict=True):
         scores = ClipScores(*(_frames(clip, arm, metric) for arm in ("bf16", "candidate", "fidelity")))
         lengths = {len(values) for values in vars(scores).values() if values is not None}
         if len(lengths) > 1:
             raise Unmeasured(f"clip {name}: its scores are of {' and '.join(map(str, sorted(lengths)))} frames")
-        _check_drop(name, clip, scores, metric)
+        _check_drop(clip, scores, metric)
         found[name] = scores
     return found
 
 
-def _check_drop(name: str, clip: Mapping[str, Any], scores: ClipScores, metric: str) -> None:
+def _check_drop(clip: ClipRecord, scores: ClipScores, metric: str) -> None:
     if scores.bf16 is None or scores.candidate is None:
         return
-    said = finite(pick(clip, f"drop.{metric}"))
+    said = None if clip.drop is None else finite(getattr(clip.drop, metric))
     if said is None or abs(said - float(np.mean(scores.bf16) - np.mean(scores.candidate))) > TOLERANCE:
-        raise Unmeasured(f"clip {name}: its {metric} drop is not what its frames say")
+        raise Unmeasured(f"clip {clip.clip_id}: its {metric} drop is not what its frames say")
 
 
-def incidents(record: Record, arm: str) -> list[Mapping[str, Any]]:
-    """Instabilities of one arm. Raises ``Unmeasured`` if the record's incidents cannot be read."""
-    return [row for row in rows(record, "incidents") if row.get("arm") == arm]
+def incidents(record: RunRecord, arm: str) -> list[IncidentRecord]:
+    """Instabilities of one arm."""
+    return [incident for incident in record.incidents if incident.arm == arm]
 
 
-def lost_from(record: Record) -> dict[str, int]:
+def lost_from(record: RunRecord) -> dict[str, int]:
     """Per clip in which BF16 itself became unstable: its first such frame; later ones prove nothing about a format.
 
     Raises:
-        Unmeasured: if the incidents cannot be read.
+        Unmeasured: if an incident does not say where it happened.
     """
     found: dict[str, int] = {}
-    for row in incidents(record, "bf16"):
-        clip, frame = row.get("clip"), finite(row.get("frame"))
-        if row.get("kind") not in LOST:
+    for incident in incidents(record, "bf16"):
+        clip, frame = incident.clip, incident.frame
+        if incident.kind not in LOST:
             continue
-        if not isinstance(clip, str) or frame is None or frame < 0:
+        if clip is None or frame is None or frame < 0:
             raise Unmeasured("an incident of BF16 does not say where it happened")
-        found[clip] = min(int(frame), found.get(clip, int(frame)))
+        found[clip] = min(frame, found.get(clip, frame))
     return found
 
 
-def judged_frames(record: Record, conf: GatesConf, baseline: Record | None) -> dict[str, int | None]:
+def judged_frames(record: RunRecord, conf: GatesConf, baseline: RunRecord | None) -> dict[str, int | None]:
     """Per clip: how many of its frames are judged, ``None`` = all.
 
     Raises:
@@ -164,22 +140,20 @@ def judged_frames(record: Record, conf: GatesConf, baseline: Record | None) -> d
     return found
 
 
-def check_weights(record: Record) -> None:
+def check_weights(record: RunRecord) -> None:
     """Raise ``Unmeasured`` where pictures mean nothing: random weights, synthetic clips, formats changed midway."""
-    model = record.get("model")
-    for key, name in (("weights", "the model"), ("decoder_weights", "the decoder")):
-        kind = pick(model, key)
+    for kind, name in ((record.model.weights, "the model"), (record.model.decoder_weights, "the decoder")):
         if kind == "random":
             raise Unmeasured(f"random weights: the quality of {name} means nothing")
         if kind != "checkpoint":
             raise Unmeasured(f"the record does not say whether {name} has weights of a checkpoint")
-    if pick(record, "data.quality_is_meaningful") is False:
+    if not record.data.quality_is_meaningful:
         raise Unmeasured("synthetic clips: there is nothing to be true to")
-    if record.get("fallbacks"):
+    if record.fallbacks:
         raise Unmeasured("the candidate fell back to other formats midway: judge a run in the formats it ended with")
 
 
-def clip_drops(record: Record, metric: str, conf: GatesConf, baseline: Record | None = None) -> dict[str, float]:
+def clip_drops(record: RunRecord, metric: str, conf: GatesConf, baseline: RunRecord | None = None) -> dict[str, float]:
     """Per clip: how much worse the candidate is than BF16, or how much more it lost than the baseline's candidate.
 
     Means over the frames that are judged; clips without one are left out.
@@ -199,7 +173,7 @@ def clip_drops(record: Record, metric: str, conf: GatesConf, baseline: Record | 
         drops[name] = _drop(clip, frames[name])
         if before is not None:
             if name not in before:
-                raise Unmeasured(f"run {baseline['run_id']} has no clip {name}")  # type: ignore[index]
+                raise Unmeasured(f"the baseline has no clip {name}")
             drops[name] -= _drop(before[name], frames[name])
     if not drops:
         raise Unmeasured("no clip was finished" if not scores else "BF16 itself is unstable from the first frame on")
@@ -215,7 +189,7 @@ def _drop(scores: ClipScores, frames: int | None) -> float:
     return float(np.mean(scores.bf16[:frames]) - np.mean(scores.candidate[:frames]))
 
 
-def clip_fidelity(record: Record, conf: GatesConf) -> dict[str, float]:
+def clip_fidelity(record: RunRecord, conf: GatesConf) -> dict[str, float]:
     """Per clip: PSNR of the candidate against BF16, dB, over the frames that are judged.
 
     Raises:
@@ -231,79 +205,75 @@ def clip_fidelity(record: Record, conf: GatesConf) -> dict[str, float]:
     return {name: float(np.mean(clip.fidelity[: frames[name]])) for name, clip in scores.items() if frames[name] != 0}  # type: ignore[index]
 
 
-def candidate_instabilities(record: Record) -> list[Mapping[str, Any]]:
+def candidate_instabilities(record: RunRecord) -> list[IncidentRecord]:
     """Incidents of the candidate that are its own: not those after BF16 had lost the clip, except NaN and Inf.
 
     Raises:
-        Unmeasured: if they cannot be read.
+        Unmeasured: see :func:`lost_from`.
     """
     lost = lost_from(record)
 
-    def own(row: Mapping[str, Any]) -> bool:
-        end, frame = lost.get(str(row.get("clip"))), finite(row.get("frame"))
-        return row.get("kind") not in LOST or end is None or frame is None or frame < end
+    def own(incident: IncidentRecord) -> bool:
+        end = None if incident.clip is None else lost.get(incident.clip)
+        return incident.kind not in LOST or end is None or incident.frame is None or incident.frame < end
 
-    return [row for row in incidents(record, "candidate") if own(row)]
+    return [incident for incident in incidents(record, "candidate") if own(incident)]
 
 
-def speed_ratios(record: Record, fps: str) -> list[float]:
+def speed_ratios(record: RunRecord, fps: str) -> list[float]:
     """log(candidate's FPS / BF16's) of blocks of frames; ``[0.0]`` of a run of BF16 alone.
 
     Raises:
         Unmeasured: if the record holds no usable times, or those of an emulated kernel.
     """
-    arms = record.get("arms")
-    if not isinstance(arms, Mapping) or "candidate" not in arms:
+    candidate = record.candidate
+    if candidate is None:
         return [0.0]
-    label = pick(arms, "candidate.label")
-    if pick(arms, "candidate.speed_is_meaningful") is not True:
-        raise Unmeasured(f"{label}: emulated kernel, its speed says nothing about MX")
-    skipped = finite(pick(arms, "candidate.speed.skipped_frames_per_clip"))
-    if skipped is None or skipped < 0:
+    if not candidate.speed_is_meaningful:
+        raise Unmeasured(f"{candidate.label}: emulated kernel, its speed says nothing about MX")
+    skipped = candidate.speed.skipped_frames_per_clip
+    if skipped < 0:
         raise Unmeasured("the record does not say how many first frames of a clip are not counted")
-    batches = rows(record, "timings")
-    if not batches:
+    if not record.timings:
         raise Unmeasured("the record holds no frame times")
-    bf16, candidate = [], []
-    for batch in batches:
-        if batch.get("fallback") != batches[-1].get("fallback"):
+    times: dict[str, list[list[float]]] = {"bf16": [], "candidate": []}
+    for batch in record.timings:
+        if batch.fallback != record.timings[-1].fallback:
             continue  # in other formats than those it ended with
-        pair = [_times(batch, arm, fps, int(skipped)) for arm in ("bf16", "candidate")]
+        pair = [_times(batch, arm, fps, skipped) for arm in times]
         if len(pair[0]) != len(pair[1]):
             raise Unmeasured(f"{_batch(batch)}: its arms were timed over different frames")
-        bf16.append(pair[0])
-        candidate.append(pair[1])
-    if not bf16:
-        raise Unmeasured("the record's fallbacks cannot be read")
-    return block_ratios(bf16, candidate)
+        for arm, frames in zip(times, pair, strict=True):
+            times[arm].append(frames)
+    return block_ratios(times["bf16"], times["candidate"])
 
 
-def _batch(batch: Mapping[str, Any]) -> str:
-    return f"batch {batch.get('clips')}"[:200]
+def _batch(batch: BatchTimes) -> str:
+    return f"batch {batch.clips}"[:200]
 
 
-def _times(batch: Mapping[str, Any], arm: str, fps: str, skipped: int) -> list[float]:
+def _times(batch: BatchTimes, arm: str, fps: str, skipped: int) -> list[float]:
     """Milliseconds of each frame of a batch that counts."""
-    spans = ("dit_ms",) if fps == "pipeline_fps" else ("dit_ms", "decoder_ms")
-    columns = []
-    for span in spans:
-        values = pick(batch, f"arms.{arm}.{span}")
-        numbers = [finite(value) for value in values] if isinstance(values, list) else []
-        if not numbers or any(value is None or value <= 0 for value in numbers):
+    if arm not in batch.arms:
+        raise Unmeasured(f"{_batch(batch)}: {arm} was not timed")
+    frames = batch.arms[arm]
+    columns = [("dit_ms", frames.dit_ms), ("decoder_ms", frames.decoder_ms)][: 1 if fps == "pipeline_fps" else 2]
+    for span, values in columns:
+        if not values or not all(0 < value <= LARGEST for value in values):
             raise Unmeasured(f"{_batch(batch)}: {arm}'s {span} per frame are no times")
-        columns.append(numbers)
-    if len({len(column) for column in columns}) > 1:
+    if len({len(values) for _, values in columns}) > 1:
         raise Unmeasured(f"{_batch(batch)}: {arm}'s spans were timed over different frames")
-    whole = [sum(frame) for frame in zip(*columns, strict=True)]  # type: ignore[arg-type]
+    whole = [sum(frame) for frame in zip(*(values for _, values in columns), strict=True)]
     return whole[min(skipped, len(whole) - 1) :]
 
 
-def machine(record: Record) -> str:
+def machine(record: RunRecord) -> str:
     """What the run's times were taken on."""
-    return str(pick(record, "environment.gpu.name") or pick(record, "environment.cpu"))
+    there = record.environment
+    return str(there.cpu if there.gpu is None else there.gpu.name)
 
 
-def memory(arm: Any, conf: GatesConf) -> list[float]:
+def memory(arm: ArmRecord, conf: GatesConf) -> list[float]:
     """Bytes of ``conf.memory``, added up: one value where they are counted, one per batch where an allocator saw them.
 
     Raises:
@@ -314,54 +284,52 @@ def memory(arm: Any, conf: GatesConf) -> list[float]:
     if not allocator:
         return [sum(counted)]
     fixed = sum(value for name, value in zip(conf.memory, counted, strict=True) if name in COUNTED_BYTES)
-    peaks = pick(arm, "memory.peaks")
-    if not isinstance(peaks, list) or not peaks:
+    if not arm.memory.peaks:
         raise Unmeasured("the record holds no peak per batch")
-    values = [[finite(pick(peak, name)) for name in allocator] for peak in peaks]
-    if any(value is None or value < 0 for row in values for value in row):
-        raise Unmeasured("a batch's peak is no number of bytes")
-    return [fixed + sum(value for value in row if value is not None) for row in values]
+    return [fixed + _peak(peak, allocator) for peak in arm.memory.peaks]
 
 
-def _bytes(arm: Any, name: str) -> float:
-    value = pick(arm, f"memory.{name}")
+def _bytes(arm: ArmRecord, name: str) -> float:
+    value = getattr(arm.memory, name)
     if value is None:
         raise Unmeasured(f"{name} was not measured on this device")
-    number = finite(value)
-    if number is None or number < 0:
+    if not 0 <= value <= LARGEST:
         raise Unmeasured(f"{name} is no number of bytes")
-    return number
+    return float(value)
 
 
-def last_arm(record: Record) -> Mapping[str, Any]:
+def _peak(peak: Mapping[str, int], names: Sequence[str]) -> float:
+    values = [peak.get(name, -1) for name in names]
+    if not all(0 <= value <= LARGEST for value in values):
+        raise Unmeasured("a batch's peak is no number of bytes")
+    return float(sum(values))
+
+
+def last_arm(record: RunRecord) -> ArmRecord:
     """The candidate, or BF16 where it ran alone."""
-    arm = pick(record, "arms.candidate") or pick(record, "arms.bf16")
-    return arm if isinstance(arm, Mapping) else {}
+    return record.candidate or record.first
 
 
-def _check_every_clip(record: Record) -> None:
+def _check_every_clip(record: RunRecord) -> None:
     """Raise ``Unmeasured`` if a clip that was asked for is gone; one with NaN or Inf has no scores, but an incident."""
-    asked = pick(record, "data.clips")
-    names = [clip.get("id") for clip in asked if isinstance(clip, Mapping)] if isinstance(asked, list) else []
-    told = {row.get("clip") for row in rows(record, "incidents") if row.get("kind") == NON_FINITE}
+    told = {incident.clip for incident in record.incidents if incident.kind == NON_FINITE}
     there = {*clip_ids(record), *told}
-    gone = [name for name in names if name not in there]
+    gone = [clip.id for clip in record.data.clips if clip.id not in there]
     if gone:
         raise Unmeasured(f"clip {gone[0]} was rolled out and is not in the record")
 
 
-def unsound(record: Record) -> str | None:
+def unsound(record: RunRecord) -> str | None:
     """Why a run may be neither judged, reused nor recommended; ``None`` if it may.
 
     It must have ended, BF16 must be there and finite, and every clip that was asked for have scores that are numbers.
     """
-    status = record.get("status")
-    if status != "complete":
-        return f"the run is {status}" if isinstance(status, str) else "the record does not say that the run is complete"
-    if not isinstance(pick(record, "arms.bf16"), Mapping):
+    if record.status != COMPLETE:
+        return f"the run is {record.status}"
+    if "bf16" not in record.arms:
         return "the record has no BF16 arm"
     try:
-        if any(row.get("kind") == NON_FINITE for row in incidents(record, "bf16")):
+        if any(incident.kind == NON_FINITE for incident in incidents(record, "bf16")):
             return "BF16 itself is not finite: there is nothing to hold the candidate against"
         clip_scores(record, "psnr")
         _check_every_clip(record)

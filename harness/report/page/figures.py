@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.report.codec import read
 from harness.report.gates import terms
 from harness.report.gates.advice import changed, command
 from harness.report.table import bytes_text
+from harness.report.verdict import Verdict
 
 ABSENT = "–"
 ARMS = (("bf16", "bf16"), ("candidate", "cand"))
@@ -101,7 +103,7 @@ def verdict(record: Record, folder: str | Path = "outputs/run") -> dict[str, Any
         return {
             "kind": kind,
             "title": title,
-            "gate": ", ".join(terms(gates)),
+            "gate": ", ".join(terms(read(Verdict, gates))),
             "sentence": f"{reason[:1].upper()}{reason[1:]}." if reason else "",
             "next": gates.get("next"),
             "notes": list(gates.get("notes", [])),

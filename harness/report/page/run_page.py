@@ -41,7 +41,7 @@ from harness.report.page.figures import (
 from harness.report.page.numerics import numerics_blocks
 from harness.report.page.players import embedded_bytes, panels, source, stage, video_path
 from harness.report.record import RunRecord
-from harness.report.sections import Drift
+from harness.report.sections import Drift, Speed
 
 EMBED_LIMIT = 25 * 1024 * 1024
 """Bytes of base64 up to which the videos are put inside the page; beyond, the page links to them."""
@@ -118,7 +118,7 @@ def _quality(record: Record) -> dict[str, Any]:
 
 def _speed(record: Record) -> dict[str, Any]:
     return {
-        "doubts": distrust(record["arms"]),
+        "doubts": distrust({name: read(Speed, arm["speed"]) for name, arm in record["arms"].items()}),
         "fps": fps_bars(record),
         "spans": span_bars(record),
         "parts": part_bars(record),
