@@ -109,16 +109,17 @@ class _Walk:
         linears, fmt = [self.core.get_submodule(path) for path in paths], self.formats[paths[0]]
         weight, bias = _joined(linears)
         streams = [stream.conditions if within is None else stream.tokens for stream in self.candidate]
-        rows = sum(part.shape[:-1].numel() for parts in streams for part in parts)
-        moments = Moments(weight, bias, every(rows, weight.shape[1]))
+        count = sum(part.shape[:-1].numel() for parts in streams for part in parts)
+        moments = Moments(weight, bias, every(count, weight.shape[1]))
         for ours, theirs in zip(self.candidate, self.bf16, strict=True):
-            pairs = zip(
+            rows = zip(
                 ours.conditions if within is None else ours.inputs(within),
                 theirs.conditions if within is None else theirs.inputs(within),
+                ours.lags(within, theirs),
                 strict=True,
             )
-            for y, x in pairs:
-                moments.add(_encoded(y, fmt), x)
+            for y, x, lag in rows:
+                moments.add(_encoded(y, fmt), x, lag)
         self.weights |= zip(paths, choose(moments, fmt, linears, self.damping, self.sweeps), strict=True)
 
     def _multiply(self, path: str, linear: nn.Module, x: Tensor) -> Tensor:

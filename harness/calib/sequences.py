@@ -143,12 +143,30 @@ class Stream:
             x = modulated_norm(tokens, mod.mlp_scale, mod.mlp_shift)
             yield x if name == "mlp.fc1" else self.block.mlp.act(self.multiply("mlp.fc1", x))
 
+    def lags(self, name: str | None, other: Stream) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Part by part, the gate through which ``name`` adds to this stream, and what that is behind ``other`` by.
+
+        Each ``[B, N*P, D]``; None for a Linear that does not add to it.
+        """
+        gates = self._gates(name)
+        if gates is None:
+            yield from (None for _ in self.tokens)
+            return
+        for ours, theirs, gate in zip(self.tokens, other.tokens, gates, strict=True):
+            yield gate.repeat_interleave(self.core.cfg.tokens_per_frame, 1), theirs.float() - ours.float()
+
+    def _gates(self, name: str | None) -> list[Tensor] | None:
+        """Gates through which the layer's Linear ``name`` adds to the stream, if it does."""
+        if name == "attn.out":
+            return [mod.attn_gate for mod in self._mods]
+        return [mod.mlp_gate for mod in self._mods] if name == "mlp.fc2" else None
+
     def leave(self, name: str) -> None:
         """Go on past the layer's Linear ``name``."""
+        gates = self._gates(name)
         if name == "attn.qkv":
             self._attend()
-        elif name != "mlp.fc1":
-            gates = [mod.attn_gate if name == "attn.out" else mod.mlp_gate for mod in self._mods]
+        elif gates is not None:
             parts = zip(self.tokens, self.inputs(name), gates, strict=True)
             self.tokens = [tokens + gated(self.multiply(name, x), gate) for tokens, x, gate in parts]
             self._attended = []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.kv.codecs import RingShape
 from harness.kv.conf import TENSORS, KVConf, validate
+from harness.kv.hadamard import hadamard_matrix
 from harness.kv.storage import FrameRing, Scratch, build_ring
 
 
@@ -80,6 +81,7 @@ class KVCache:
             self.scratch = Scratch(dtype, self.device)
             shapes = [RingShape(batch, heads, frames, tokens, head_dim) for frames in windows]
             self.rings = [self._layer_rings(layer, shape) for layer, shape in enumerate(shapes)]
+            self._basis = hadamard_matrix(head_dim, self.device) if conf.hadamard else None
             self.frame = torch.full((1,), -1, dtype=torch.int64, device=self.device)
             """Absolute index of the current frame, int64 ``[1]`` on the device; -1 before :meth:`load`."""
             self._slots = {r: torch.zeros_like(self.frame) for r in sorted(set(windows))}
@@ -97,6 +99,20 @@ class KVCache:
             )
             for name in TENSORS
         }
+
+    def turns(self, name: str, layer: int) -> bool:
+        """Whether ``name`` ("k" or "v") of ``layer`` is kept in the Hadamard basis, not in the model's own."""
+        return self._basis is not None and self.rings[layer][name].codec is not None
+
+    def turned(self, name: str, layer: int, x: Tensor) -> Tensor:
+        """``x [..., Dh]`` from the model's own basis to that in which ``name`` of ``layer`` is kept, or back again.
+
+        All other methods take and give K and V in the basis they are kept in: turn K and V before, the queries as K,
+        and the outputs back as V.
+        """
+        if self._basis is None or not self.turns(name, layer):
+            return x
+        return (x.float() @ self._basis).to(x.dtype)
 
     @property
     def store_is_free(self) -> bool:

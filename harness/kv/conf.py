@@ -76,6 +76,9 @@ class KVConf:
         v_late_layers: the same for V alone; null = as ``late_layers``.
         scale_mode: how an E8M0 scale follows from amax.
         scales: what shares an E8M0 scale, see :class:`KVScales`.
+        hadamard: quantise K and V in another basis, the columns of an orthonormal Hadamard matrix over each head: it
+            spreads large values over their block. Queries are turned along with K, outputs turned back, so that scores
+            and results stay the same up to the rounding of what is stored.
         ema: of ``scales=per_head_ema``.
     """
 
@@ -92,6 +95,7 @@ class KVConf:
     v_late_layers: int | None = None
     scale_mode: ScaleMode = ScaleMode.rceil
     scales: KVScales = KVScales.per_token
+    hadamard: bool = False
     ema: EMAConf = field(default_factory=EMAConf)
 
     @property
@@ -126,7 +130,8 @@ class KVConf:
 
 def describe(conf: KVConf, layers: int) -> str:
     """The numeric path in words, such as ``K e5m2 (last 4 of 12 layers), V e4m3``."""
-    return ", ".join(f"{name.upper()} {_format_name(conf, name)}{_where(conf, name, layers)}" for name in TENSORS)
+    parts = [f"{name.upper()} {_format_name(conf, name)}{_where(conf, name, layers)}" for name in TENSORS]
+    return ", ".join([*parts, "Hadamard-turned"] if conf.hadamard else parts)
 
 
 def _format_name(conf: KVConf, name: str) -> str:
@@ -168,6 +173,10 @@ def validate(conf: KVConf, head_dim: int) -> None:
             f"head size {head_dim} is not divisible by {BLOCK}, the size of an MX block along the head; "
             "use storage=i8_scale or bf16"
         )
+    if conf.hadamard and not conf.enabled:
+        problems.append("hadamard=true: turns what is quantised, and nothing is; use storage=mx or drop hadamard")
+    elif conf.hadamard and head_dim & (head_dim - 1):
+        problems.append(f"hadamard=true: head size {head_dim} is not a power of two, as a Hadamard matrix is; drop it")
     problems += _ema_problems(conf, KVStorage.mx in storages)
     if problems:
         raise ValueError("KV cache config: " + "; ".join(problems))

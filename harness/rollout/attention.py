@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from harness.formats.scales import ScaleMode
 from harness.kv import KVCache, KVConf
+from harness.kv.conf import TENSORS
 from harness.models.attention import Attend, ProjectedAttend
 from harness.rollout import fused
 from harness.rollout.compile import CompileConf, compile_function
@@ -99,7 +100,8 @@ class PrefillAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`~harness.models.attention.Attend`."""
-        self.cache.load(layer, k, v, first=self.first)
+        kept = (self.cache.turned(name, layer, x) for name, x in (("k", k), ("v", v)))
+        self.cache.load(layer, *kept, first=self.first)
         return self.masked(layer, q, k, v)
 
 
@@ -117,10 +119,11 @@ class RingAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`~harness.models.attention.Attend`."""
+        q, k, v = (self.cache.turned(name, layer, x) for name, x in (("k", q), ("k", k), ("v", v)))
         out = self.attend(layer, q, k, v)
         if self.store:
             self.cache.store(layer, k, v)
-        return out
+        return self.cache.turned("v", layer, out)
 
 
 class FusedAttention:
@@ -149,12 +152,13 @@ class FusedAttention:
         mode = key.scale_mode or value.scale_mode or ScaleMode.rceil
         formats = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, self.config, keep_k)
         rings = (key.data, key.scales, value.data, value.scales)
-        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *formats)
+        turns = [self.cache.turns(name, layer) for name in TENSORS]
+        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *formats, *turns)
         if keep_k:
             self.cache.rings[layer]["k"].store(slot, k)
         if self.store and not value.stores:
             v = qkv.unflatten(-1, (3, value.data.shape[1], -1))[:, :, 2].transpose(1, 2)
-            self.cache.rings[layer]["v"].store(slot, v)
+            self.cache.rings[layer]["v"].store(slot, self.cache.turned("v", layer, v))
         return out
 
 

@@ -228,6 +228,8 @@ def window_attention(
     scale_mode: str,
     config: list[int],
     keep_k: bool,
+    turn_k: bool,
+    turn_v: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one frame to the R - 1 other frames of a ring and to its own K and V, from its projection on.
 
@@ -253,9 +255,12 @@ def window_attention(
         scale_mode: a :class:`ScaleMode`.
         config: :meth:`WindowConfig.as_ints`, or empty for the defaults.
         keep_k: also return K, for a ring that the kernel cannot store into.
+        turn_k: K's ring is in the Hadamard basis, see :meth:`harness.kv.KVCache.turned`; Dh is a power of two.
+        turn_v: V's ring is.
 
     Returns:
-        ``(out [B, P, H*Dh], k)``, k ``[B, H, P, Dh]``, normalised and rotated, if asked for, else empty.
+        ``(out [B, P, H*Dh], k)``, k ``[B, H, P, Dh]``, normalised, rotated and in its ring's basis, if asked for, else
+        empty.
     """
     from harness.kernels.triton.window import window_kernel
 
@@ -275,7 +280,7 @@ def window_attention(
         heads, frames, tokens, dim, RMS_EPS, shape.share, shape.splits,
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
-        keep_k, shape.block_m, shape.block_n, shape.rest, shape.own,
+        keep_k, turn_k, turn_v, shape.block_m, shape.block_n, shape.rest, shape.own,
         shape.combiners, POLLS if qkv.is_cuda else 1, dependent, dependent and AHEAD,
         num_warps=WARPS, num_stages=stages(dim, how), **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
@@ -290,7 +295,7 @@ def _results(qkv: Tensor, heads: int, keep_k: bool) -> tuple[Tensor, Tensor]:
 
 @window_attention.register_fake
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, k_ring: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _results(qkv, k_ring.shape[1], keep_k=others[-1])
+    return _results(qkv, k_ring.shape[1], keep_k=others[-3])
 
 
 def check_head_dim(head_dim: int) -> None:

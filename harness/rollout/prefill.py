@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.formats.scales import ScaleMode
 from harness.kv import KVCache
+from harness.kv.conf import TENSORS
 from harness.models.gamerft import RMS_EPS, BlockModulation, GameRFTCore, Modulation, gated
 from harness.models.world import WorldModel
 from harness.rollout.fused import encoding, ring_view
@@ -75,15 +76,16 @@ class HistoryAttention:
             heads, frames, kept, tokens, dim, RMS_EPS,
             key.format, *encoding(key.stores, key.format, mode.value),
             value.format, *encoding(value.stores, value.format, mode.value),
-            rows, num_warps=4,
+            *(cache.turns(name, layer) for name in TENSORS), rows, num_warps=4,
         )  # fmt: skip
         oldest = frames - kept
         if not key.stores:
             newest = k.unflatten(2, (frames, tokens))[:, :, oldest:]
-            rings["k"].load(newest, (self.first + oldest) % kept)
+            rings["k"].load(cache.turned("k", layer, newest), (self.first + oldest) % kept)
         if not value.stores:
             v = qkv.view(cache.batch, frames, tokens, 3, heads, dim)[:, oldest:, :, 2]
-            rings["v"].load(v.permute(0, 3, 1, 2, 4), (self.first + oldest) % kept)
+            v = cache.turned("v", layer, v.permute(0, 3, 1, 2, 4))
+            rings["v"].load(v, (self.first + oldest) % kept)
         return q, k
 
 

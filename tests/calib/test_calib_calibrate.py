@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from harness.calib.calibrate import calibrate
 from harness.calib.sequences import Clips, Stream, layer_cache_conf, record_rollout
 from harness.calib.source import formats_of
-from harness.calib.statistics import Moments, every
+from harness.calib.statistics import CAUGHT_UP, Moments, every
 from harness.kv import KVConf, KVStorage
 from harness.models.checkpoint import random_gamerft
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
@@ -183,6 +183,32 @@ def test_the_target_is_the_regression_of_bf16s_outputs() -> None:
     expected = torch.linalg.lstsq(centred, (x - x.mean(0)) @ weight.T).solution.T
     found = moments.target(torch.linalg.inv(moments.covariance()))
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_adds_to_the_residual_stream_catches_up_with_what_it_is_behind_by() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight, bias, y = normal(8, 32), normal(8), normal(4000, 32) + 1
+    gate, way = 0.5 + normal(1, 8).expand(4000, 8).abs(), normal(8, 32)
+    behind = gate * (y @ way.T + 2)  # all of it shows in y
+    moments = Moments(weight, bias)
+    moments.add(y, y, (gate, behind))
+    found = moments.target(torch.linalg.inv(moments.covariance())).float()
+    torch.testing.assert_close(found, weight + CAUGHT_UP * way, rtol=1e-3, atol=1e-3)
+    fitted = moments.fitted_bias(found)
+    assert fitted is not None
+    left = behind + gate * (y @ weight.T + bias) - gate * (y @ found.T + fitted)
+    torch.testing.assert_close(left, (1 - CAUGHT_UP) * behind, rtol=1e-2, atol=1e-2)
+
+
+def test_a_shut_gate_is_no_reason_to_divide_by_nothing() -> None:
+    moments = Moments(torch.ones(4, 32), torch.zeros(4))
+    y = torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    moments.add(y, y, (torch.zeros(100, 4), torch.ones(100, 4)))
+    assert torch.equal(moments.target(torch.eye(32, dtype=torch.float64)).float(), torch.ones(4, 32))
 
 
 def test_rows_are_thinned_where_there_are_more_than_enough() -> None:

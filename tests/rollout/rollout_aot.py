@@ -23,8 +23,8 @@ def compiled(kernel, types, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def window(k, v, heads=24, dim=64, frames=60, tokens=64):
-    """A frame's last step, on an H200."""
+def window(k, v, basis="own", heads=24, dim=64, frames=60, tokens=64):
+    """A frame's last step, on an H200; ``basis``: "hadamard" for a ring that is turned."""
     fused._multiprocessors = lambda device: 132
     shape = fused.launch_shape(frames, tokens, dim, heads, torch.device("cpu"))
     types = dict.fromkeys(("qkv", "out", "own_k"), "*bf16") | TENSORS | {"scale": "fp32"}
@@ -38,6 +38,8 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
         "SHARES": shape.combiners,
         "POLLS": fused.POLLS,
         "KEEP_K": k == "int8",
+        "K_TURN": basis == "hadamard",
+        "V_TURN": basis == "hadamard",
         "DEPENDENT": True,
         "AHEAD": True,
     }
@@ -53,7 +55,9 @@ def window(k, v, heads=24, dim=64, frames=60, tokens=64):
 
 def show(pair, kernel):
     """Counts of products, of copies to shared memory, and of the loop over tiles' loads that it must wait for."""
-    loop = re.search(r"scf\.for(?:(?!scf\.for).)*?warp_group_dot.*?scf\.yield", kernel.asm["ttgir"], re.DOTALL).group()
+    loop = re.search(
+        r"scf\.for(?:(?!scf\.(?:for|yield)).)*?warp_group_dot.*?scf\.yield", kernel.asm["ttgir"], re.DOTALL
+    ).group()
     print(
         pair,
         *("wgmma", len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"]))),

@@ -38,6 +38,8 @@ STORAGES = {
     "kv_e2m1": KVConf(MX, quantize_k=True, bits=4),
     "per_head": KVConf(MX, quantize_k=True, scales=KVScales.per_head_ema),
     "int8": KVConf(KVStorage.i8_scale, quantize_k=True),
+    "kv_e2m1_turned": KVConf(MX, quantize_k=True, bits=4, hadamard=True),
+    "int8_turned": KVConf(KVStorage.i8_scale, quantize_k=True, hadamard=True),
 }
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32]  # the interpreter multiplies no BF16
 
@@ -86,9 +88,10 @@ def own_rows(qkv, rotary, heads):
 
 
 def expected_attention(cache, qkv, rotary, heads):
-    q, k, v = own_rows(qkv, rotary, heads)
+    q, k, v = (cache.turned(name, 0, x) for name, x in zip("kkv", own_rows(qkv, rotary, heads), strict=True))
     window = (x.double() for x in cache.window(0, k, v))
-    return F.scaled_dot_product_attention(q.double(), *window).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q.double(), *window)
+    return cache.turned("v", 0, out).transpose(1, 2).flatten(2)
 
 
 def closeness(out, expected):
@@ -127,7 +130,7 @@ def test_equals_sdpa_in_tiles_of_full_size(storage, frames, tokens, dim):
     assert closeness(out, expected_attention(cache, qkv, rotary, 4)) < 5e-3
 
 
-@pytest.mark.parametrize("storage", ["plain", "v_e4m3", "kv_e2m1", "int8"])
+@pytest.mark.parametrize("storage", ["plain", "v_e4m3", "kv_e2m1", "int8", "kv_e2m1_turned"])
 @pytest.mark.parametrize(("frames", "tokens"), [(6, 16), (4, 20), (7, 18), (3, 70)])
 @pytest.mark.parametrize("multiprocessors", [3, 7, 132])  # of 2 heads: 3 and 7 splits, and as many as there are tiles
 def test_splits_of_any_number_give_the_same(monkeypatch, small_tiles, storage, frames, tokens, multiprocessors):
@@ -228,7 +231,8 @@ def test_stores_exactly_what_the_ring_would(storage, mode):
     rings = [tensor for view in views for tensor in (view.data, view.scales)]
     formats = [part for view in views for part in (view.format, view.per, True)]
     arrived = fused.arrival_counters(2, heads, tokens, DEVICE)
-    _, k_out = fused.window_attention(qkv, *rotary, *rings, caches[0].slot(0), arrived, *formats, mode.value, [], True)
+    slot, turns = caches[0].slot(0), [caches[0].turns(name, 0) for name in ("k", "v")]
+    _, k_out = fused.window_attention(qkv, *rotary, *rings, slot, arrived, *formats, mode.value, [], True, *turns)
     _, k, v = own_rows(qkv, rotary, heads)
     torch.testing.assert_close(k_out, k, rtol=2e-6, atol=2e-6)
     caches[1].window(0, k_out, v)
@@ -237,7 +241,9 @@ def test_stores_exactly_what_the_ring_would(storage, mode):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("storage", "compiled"), [("plain", False), ("kv_e2m1", True), ("int8", False)])
+@pytest.mark.parametrize(
+    ("storage", "compiled"), [("plain", False), ("kv_e2m1", True), ("int8", False), ("kv_e2m1_turned", True)]
+)
 def test_rollout_equals_sdpas(storage, compiled):
     """Float32; on a GPU another order of sums may flip a stored value's rounding."""
     core = make_core(n_layers=1, n_heads=1, d_model=32).to(DEVICE)
@@ -295,14 +301,15 @@ def test_compiles_for_hopper_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(Path(__file__).with_name("rollout_aot.py")), "plain/e4m3", "e5m2/e2m1"]
+    products = {"plain/e4m3": (12, 1), "e5m2/e2m1": (12, 2), "e2m1/e2m1/hadamard": (20, 2)}
+    command = [sys.executable, str(Path(__file__).with_name("rollout_aot.py")), *products]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
-    assert set(lines) == {"plain/e4m3", "e5m2/e2m1"}
-    for pair, quantised in (("plain/e4m3", 1), ("e5m2/e2m1", 2)):
+    assert set(lines) == set(products)
+    for pair, (wgmma, quantised) in products.items():
         words = dict(zip(lines[pair][1::2], map(int, lines[pair][2::2]), strict=True))
-        assert words["wgmma"] >= 12
+        assert words["wgmma"] >= wgmma
         assert words["shared"] < 64 * 1024
         assert words["asynchronous"] >= 2 + quantised
         assert words["awaited"] == 0

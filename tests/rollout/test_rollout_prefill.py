@@ -44,6 +44,8 @@ def both(core, sampler, conf, first, window):
         (KVConf(KVStorage.mx), True, 4, 6),
         (KVConf(KVStorage.mx, quantize_k=True, v_format=KVFormat.e2m1), False, 2, 7),
         (KVConf(KVStorage.i8_scale, quantize_k=True), True, 5, 5),
+        (KVConf(KVStorage.mx, quantize_k=True, bits=4, hadamard=True), True, 4, 6),
+        (KVConf(KVStorage.i8_scale, quantize_k=True, hadamard=True), True, 4, 6),
     ],
 )
 def test_velocity_and_rings_are_the_same(conf, causal, side, window, first, small_tiles):

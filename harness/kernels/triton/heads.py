@@ -24,6 +24,22 @@ def rotated(x, cos, sin, ROWS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexp
 
 
 @triton.jit
+def turned(x, DIM: tl.constexpr):
+    """``x [ROWS, DIM]`` in the orthonormal Hadamard basis, or back from it, float32; DIM is a power of two up to 128.
+
+    The signs are exact in any dtype; the product is scaled after it is summed.
+    """
+    SCALE: tl.constexpr = DIM**-0.5
+    place = tl.arange(0, DIM)
+    parity = place[:, None] & place[None, :]
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    signs = (1 - 2 * (parity & 1)).to(x.dtype)
+    return tl.dot(x, signs, input_precision="ieee") * SCALE
+
+
+@triton.jit
 def load_rows(part, token, ok, STRIDE: tl.constexpr, DIM: tl.constexpr):
     """Rows ``token`` of a head's queries, keys or values, ``STRIDE`` elements apart; 0 where not ``ok``."""
     return tl.load(part + token[:, None] * STRIDE + tl.arange(0, DIM)[None, :], mask=ok[:, None], other=0.0)

@@ -8,7 +8,7 @@ As in :mod:`harness.kernels.triton.window`, scores of normalised queries and key
 import triton
 import triton.language as tl
 
-from harness.kernels.triton.heads import load_angles, load_rows, rotated, store_tile
+from harness.kernels.triton.heads import load_angles, load_rows, rotated, store_tile, turned
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -39,13 +39,16 @@ def heads_kernel(
     V_LARGEST: tl.constexpr,
     V_EMAX: tl.constexpr,
     V_THRESHOLD: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Grid (frames and their blocks of ``ROWS`` tokens, B*H). Contiguous ``qkv [B, FRAMES*TOKENS, 3*HEADS*DIM]``.
 
     Queries and keys, normalised and rotated, to ``queries, keys [B, H, FRAMES*TOKENS, DIM]``; keys and values of the
     newest ``KEPT`` frames into rings ``[B, H, KEPT, TOKENS, width]`` where told to store them, a frame into its
-    absolute index modulo ``KEPT``. ``first``: absolute index of the oldest frame.
+    absolute index modulo ``KEPT``. ``first``: absolute index of the oldest frame. ``K_TURN, V_TURN``: the ring is in
+    the Hadamard basis.
     """
     BLOCKS: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
     STRIDE: tl.constexpr = 3 * HEADS * DIM
@@ -69,12 +72,16 @@ def heads_kernel(
             WIDTH_K: tl.constexpr = DIM // 2 if K_FORMAT == "e2m1" else DIM
             data = k_ring + row * (KEPT * TOKENS * WIDTH_K)
             scales = k_scales + row * (KEPT * TOKENS * (DIM // 32))
+            if K_TURN:
+                k = turned(k, DIM).to(k.dtype)
             store_tile(k, data, scales, slot, ok, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, ROWS, DIM)
         if V_STORE:
             WIDTH_V: tl.constexpr = DIM // 2 if V_FORMAT == "e2m1" else DIM
             data = v_ring + row * (KEPT * TOKENS * WIDTH_V)
             scales = v_scales + row * (KEPT * TOKENS * (DIM // 32))
             v = load_rows(part + 2 * HEADS * DIM, place, ok, STRIDE, DIM)
+            if V_TURN:
+                v = turned(v, DIM).to(v.dtype)
             store_tile(v, data, scales, slot, ok, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, ROWS, DIM)
 
 

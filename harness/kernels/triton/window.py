@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from harness.kernels.triton.blocks import decode_bytes, decode_nibbles, scale_values
-from harness.kernels.triton.heads import load_angles, load_rows, rotated, store_tile
+from harness.kernels.triton.heads import load_angles, load_rows, rotated, store_tile, turned
 
 
 @triton.jit
@@ -217,13 +217,23 @@ def own_rows(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     EPS: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
 ):
-    """Keys, normalised and rotated, and values of rows ``token`` of a head, whose queries are at ``part``."""
+    """Keys, normalised and rotated, and values of rows ``token`` of a head, whose queries are at ``part``.
+
+    Each in the Hadamard basis where it is to be turned.
+    """
     STRIDE: tl.constexpr = 3 * HEADS * DIM
     raw = load_rows(part + HEADS * DIM, token, ok, STRIDE, DIM)
     values = load_rows(part + 2 * HEADS * DIM, token, ok, STRIDE, DIM)
     cosine, sine = load_angles(cos, sin, token, ok, DIM)
-    return rotated(raw, cosine, sine, ROWS, DIM, EPS), values
+    keys = rotated(raw, cosine, sine, ROWS, DIM, EPS)
+    if K_TURN:
+        keys = turned(keys, DIM).to(keys.dtype)
+    if V_TURN:
+        values = turned(values, DIM).to(values.dtype)
+    return keys, values
 
 
 @triton.jit
@@ -323,6 +333,8 @@ def window_kernel(
     V_EMAX: tl.constexpr,
     V_THRESHOLD: tl.constexpr,
     KEEP_K: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,
@@ -337,7 +349,8 @@ def window_kernel(
     Rings ``[B, H, FRAMES, TOKENS, width]``; ``cos, sin [TOKENS, DIM/2]`` float32. ``SHARE`` tiles of ``BLOCK_N`` rows
     a split; the last split also takes what is left over, in a tile of ``REST`` rows (0: nothing is), and the frame's
     own, in tiles of ``OWN``. Writes ``out [B, TOKENS, H, DIM]``; where told to store, slot ``slot`` of the rings;
-    with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``.
+    with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``. ``K_TURN, V_TURN``: the ring is in
+    the Hadamard basis, into which queries, keys and values are turned, and their sums back.
 
     With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
     ``arrived`` int32 ``[2, blocks of queries, B*H]``, at first 0: see :func:`shares_to_combine`, to which ``SHARES``
@@ -394,6 +407,8 @@ def window_kernel(
     raw = load_rows(part, queries, asked, STRIDE, DIM)
     cosine, sine = load_angles(cos, sin, queries, asked, DIM)
     q = rotated(raw, cosine, sine, BLOCK_M, DIM, EPS)
+    if K_TURN:
+        q = turned(q, DIM).to(q.dtype)
     q0, q1 = halves_of(q, K_PAIRED, BLOCK_M, DIM)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sum0 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
@@ -419,7 +434,7 @@ def window_kernel(
         for tile in tl.range(0, (TOKENS + OWN - 1) // OWN, num_stages=1):
             token = tile * OWN + tl.arange(0, OWN)
             ok = token < TOKENS
-            own_keys, own_values = own_rows(part, cos, sin, token, ok, HEADS, OWN, DIM, EPS)
+            own_keys, own_values = own_rows(part, cos, sin, token, ok, HEADS, OWN, DIM, EPS, K_TURN, V_TURN)
             if V_PAIRED:
                 total, own_sum, _ = attend_tile(
                     q,
@@ -466,6 +481,9 @@ def window_kernel(
         result = own_sum + tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
     else:
         result = sum0
+    if V_TURN:  # of weighted means, which are in the range of any dtype that the values are in
+        most = tl.maximum(total, 1e-30)[:, None]
+        result = turned((result / most).to(DTYPE), DIM) * most
     columns = tl.arange(0, DIM)
     out += (batch * TOKENS * HEADS + head) * DIM
     if SPLITS == 1:
