@@ -133,7 +133,8 @@ def choose(
     moments: Moments, fmt: LinearFormat, linears: Sequence[nn.Module], damping: float, sweeps: int
 ) -> list[MXWeight]:
     """MX blocks and biases of ``linears``, whose weights and biases, one after the other, ``moments`` is of."""
-    hessian = damped(moments.covariance(), damping)
+    inputs = moments.weight.shape[1]
+    hessian = damped(moments.covariance(), damping + inputs / moments.rows)  # few rows say little of so many inputs
     inverted = inverse(hessian)
     whole = gptq(moments.target(inverted), hessian, inverted, fmt.element, sweeps).blocks
     biases = moments.fitted_bias(decode(whole, fmt.element, torch.float32))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -198,3 +199,28 @@ class Stream:
                 outputs.append(attend(0, *(z[:, :, rows].contiguous() for z in part)))
         parts = [prefill, *(torch.cat(outputs, 2) for outputs in seen)]
         self._attended = [part.transpose(1, 2).flatten(2) for part in parts]
+
+
+@torch.no_grad()
+def velocities(core: GameRFTCore, sampler: SamplerConf, kv: KVConf, recorded: Recorded) -> list[Tensor]:
+    """What ``core``, in whatever formats, gives for what a BF16 rollout went through.
+
+    Float32 ``[B, N, C, S, S]`` for each part. So no error grows from frame to frame: each meets the latents that BF16
+    made, in a cache of ``kv``.
+    """
+    stream = Stream(core, sampler, kv, recorded)
+    for layer, block in enumerate(core.blocks):
+        stream.enter(layer, partial(_submodule_of, block))
+        for spec in core.block_linears:
+            if not spec.per_frame:
+                stream.leave(spec.name)
+    found = []
+    for tokens, silu in zip(stream.tokens, recorded.conditions, strict=True):
+        scale, shift = core.proj_out.norm.fc(silu).chunk(2, dim=-1)
+        found.append(core.velocity(tokens, scale, shift).float())
+    return found
+
+
+def _submodule_of(block: Block, name: str, x: Tensor) -> Tensor:
+    output: Tensor = block.get_submodule(name)(x)
+    return output

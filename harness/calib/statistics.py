@@ -11,6 +11,9 @@ CAUGHT_UP = 0.5
 """Share of what the residual stream lags behind that a target catches up with (docs/calibration.md: all of it is worse,
 since a gate is another for every frame, and its mean stands for it)."""
 
+FEW_ROWS = 4
+"""Rows for each input up to which nothing is caught up with; with more, as much less as these are a share of them."""
+
 ROWS_PER_INPUT = 128
 """Rows that are enough, for each input (docs/calibration.md tells what fewer cost the demo)."""
 
@@ -70,8 +73,12 @@ class Moments:
 
     @property
     def _catch_up(self) -> Tensor:
-        """Factor of E[g r], float64 ``[N]``; 0 for what has no gate, or one that is shut."""
-        return torch.where(self._gate_power > 0, CAUGHT_UP * self.rows / self._gate_power, 0)
+        """Factor of E[g r], float64 ``[N]``; 0 for what has no gate, or one that is shut.
+
+        From few rows a regression learns by heart what they lag behind by, and layer after layer adds to it.
+        """
+        share = CAUGHT_UP * max(0.0, 1 - FEW_ROWS * len(self._second) / self.rows)
+        return torch.where(self._gate_power > 0, share * self.rows / self._gate_power, 0)
 
     @property
     def mean(self) -> Tensor:
