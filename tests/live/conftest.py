@@ -1,6 +1,7 @@
 """A game over the tiny model, and a client that talks to it as a browser does."""
 
 import json
+import threading
 import time
 from contextlib import contextmanager
 
@@ -10,10 +11,11 @@ pytest.importorskip("starlette", reason="starlette is not installed (extra [play
 pytest.importorskip("httpx", reason="httpx is not installed (extra [dev])")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra [play])")
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from harness.live.protocol import PROTOCOL, unpack_frame
-from harness.live.server import Game, build_app
+from harness.live.server import Game, build_app, uvicorn_config
 from harness.session.open import load_play
 
 BASE = "http://127.0.0.1:8000"
@@ -118,3 +120,37 @@ def serve():
             yield client
 
     return started
+
+
+class Served:
+    """A game on a port of its own. ``config``: changes to uvicorn's."""
+
+    def __init__(self, game, **config):
+        settings = uvicorn_config(build_app(game), game.conf)
+        for name, value in config.items():
+            assert hasattr(settings, name)
+            setattr(settings, name, value)
+        self.game, self.server = game, uvicorn.Server(settings)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.02)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture
+def listen():
+    """Serve a game on loopback."""
+    started = []
+
+    def begun(game, **config):
+        started.append(Served(game, **config))
+        return started[-1]
+
+    yield begun
+    for served in started:
+        served.stop()

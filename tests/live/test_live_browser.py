@@ -1,7 +1,6 @@
 """The page in headless Chromium: played with keys and a mouse, formats switched, split, recorded, replayed."""
 
 import shutil
-import threading
 import time
 
 import numpy as np
@@ -9,10 +8,7 @@ import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra [pages])")
 
-import uvicorn  # noqa: E402
-
 from harness.config import ROOT  # noqa: E402
-from harness.live.server import build_app, uvicorn_config  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -56,29 +52,10 @@ COUNT_MOVES = """
 """Adds up how far frames say that the mouse was moved."""
 
 
-class Served:
-    """A game on a port of its own."""
-
-    def __init__(self, game):
-        self.game, self.server = game, uvicorn.Server(uvicorn_config(build_app(game), game.conf))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.02)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    def stop(self):
-        self.server.should_exit = True
-        self.thread.join(10)
-
-
 @pytest.fixture
-def open_game(make_game, browser):
-    started = []
-
+def open_game(make_game, browser, listen):
     def opened(**fields):
-        served = Served(make_game(port=0, fps=35.0, **fields))
-        started.append(served)
+        served = listen(make_game(port=0, fps=35.0, **fields))
         browser.get(f"http://127.0.0.1:{served.port}/")
         wait_for(browser, "return game.drawn > 0 && game.state !== null")
         return served
@@ -86,8 +63,6 @@ def open_game(make_game, browser):
     yield opened
     errors = [entry["message"] for entry in browser.get_log("browser")]
     browser.get("about:blank")
-    for served in started:
-        served.stop()
     assert errors == []
 
 
