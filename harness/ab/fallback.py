@@ -49,7 +49,7 @@ def fallbacks(quant: MXConf, kv: KVConf, layers: int) -> list[Fallback]:
     kv_4bit = kv.enabled and kv.storage_of("v") is KVStorage.mx and kv.element_format("v").name == "e2m1"
     if kv_4bit or quant.has_4_bits:
         quant = replace(quant, bits=8, bits_by_category=CategoryBits())
-        kv = replace(kv, bits=8, v_format=None) if kv_4bit else kv
+        kv = replace(kv, bits=8, v_format=None, recent_frames=0) if kv_4bit else kv
         add("MXFP4 off, 8 bits instead")
     if kv.enabled:
         kv = KVConf()

@@ -78,8 +78,10 @@ ROWS = (
     _kv("mx_kv_e4m3"),
     _kv("mxfp4_kv", "fidelity ≥ 48"),
     _kv("mxfp4_kv_hadamard", "fidelity ≥ 48"),
+    _kv("mxfp4_kv_recent", "fidelity ≥ 48"),
     Row("mxfp4_all kv=mx_kv_e4m3", ("quant=mxfp4_all", "kv=mx_kv_e4m3")),
     Row("mxfp4_all kv=mxfp4_kv", ("quant=mxfp4_all", "kv=mxfp4_kv")),
+    Row("mxfp4_all kv=mxfp4_kv_recent", ("quant=mxfp4_all", "kv=mxfp4_kv_recent")),
 )
 
 

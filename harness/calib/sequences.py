@@ -100,7 +100,10 @@ def layer_cache_conf(conf: KVConf, layer: int, layers: int) -> KVConf:
         storage = conf.storage_of(name) if conf.quantises(name, layer, layers) else KVStorage.bf16
         own[f"{name}_storage"] = storage
         own[f"{name}_format"] = getattr(conf, f"{name}_format") if storage is KVStorage.mx else None
-    return replace(conf, late_layers=None, k_late_layers=None, v_late_layers=None, **own)  # type: ignore[arg-type]
+    alone = replace(conf, late_layers=None, k_late_layers=None, v_late_layers=None, **own)  # type: ignore[arg-type]
+    if not alone.enabled:
+        return KVConf()
+    return alone if any(map(alone.is_4_bit, TENSORS)) else replace(alone, recent_frames=0)
 
 
 class Stream:

@@ -79,6 +79,8 @@ class KVConf:
         hadamard: quantise K and V in another basis, the columns of an orthonormal Hadamard matrix over each head: it
             spreads large values over their block. Queries are turned along with K, outputs turned back, so that scores
             and results stay the same up to the rounding of what is stored.
+        recent_frames: so many of the newest earlier frames are kept as E4M3 beside the 4-bit ring, and read from there:
+            attention looks at them most. For 4-bit MX.
         ema: of ``scales=per_head_ema``.
     """
 
@@ -96,6 +98,7 @@ class KVConf:
     scale_mode: ScaleMode = ScaleMode.rceil
     scales: KVScales = KVScales.per_token
     hadamard: bool = False
+    recent_frames: int = 0
     ema: EMAConf = field(default_factory=EMAConf)
 
     @property
@@ -117,6 +120,10 @@ class KVConf:
             return FORMATS[named.value]
         return FORMATS["e2m1" if self.bits == 4 else {"k": "e5m2", "v": "e4m3"}[name]]
 
+    def is_4_bit(self, name: str) -> bool:
+        """Whether ``name`` ("k" or "v") has 4-bit MX elements, in the layers where it is quantised."""
+        return self.storage_of(name) is KVStorage.mx and self.element_format(name).bits == 4
+
     def late(self, name: str) -> int | None:
         """How many last layers of ``name`` are quantised; None = all."""
         own = self.k_late_layers if name == "k" else self.v_late_layers
@@ -131,7 +138,9 @@ class KVConf:
 def describe(conf: KVConf, layers: int) -> str:
     """The numeric path in words, such as ``K e5m2 (last 4 of 12 layers), V e4m3``."""
     parts = [f"{name.upper()} {_format_name(conf, name)}{_where(conf, name, layers)}" for name in TENSORS]
-    return ", ".join([*parts, "Hadamard-turned"] if conf.hadamard else parts)
+    parts += ["Hadamard-turned"] if conf.hadamard else []
+    parts += [f"newest {conf.recent_frames} frames e4m3"] if conf.recent_frames else []
+    return ", ".join(parts)
 
 
 def _format_name(conf: KVConf, name: str) -> str:
@@ -177,6 +186,10 @@ def validate(conf: KVConf, head_dim: int) -> None:
         problems.append("hadamard=true: turns what is quantised, and nothing is; use storage=mx or drop hadamard")
     elif conf.hadamard and head_dim & (head_dim - 1):
         problems.append(f"hadamard=true: head size {head_dim} is not a power of two, as a Hadamard matrix is; drop it")
+    if conf.recent_frames < 0:
+        problems.append(f"recent_frames={conf.recent_frames}: must be at least 0")
+    elif conf.recent_frames and not any(map(conf.is_4_bit, TENSORS)):
+        problems.append(f"recent_frames={conf.recent_frames}: concerns 4-bit MX alone, and neither K nor V is; drop it")
     problems += _ema_problems(conf, KVStorage.mx in storages)
     if problems:
         raise ValueError("KV cache config: " + "; ".join(problems))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from harness.formats.mx import E4M3
 from harness.kv.codecs import Codec, HeadEMACodec, Int8Codec, MXCodec, RingShape, Stored
 from harness.kv.conf import KVConf, KVScales, KVStorage
 
@@ -219,6 +220,78 @@ class QuantisedRing:
         return self._codec.computed_bytes(self.shape)
 
 
+class RecentRing:
+    """A ring of few bits that keeps its newest frames in more bits as well, and reads those from there.
+
+    Frames of any age are in ``older``; a copy of the newest lies in ``recent``, newest first, so that a frame that is
+    recent no longer needs no second encoding.
+
+    Args:
+        older: a quantised ring.
+        codec: of the newest frames.
+        frames: how many, fewer than the ring keeps.
+    """
+
+    store_is_free = False
+
+    def __init__(self, older: QuantisedRing, codec: Codec, frames: int) -> None:
+        self.older, self.shape, self.codec, self._codec = older, older.shape, older.codec, codec
+        self.format_name = f"{older.format_name}+{codec.name}"
+        device = older.slots.device
+        self.recent = codec.allocate(self.shape._replace(frames=frames), device)
+        self._ages = torch.arange(frames, device=device)
+        self._newest = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def load(self, x: Tensor, first_slot: int) -> None:
+        """See :class:`FrameRing`."""
+        self.older.load(x, first_slot)
+        count, kept = len(self._ages), self.shape.frames
+        for stored, new in zip(self.recent, self._codec.encode(x[:, :, kept - count :].flip(2)), strict=True):
+            stored.copy_(new)
+        self._newest.fill_((first_slot - 1) % kept)
+
+    def window(self, slot: Tensor, x: Tensor) -> Tensor:
+        """See :class:`FrameRing`."""
+        frames = self.older.window(slot, x).unflatten(2, (self.shape.frames, -1))
+        return self._with_recent(frames, slot - 1).flatten(2, 3)
+
+    def _with_recent(self, frames: Tensor, newest: Tensor) -> Tensor:
+        slots = (newest - self._ages) % self.shape.frames
+        recent = self._codec.decode(self.recent, frames.dtype)
+        if torch.compiler.is_compiling():
+            return frames.index_copy(2, slots, recent)
+        return frames.index_copy_(2, slots, recent)
+
+    def store(self, slot: Tensor, x: Tensor) -> None:
+        """See :class:`FrameRing`."""
+        self.older.store(slot, x)
+        for stored, new in zip(self.recent, self._codec.encode_next(x.unsqueeze(2)), strict=True):
+            stored.copy_(torch.cat((new, stored[:, :, :-1]), 2))
+        self._newest.copy_(slot)
+
+    def read(self) -> Tensor:
+        """See :class:`FrameRing`."""
+        return self._with_recent(self.older.read(), self._newest)
+
+    def frame(self, slot: Tensor) -> Stored:
+        """See :class:`FrameRing`; in few bits, which is how it will stay."""
+        return self.older.frame(slot)
+
+    def reset(self) -> None:
+        """See :class:`FrameRing`."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def buffers(self) -> list[Tensor]:
+        """See :class:`FrameRing`."""
+        return [*self.older.buffers(), *self.recent, *self._codec.state(), self._newest]
+
+    def computed_bytes(self) -> int:
+        """See :class:`FrameRing`."""
+        recent = self.shape._replace(frames=len(self._ages))
+        return self.older.computed_bytes() + self._codec.computed_bytes(recent) + self._newest.nbytes
+
+
 def _mx_codec(name: str, shape: RingShape, conf: KVConf, device: torch.device) -> Codec:
     fmt = conf.element_format(name)
     if conf.scales is KVScales.per_head_ema:
@@ -250,4 +323,6 @@ def build_ring(
     if not quantise:
         return PlainRing(shape, dtype, device)
     codec = CODECS[conf.storage_of(name)](name, shape, conf, device)
-    return QuantisedRing(name, shape, codec, dtype, device, scratch)
+    ring = QuantisedRing(name, shape, codec, dtype, device, scratch)
+    recent = min(conf.recent_frames, shape.frames - 1) if conf.is_4_bit(name) else 0
+    return RecentRing(ring, MXCodec(E4M3, conf.scale_mode), recent) if recent else ring
