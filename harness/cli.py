@@ -32,6 +32,9 @@ COMMANDS = {
 }
 """Where each sub-command is, and what it does. It reads its arguments from ``sys.argv`` and may return an exit code."""
 
+ROLLING = ("run", "ladder", "export", "play")
+"""Sub-commands that import torchmetrics, through Lightning."""
+
 WITH_WORDS = ("play",)
 """Sub-commands whose function takes the arguments."""
 
@@ -71,6 +74,10 @@ def main() -> None:
     module, _, function = COMMANDS[name][0].partition(":")
     # A run in several processes repeats this command in each, so it must mean the same without the sub-command.
     sys.argv[:] = [sys.argv[0], *arguments[arguments[0] == name :]]
+    if name in ROLLING:
+        from harness.imports import import_torchmetrics
+
+        import_torchmetrics()
     called = getattr(importlib.import_module(module), function)
     sys.exit(called(sys.argv[1:]) if name in WITH_WORDS else called())
 

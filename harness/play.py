@@ -14,7 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import harness  # noqa: F401  (how threads wait is settled before torch is imported)
+    from harness.imports import import_torchmetrics  # (how threads wait is settled before torch is imported)
+
+    import_torchmetrics()
 
 NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
 HELP = """\

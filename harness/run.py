@@ -18,7 +18,9 @@ if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: no traceback
-    import harness  # noqa: F401  (how threads wait is settled before torch is imported)
+    from harness.imports import import_torchmetrics  # (how threads wait is settled before torch is imported)
+
+    import_torchmetrics()
 
 import hydra
 import torch

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
 from torch import Tensor
 
@@ -118,9 +120,10 @@ class Tape:
         except (ValueError, OSError) as error:
             self._outbox.put_notice("error", f"not saved: {error}")
             return
-        words = [word for word in self._words if not word.startswith("play.")]
+        words = [word for word in self._words if not word.startswith(("play.", "data.paths=", "data.future_frames="))]
         more = ["data.source=clips", f"data.paths=[{video}]", f"data.future_frames={recorder.frames}"]
-        command = shlex.join(["python", "harness/run.py", *words, *more])
+        installed = Path(sys.argv[0]).name == "mx-world"
+        command = shlex.join([*(("mx-world", "run") if installed else ("python", "harness/run.py")), *words, *more])
         text = f"saved {recorder.frames} frames as {video}"
         self._outbox.put_notice("good", text, saved=name, frames=recorder.frames, command=command)
         self._changed()

@@ -1,0 +1,51 @@
+"""What a command imports, and what it leaves alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness.config import ROOT
+from harness.imports import UNNEEDED
+
+HERE = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """A folder of packages that torchmetrics would import, and which break when they are."""
+    for name in UNNEEDED:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')\n")
+        (tmp_path / f"{name}-99.0.dist-info").mkdir()
+        (tmp_path / f"{name}-99.0.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n"
+        )
+    return tmp_path
+
+
+def started(folder, *command):
+    env = {**HERE, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+
+
+def test_the_packages_beside_would_be_imported_otherwise(beside):
+    assert "was imported" in started(beside, "-c", "import torchmetrics").stderr
+
+
+@pytest.mark.parametrize("command", [("harness/run.py", "nonsense=1"), ("-m", "harness.play", "nonsense=1")])
+def test_a_command_imports_nothing_that_torchmetrics_has_for_others(beside, command):
+    done = started(beside, *command)
+    assert done.returncode == 2, done.stderr
+    assert "nonsense" in done.stderr
+    assert "was imported" not in done.stderr
+
+
+def test_what_was_hidden_can_be_imported_afterwards(beside):
+    (beside / "matplotlib/__init__.py").write_text("here = True\n")
+    code = (
+        "from harness.imports import import_torchmetrics; import_torchmetrics(); import matplotlib, torchmetrics;"
+        "from importlib.metadata import version; print(matplotlib.here, version('scipy'))"
+    )
+    assert started(beside, "-c", code).stdout.split() == ["True", "99.0"]
