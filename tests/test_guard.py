@@ -126,9 +126,9 @@ def test_bf16_itself_has_nothing_to_fall_back_to(composed, game, overrides, monk
 def test_a_gate_experiment_ends_with_a_verdict(record, game, overrides, name):
     words = overrides(game, **{"data.limit": 3})
     found = record(*words, f"experiment={name}", "gates.max_psnr_drop=50").gates
-    missing = [check["criterion"] for check in found["checks"] if check["status"] == "not_measured"]
-    assert (found["verdict"], missing) == (("undecided", ["speed"]) if name == "gate_a" else ("ship", []))
-    assert found["title"] == f"gate {name[-1].upper()}"
+    missing = [check.criterion for check in found.checks if check.status == "not_measured"]
+    assert (found.verdict, missing) == (("undecided", ["speed"]) if name == "gate_a" else ("ship", []))
+    assert found.title == f"gate {name[-1].upper()}"
     assert record(*words, f"experiment={name}", "gates.max_psnr_drop=-50").gates.verdict == "do not ship"
 
 

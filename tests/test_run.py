@@ -98,8 +98,8 @@ def test_a_verdict_sets_the_exit_code_where_it_was_asked_for(command, tmp_path):
     words = [*QUICK, "measure.videos=false", "quant=mxfp8_mlp", "hydra.run.dir=run"]
     assert command(*words)[0] == 0
     gates = load_record(tmp_path / "run" / "record.json").gates
-    assert (gates["title"], gates["verdict"]) == ("default gate", "undecided")
-    assert "random weights" in gates["reason"]
+    assert (gates.title, gates.verdict) == ("default gate", "undecided")
+    assert "random weights" in gates.reason
     assert (
         (tmp_path / "run" / "table.txt").read_text().startswith("Verdict (default gate, without speed, against BF16)")
     )

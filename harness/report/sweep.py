@@ -43,6 +43,7 @@ from harness.report.page.figures import (
     verdict,
 )
 from harness.report.page.run_page import write_run_page
+from harness.report.page.sweep_verdict import Judged, sweep_verdict
 from harness.report.record import COMPLETE, RUNNING
 
 REJECTED = "rejected: "
@@ -173,11 +174,16 @@ def sweep_page(name: str, runs: Sequence[Run]) -> str:
     failures = sum(map(len, failed.values()))
     header = Section("header", f"Sweep {name}", lambda: {"name": name, "count": len(runs), "failures": failures})
     sections = [
+        Section("verdict", "Verdict", lambda: {"verdict": sweep_verdict(_judged(runs), len(runs))}),
         Section("pareto", "What quality costs", lambda: {"plots": _all_plots(runs), "emulated": _emulated(runs)}),
         Section("failed", "Failed", lambda: {"failed": failed}),
         Section("runs", "Runs", lambda: _table(runs)),
     ]
     return draw_page("sweep.html.j2", f"Sweep {name}", header, sections)
+
+
+def _judged(runs: Sequence[Run]) -> list[Judged]:
+    return [(run.name, run.page, run.record) for run in runs if run.record is not None and run.record.get("gates")]
 
 
 def _emulated(runs: Sequence[Run]) -> str:
@@ -198,7 +204,7 @@ def _table(runs: Sequence[Run]) -> dict[str, Any]:
         "unread": unread,
         "notes": list(dict.fromkeys(note for run in runs if run.record for note in run.record["notes"])),
         "emulated": _emulated(runs),
-        "judged": any(run.record and run.record.get("gates") for run in runs),
+        "judged": bool(_judged(runs)),
     }
 
 

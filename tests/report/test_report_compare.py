@@ -9,6 +9,7 @@ from report_cases import NASTY, clip, record, write
 
 from harness.commands.report import main
 from harness.report.page.compare_page import compare_page
+from harness.report.page.run_page import run_page
 from harness.report.table import render
 
 
@@ -66,3 +67,10 @@ def test_incidents_that_say_the_same_are_one_line_of_the_table():
     assert text.count("cannot be read") == 1
     assert "Incident: clip: cannot be read (2000 times)" in text
     assert "Incident: clip: is empty\n" in text
+
+
+def test_incidents_that_say_the_same_are_one_line_of_the_page(tmp_path):
+    same = [{"kind": "clip", "message": "is cut off"}] * 1200
+    text = run_page(asdict(record(incidents=[*same, {"kind": "clip", "message": "is empty"}])), tmp_path)
+    assert text.count("is cut off") == 1
+    assert "1200 times" in text

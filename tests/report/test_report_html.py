@@ -36,7 +36,7 @@ def test_what_psnr_hides_stands_beside_the_curves(tmp_path):
     shown = quality()
     shown["all"]["appearance"] = {"bf16": looks, "candidate": {**looks, "sharpness": 0.6123}, "drop": lost}
     text = page(record(quality=shown), tmp_path)
-    assert "sharpness (1 = as the recording)" in text
+    assert "sharpness<small>1 = as the recording</small>" in text
     assert all(figure in text for figure in ("0.812", "0.612", "+0.200"))
     assert "action fidelity" not in text, "nothing moved, so there is no figure"
 
@@ -60,7 +60,7 @@ def test_gates_are_shown_with_margin_interval_and_status(tmp_path):
     assert rows["SSIM drop"] == "pass"
     assert rows["FPS ratio (pipeline_fps)"] == "not_measured"
     assert "≤ -1" in text
-    assert '<td class="n">-1.35</td>' in text, "margin"
+    assert '<td class="n" data-label="margin">-1.35</td>' in text
     assert "-0.597 … 1.3" in text, "Student's interval of the two clips' drops, 0.35 ± 6.314 · 0.15"
     assert "PSNR drop 0.350 dB (-0.597 to 1.297), at most -1 dB allowed." in text, "why, in a sentence"
     assert "Next: " in text

@@ -285,11 +285,15 @@ def test_a_sweeps_page_sorts_and_tells_what_its_points_are(browser, tmp_path):
     head = next(head for head in browser.find_elements("css selector", "th") if head.text == "speed")
     names = "return [...document.querySelectorAll('tbody tr')].map(row => row.cells[0].innerText.trim())"
     assert browser.execute_script(names) == ["slow", "quick", "middling"]
+    to_the_middle = "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})"
+    browser.execute_script(to_the_middle, head)
     head.click()
     assert browser.execute_script(names) == ["quick", "middling", "slow"]
     head.click()
     assert browser.execute_script(names) == ["slow", "middling", "quick"]
-    webdriver.ActionChains(browser).move_to_element(browser.find_element("css selector", "circle.dot")).perform()
+    dot = browser.find_element("css selector", "circle.dot")
+    browser.execute_script(to_the_middle, dot)
+    webdriver.ActionChains(browser).move_to_element(dot).perform()
     assert browser.find_element("id", "tip").text.startswith("slow\ndrop +0.500 dB, fidelity 41.50 dB\nspeed 0.50×")
     assert browser.get_log("browser") == []
 

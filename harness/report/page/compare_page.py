@@ -34,6 +34,9 @@ STYLES = ("s-bf16", "s-cand")
 ALIKE = ("environment.gpu.name", "environment.cpu", "environment.packages.torch", "model.weights", "data.summary")
 """Where two runs differ in these, their figures are no fair comparison."""
 
+BOOKKEEPING = ("logger.save_dir", "stability.incident_log", "resume", "overwrite")
+"""Fields that say where a run kept its files, and nothing about what it computed."""
+
 Run = tuple[Record, Path]
 
 
@@ -114,7 +117,7 @@ def _figures(first: Record, second: Record) -> list[dict[str, str]]:
         _row("Total, ms a frame, median", of("arms.{arm}.speed.total_ms.median"), 2),
         _row("Weights", of("arms.{arm}.memory.weight_bytes"), None),
         _row("KV window", of("arms.{arm}.memory.kv_window_bytes"), None),
-        _row("Held", held, None),
+        _row("Weights and KV window, at its peak", held, None),
     ]
     return [row for row in rows if row is not None]
 
@@ -193,5 +196,5 @@ def _differences(first: Record, second: Record) -> list[tuple[str, str, str]]:
     return [
         (str(key), shown(one.get(key)), shown(other.get(key)))
         for key in dict.fromkeys([*one, *other])
-        if one.get(key) != other.get(key)
+        if one.get(key) != other.get(key) and not str(key).startswith(BOOKKEEPING)
     ]

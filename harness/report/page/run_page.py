@@ -75,7 +75,7 @@ def run_page(record: Record, folder: Path, embed_limit: int = EMBED_LIMIT) -> st
     sections = [
         Section("verdict", "Verdict", lambda: {"verdict": verdict(record, folder), "tiles": _tiles(record)}),
         Section("gates", "Gates", lambda: {"checks": _checks(record)}),
-        Section("incidents", "Incidents", lambda: {"record": record, "mild": _is_mild(record)}),
+        Section("incidents", "Incidents", lambda: _incidents(record)),
         Section("videos", "Side by side", lambda: {"videos": _videos(record, folder, embed_limit)}),
         Section("quality", "Quality over the rollout", lambda: _quality(record)),
         Section("speed", "Speed", lambda: _speed(record) | {"labels": labels, "emulated": hatched}),
@@ -99,9 +99,14 @@ NAV = {
 }
 
 
-def _is_mild(record: Record) -> bool:
-    """Whether its incidents are BF16's own, and took nothing from the run."""
-    return record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"])
+def _incidents(record: Record) -> dict[str, Any]:
+    """Each incident once, with how often it was said; ``mild``: all are BF16's own, and took nothing from the run."""
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for incident in record["incidents"]:
+        said = tuple(incident.get(name) for name in ("kind", "message", "action"))
+        found.setdefault(said, [incident, 0])[1] += 1
+    mild = record["status"] == "complete" and all(one.get("arm") == "bf16" for one in record["incidents"])
+    return {"told": list(found.values()), "fallbacks": record.get("fallbacks", []), "mild": mild}
 
 
 def _quality(record: Record) -> dict[str, Any]:
@@ -306,14 +311,14 @@ def _looks(record: Record) -> list[dict[str, Any]]:
     """What PSNR hides, over all clips; see `harness/measure/appearance.py`."""
     looks = pick(record, "quality.all.appearance") or {}
     rows = []
-    for name, figure, digits in (
-        ("sharpness", "sharpness (1 = as the recording)", 3),
-        ("texture", "texture distance (0 = as the recording)", 2),
-        ("action_fidelity", "action fidelity (1 = moves as the recording)", 3),
+    for name, figure, scale, digits in (
+        ("sharpness", "sharpness", "1 = as the recording", 3),
+        ("texture", "texture distance", "0 = as the recording", 2),
+        ("action_fidelity", "action fidelity", "1 = moves as the recording", 3),
     ):
         values = {arm: pick(looks, f"{arm}.{name}") for arm in ("bf16", "candidate", "drop")}
         if values["bf16"] is not None or values["candidate"] is not None:
-            rows.append({"figure": figure, "digits": digits, **values})
+            rows.append({"figure": figure, "scale": scale, "digits": digits, **values})
     return rows
 
 
