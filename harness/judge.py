@@ -28,6 +28,7 @@ from harness.report.page.run_page import run_page, write_run_page
 from harness.report.record import RecordError, RunRecord, load_record, save_record
 from harness.report.table import render
 from harness.report.verdict import Verdict
+from harness.streams import patient
 
 RECORD = "record.json"
 FOLDER = CONF / "gates"
@@ -89,6 +90,7 @@ def show(found: Verdict) -> None:
         console.print(note, markup=False, highlight=False)
 
 
+@patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -35,14 +35,14 @@ from harness import __version__
 from harness.ab.context import RunContext
 from harness.ab.job import execute
 from harness.ab.processes import ProcessError
-from harness.ab.signals import Signals, Stopped
-from harness.ab.streams import patient_streams
 from harness.config import CONF, ConfigError, reference
 from harness.config.command import check_command, read_command
 from harness.config.compose import one_line
 from harness.kernels.cache import place_compilers
 from harness.measure.stability import InstabilityError
 from harness.report.gates import EXIT_CODES
+from harness.signals import Signals, Stopped
+from harness.streams import patient_streams
 
 if TYPE_CHECKING:
     from harness.api import RunResult

@@ -11,10 +11,10 @@ from lightning import Trainer
 from harness.ab.module import RolloutModule
 from harness.ab.processes import Processes
 from harness.ab.recorder import Recorder
-from harness.ab.signals import Signals, Stopped
 from harness.data.datamodule import ClipDataModule
 from harness.report.journal import remove_journals
 from harness.report.record import COMPLETE, RunRecord
+from harness.signals import Signals, Stopped
 
 log = logging.getLogger(__name__)
 

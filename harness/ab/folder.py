@@ -8,9 +8,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from harness.ab.signals import Stopped
 from harness.files.writing import remove_parts
 from harness.report.files import CONFIG, ERROR, FRAMES, JOURNAL, LOCK, LOG, LOGGED, PAGE, RECORD, TABLE, VIDEOS
+from harness.signals import Stopped
 
 OURS = (RECORD, TABLE, PAGE, FRAMES, LOG, ERROR, VIDEOS, LOGGED, "wandb", JOURNAL, CONFIG)
 """What a run leaves, and what ``overwrite=true`` removes."""

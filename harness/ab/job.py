@@ -28,7 +28,6 @@ from harness.ab.processes import Processes, check_clips, check_processes
 from harness.ab.recorder import Recorder, arm_labels
 from harness.ab.results import Results
 from harness.ab.resume import Resumption, finished_before, plain_config, write_config
-from harness.ab.signals import Signals
 from harness.calib.clips import check_disjoint, open_clips
 from harness.calib.plan import make_encoder
 from harness.config import RunConf, RunPlan, plan_run
@@ -40,6 +39,7 @@ from harness.report.gates import check_comparable
 from harness.report.journal import remove_journals
 from harness.report.record import COMPLETE, RunRecord, load_record
 from harness.report.table import bytes_text
+from harness.signals import Signals
 from harness.threads import usable_cores
 
 log = logging.getLogger(__name__)

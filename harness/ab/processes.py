@@ -20,12 +20,12 @@ from lightning import Callback, LightningModule, Trainer
 
 from harness.ab.module import RolloutModule
 from harness.ab.results import Results, log_clips
-from harness.ab.signals import Stopped
 from harness.config import RunConf
 from harness.measure.stability import OnInstability
 from harness.report.journal import End, FinishedBatch, Journal, Line
 from harness.report.record import COMPLETE, FAILED
 from harness.report.sections import IncidentRecord
+from harness.signals import Stopped
 
 POLL_S = 0.1
 """Seconds between two looks at the other processes' files."""

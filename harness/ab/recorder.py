@@ -15,7 +15,6 @@ from harness.ab.arm import Arm
 from harness.ab.context import RunContext
 from harness.ab.module import RolloutModule
 from harness.ab.results import Results
-from harness.ab.signals import Stopped
 from harness.config import RunConf, RunPlan
 from harness.config.flags import ignored
 from harness.config.labels import label
@@ -52,6 +51,7 @@ from harness.report.sections import (
     timed,
 )
 from harness.rollout import AttentionKind, CompileConf
+from harness.signals import Stopped
 
 SHARE = 0.05
 """Of a run's time that saving its record while it lasts may take."""

@@ -16,8 +16,10 @@ from pathlib import Path
 from harness.ab.judged import export_run
 from harness.report.record import load_record
 from harness.report.table import bytes_text
+from harness.streams import patient
 
 
+@patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

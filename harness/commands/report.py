@@ -15,8 +15,10 @@ from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RecordError
 from harness.report.sweep import SweepError, write_sweep_page
+from harness.streams import patient
 
 
+@patient
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code is 0, or 2 where there is nothing to write a page from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

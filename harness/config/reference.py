@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from harness.config.fields import Field, fields_of, wants
 from harness.config.problems import nearest
 from harness.config.schema import RunConf
+from harness.streams import patient
 
 DOCUMENTED = re.compile(r"(?:^|\s)``?(\w+)``?: |(?:^|(?<=[.;:\n]) *)(\w+): ")
 """Where a docstring begins to speak of a field: its name and a colon, at the start of a line or of a sentence."""
@@ -72,6 +73,7 @@ def table() -> str:
     return "\n".join([*lines, ""])
 
 
+@patient
 def main() -> int:
     """``mx-world fields [NAME …]``: all fields, or those whose path has one of the names. Exit code 2 for none."""
     names = [word for word in sys.argv[1:] if word != "--markdown"]

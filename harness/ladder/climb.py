@@ -18,6 +18,7 @@ from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_pr
 from harness.ladder.rungs import BASELINE, Candidate, Rung, Variant
 from harness.ladder.state import Failure, LadderError, Result, State, load, save
 from harness.measure.environment import git_state
+from harness.report.files import JOURNAL, is_running
 from harness.report.gates import DO_NOT_SHIP, EXIT_CODES, FAIL, OPEN, SHIP, UNDECIDED, GatesConf, unsound
 from harness.report.gates.reading import Unmeasured, clip_drops
 from harness.report.record import FAILED, RecordError, RunRecord, load_record
@@ -25,6 +26,8 @@ from harness.report.verdict import Verdict
 
 OWN_WORDS = ("quant", "kv", "gates", "experiment", "hydra")
 """Config groups that the ladder sets itself."""
+WRONG_INPUT = 2
+"""Exit code of a run that cannot be what it was asked to be."""
 JUDGED = tuple(EXIT_CODES.values())
 
 
@@ -190,9 +193,8 @@ class Ladder:
     def _measure(
         self, rung: Rung, candidate: Candidate, stand: Result | None, words: Sequence[str], key: str
     ) -> Result | Failure:
-        folder = self._folder(rung.step, candidate.name)
         start = time.monotonic()
-        code = self.launch([*words, *self._against(rung, stand)], folder.resolve())
+        folder, code = self._launched(rung, candidate, [*words, *self._against(rung, stand)])
         place = str(folder.relative_to(self.out))
         if code in INTERRUPTED or code < 0:
             raise BrokenOff(f"{candidate.name}: the run was stopped from outside (exit code {code})")
@@ -222,8 +224,20 @@ class Ladder:
         record = self.out.resolve() / stand.folder / "record.json"
         return ["gates.against=record", f"gates.baseline={quoted(record)}"]
 
+    def _launched(self, rung: Rung, candidate: Candidate, words: Sequence[str]) -> tuple[Path, int]:
+        """The folder a run has written to, and its exit code; it goes on where an earlier attempt was broken off."""
+        folder, begun = self._folder(rung.step, candidate.name), None
+        attempts = [path for path in folder.parent.glob(f"{folder.stem}.*") if path.suffix[1:].isdecimal()]
+        if attempts:
+            begun = max(attempts, key=lambda path: int(path.suffix[1:]))
+        if begun is not None and (begun / JOURNAL).is_dir() and not is_running(begun):
+            code = self.launch([*words, "resume=true"], begun.resolve())
+            if code != WRONG_INPUT:  # what that attempt was is something else by now: begin anew
+                return begun, code
+        return folder, self.launch(words, folder.resolve())
+
     def _folder(self, step: int, name: str) -> Path:
-        """A folder that no earlier attempt wrote to: a killed ladder may have left a run that still writes."""
+        """A folder that no earlier attempt wrote to."""
         plain = "".join(letter if letter.isalnum() else "_" for letter in f"{step}_{name}")
         attempt = 1
         while (folder := self.out / "runs" / f"{plain}.{attempt}").exists():

@@ -13,13 +13,12 @@ process of its own; its folder and the state of the ladder are under --out, wher
 that was killed goes on where it stopped when it is started again with the same --out: a run is known by its config,
 the commit and what it stands on. A run that broke is told of, never taken for a result, and tried again.
 
-Exit code: 0 done (also if only BF16 ships), 1 a run broke, 2 wrong input, 130 stopped.
+Exit code: 0 done (also if only BF16 ships), 1 a run broke, 2 wrong input, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +30,15 @@ from harness.ladder.climb import BrokenOff, Ladder
 from harness.ladder.show import show
 from harness.ladder.state import LadderError, locked
 from harness.measure.environment import git_state
+from harness.signals import Signals, Stopped
+from harness.streams import patient
 
-BROKE, WRONG_INPUT, STOPPED = 1, 2, 130
+BROKE, WRONG_INPUT = 1, 2
 FILE_WIDTH = 160
 """Columns of the table where there is no terminal."""
 
 
+@patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     register()
     again = f"start it again with --out {args.out} to go on"
     try:
-        with locked(args.out):
+        with Signals(), locked(args.out):
             ladder = Ladder(args.out, args.overrides, args.kv)
             if git_state()["dirty"]:
                 print("note: the working tree differs from its commit; a resumed ladder does not see such changes")
@@ -58,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenOff as error:
         print(f"error: {error}; {again}", file=sys.stderr)
         return BROKE
-    except KeyboardInterrupt:
-        print(f"stopped; {again}", file=sys.stderr)
-        return STOPPED
+    except Stopped as stop:
+        print(f"stopped by {stop.signal.name}; {again}", file=sys.stderr)
+        return stop.exit_code
     show(ladder, best, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     if ladder.failed:
         print(f"error: {len(ladder.failed)} of the runs failed; {again}", file=sys.stderr)
@@ -69,6 +71,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cli() -> None:
-    """The command as a process: a killed ladder takes its run along."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The command as a process."""
     sys.exit(main())

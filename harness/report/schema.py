@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from harness.report.record import SCHEMA_VERSION, RunRecord
+from harness.streams import patient
 
 SIMPLE: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
@@ -74,6 +75,7 @@ def _reference(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     return {"$ref": f"#/$defs/{name}"}
 
 
+@patient
 def main() -> int:
     """``mx-world schema``: print the schema."""
     if {"-h", "--help"} & set(sys.argv[1:]):

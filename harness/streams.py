@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from functools import wraps
+from typing import Any, ParamSpec, TextIO, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class PatientStream:
@@ -74,6 +78,17 @@ def patient_streams() -> Iterator[None]:
         if out.lost is not None and out.lost.errno != errno.EPIPE:
             print(f"note: standard output was lost: {out.lost.strerror}", file=sys.stderr, flush=True)
         sys.stdout, sys.stderr = before
+
+
+def patient(command: Callable[P, T]) -> Callable[P, T]:
+    """A command whose work does not depend on whether anybody reads what it says."""
+
+    @wraps(command)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        with patient_streams():
+            return command(*args, **kwargs)
+
+    return called
 
 
 def _null(number: int) -> TextIO:
