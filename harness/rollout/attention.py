@@ -134,14 +134,20 @@ class FusedAttention:
         store: whether this is a frame's last step, whose K and V are kept. A plain ring keeps every step's, as its
             ``window`` would.
         config: how the window is shared out; None: the defaults.
+        meeting: of the windows of this cache, or of a larger one whose layers run one after the other; None: its own.
     """
 
-    def __init__(self, cache: KVCache, store: bool, config: fused.WindowConfig | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        store: bool,
+        config: fused.WindowConfig | None = None,
+        meeting: fused.Meeting | None = None,
+    ) -> None:
         self.cache, self.store = cache, store
         self.config = [] if config is None else config.as_ints()
         self._views = [{name: fused.ring_view(ring) for name, ring in rings.items()} for rings in cache.rings]
-        heads = self._views[0]["k"].data.shape[1]
-        self.arrived = fused.arrival_counters(cache.batch, heads, cache.tokens, cache.device)
+        self.meeting = meeting_of(cache, config) if meeting is None else meeting
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """See :class:`~harness.models.attention.ProjectedAttend`."""
@@ -153,7 +159,7 @@ class FusedAttention:
         formats = (key.format, key.per, store_k, value.format, value.per, store_v, mode.value, self.config, keep_k)
         rings = (key.data, key.scales, value.data, value.scales)
         turns = [self.cache.turns(name, layer) for name in TENSORS]
-        out, k = fused.window_attention(qkv, *rotary, *rings, slot, self.arrived, *formats, *turns)
+        out, k = fused.window_attention(qkv, *rotary, *rings, slot, *self.meeting, *formats, *turns)
         if keep_k:
             self.cache.rings[layer]["k"].store(slot, k)
         if self.store and not value.stores:
@@ -187,10 +193,19 @@ class OneProjectedLayer:
         return self.attend.projected(0, qkv, rotary)
 
 
-def layer_attention(cache: KVCache, layer: int, kind: AttentionKind, store: bool) -> OneLayer | OneProjectedLayer:
-    """:func:`frame_attention` of one layer by itself."""
-    attend = frame_attention(cache.of_layer(layer), kind, store)
-    return OneProjectedLayer(attend) if isinstance(attend, FusedAttention) else OneLayer(attend)
+def meeting_of(cache: KVCache, config: fused.WindowConfig | None = None) -> fused.Meeting:
+    """Where our kernel's programs meet, of a cache whose layers run one after the other."""
+    shape = cache.rings[0]["v"].shape
+    return fused.meeting(cache.windows, cache.tokens, shape.head_dim, cache.batch * shape.heads, cache.device, config)
+
+
+def layer_attention(
+    cache: KVCache, layer: int, kind: AttentionKind, store: bool, meeting: fused.Meeting | None = None
+) -> OneLayer | OneProjectedLayer:
+    """:func:`frame_attention` of one layer by itself; ``meeting``: see :class:`FusedAttention`."""
+    if kind is AttentionKind.fused:
+        return OneProjectedLayer(FusedAttention(cache.of_layer(layer), store, meeting=meeting))
+    return OneLayer(RingAttention(cache.of_layer(layer), kind, store))
 
 
 def frame_attention(cache: KVCache, kind: AttentionKind, store: bool) -> RingAttention | FusedAttention:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -32,14 +33,14 @@ OWN_ELEMENTS = 4096
 WARPS = 4
 """Of a program: one warpgroup, what 64 queries occupy."""
 
-AHEAD = True
-"""Whether programs ask for their share while their queries are still computed, see `harness.kernels.launch`."""
+EMPTY = -1
+"""What stands in place of a split's sums until they are there: bits of a NaN that no arithmetic gives."""
 
 MAX_COMBINERS = 8
 """Programs of a head that combine its splits' sums, a share of the queries each."""
 
 POLLS = 64
-"""Times a program asks whether the others have arrived, half a microsecond each, before it leaves its share to them:
+"""Times a program asks for the others' sums, half a microsecond each, before it asks whether all others have begun:
 ten times what they differ by where all are at work."""
 
 MAX_QUERIES = 64
@@ -58,12 +59,15 @@ class WindowConfig:
         stages: tiles in flight per program, one more of heads above 64.
         min_rows: rows of the window, of heads of 64, that are worth a split of their own: fewer cost less to read than
             their sums to combine. Larger heads need as many more.
+        held: tiles of heads up to 64 that a program reads into registers while its queries are still computed, where
+            kernels begin early, that is on Hopper. Of larger heads registers hold none beside the rest.
     """
 
     waves: int = 2
     block_rows: int = 64
     stages: int = 2
     min_rows: int = 96
+    held: int = 2
 
     def as_ints(self) -> list[int]:
         """For an operator's signature."""
@@ -188,14 +192,38 @@ def stages(dim: int, config: WindowConfig = WindowConfig()) -> int:
     return config.stages + (dim > 64)
 
 
-def arrival_counters(batch: int, heads: int, tokens: int, device: torch.device) -> Tensor:
-    """What ``window_attention`` counts finished programs and calls in: int32, at first zeros.
+def held_tiles(frames: int, tokens: int, dim: int, shape: Shape, device: torch.device, config: WindowConfig) -> int:
+    """Tiles that every program has in registers before its queries are there."""
+    early = device.type != "cuda" or launch.dependent(device)
+    tiles = (frames - 1) * tokens // shape.block_n
+    return min(config.held, shape.share) if early and tiles and dim <= 64 else 0
 
-    Calls that may run at the same time, on different streams, need counters of their own.
+
+class Meeting(NamedTuple):
+    """Where programs of one head leave what they have found, and count how many have begun; between launches empty.
+
+    Launches that may run at the same time, on different streams, need one each.
+
+    Attributes:
+        parts: int32 ``[n]``, see ``kernels.window``: float32 bits, or :data:`EMPTY`.
+        arrived: int32 ``[blocks of queries, B*H]``, zeros.
     """
+
+    parts: Tensor
+    arrived: Tensor
+
+
+def meeting(
+    windows: Iterable[int], tokens: int, dim: int, programs: int, device: torch.device, config: WindowConfig | None = None
+) -> Meeting:
+    """One for windows of so many frames, the current one included, where ``programs`` = B*H read one."""
+    how = WindowConfig() if config is None else config
+    splits = max(launch_shape(frames, tokens, dim, programs, device, how).splits for frames in windows)
+    size = splits * programs * tokens * (dim + 1) if splits > 1 else 0
+    blocks = math.ceil(tokens / _query_rows(tokens))
     with torch.inference_mode(False):  # they outlive the mode they are made in
-        blocks = batch * heads * math.ceil(tokens / _query_rows(tokens))
-        return torch.zeros(2, blocks, dtype=torch.int32, device=device)
+        parts = torch.full((size,), EMPTY, dtype=torch.int32, device=device)
+        return Meeting(parts, torch.zeros(blocks, programs, dtype=torch.int32, device=device))
 
 
 def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:
@@ -207,7 +235,7 @@ def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:
 
 
 @torch.library.custom_op(
-    "harness_mx::window_attention", mutates_args=("k_ring", "k_scales", "v_ring", "v_scales", "arrived")
+    "harness_mx::window_attention", mutates_args=("k_ring", "k_scales", "v_ring", "v_scales", "parts", "arrived")
 )
 def window_attention(
     qkv: Tensor,
@@ -218,6 +246,7 @@ def window_attention(
     v_ring: Tensor,
     v_scales: Tensor | None,
     slot: Tensor,
+    parts: Tensor,
     arrived: Tensor,
     k_format: str,
     k_per: str,
@@ -245,7 +274,8 @@ def window_attention(
         v_ring: likewise.
         v_scales: likewise.
         slot: int64 ``[1]`` on the device.
-        arrived: see :func:`arrival_counters`.
+        parts: see :class:`Meeting`, of this window or of longer ones.
+        arrived: likewise.
         k_format: "plain", "e4m3", "e5m2", "e2m1" or "int8".
         k_per: what has a scale of its own: see ``kernels.window.load_factors``.
         k_store: whether K goes into its ring, which must be plain or have a scale per block.
@@ -261,6 +291,9 @@ def window_attention(
     Returns:
         ``(out [B, P, H*Dh], k)``, k ``[B, H, P, Dh]``, normalised, rotated and in its ring's basis, if asked for, else
         empty.
+
+    Raises:
+        ValueError: when ``parts`` is too small.
     """
     from harness.kernels.triton.window import window_kernel
 
@@ -269,19 +302,21 @@ def window_attention(
     how = WindowConfig(*config)
     shape = launch_shape(frames, tokens, dim, programs, qkv.device, how)
     out, own_k = _results(qkv, heads, keep_k)
-    parts = (shape.splits, programs, tokens) if shape.splits > 1 else (0,)
-    sums, totals = (qkv.new_empty(*parts, *last, dtype=torch.float32) for last in ((dim,), ()))
+    needed = shape.splits * programs * tokens * (dim + 1)
+    if shape.splits > 1 and parts.numel() < needed:
+        raise ValueError(f"attention=fused: parts holds {parts.numel()} numbers, a window of {frames} frames {needed}")
     dependent = launch.dependent(qkv.device)
     # An argument that is not used still needs a tensor of some kind.
     k_scales, v_scales = (slot if scales is None else scales for scales in (k_scales, v_scales))
     window_kernel[shape.splits, programs, shape.query_blocks](
-        qkv, cos, sin, k_ring, k_scales, v_ring, v_scales, slot, out, own_k, sums, totals, arrived,
+        qkv, cos, sin, k_ring, k_scales, v_ring, v_scales, slot, out, own_k, parts, arrived,
         math.log2(math.e) / math.sqrt(dim), programs,
         heads, frames, tokens, dim, RMS_EPS, shape.share, shape.splits,
         k_format, k_per, *encoding(k_store, k_format, scale_mode),
         v_format, v_per, *encoding(v_store, v_format, scale_mode),
         keep_k, turn_k, turn_v, shape.block_m, shape.block_n, shape.rest, shape.own,
-        shape.combiners, POLLS if qkv.is_cuda else 1, dependent, dependent and AHEAD,
+        shape.combiners, EMPTY, POLLS if qkv.is_cuda else 1, dependent,
+        held_tiles(frames, tokens, dim, shape, qkv.device, how),
         num_warps=WARPS, num_stages=stages(dim, how), **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out, own_k

@@ -12,7 +12,7 @@ from harness.models import bf16
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
 from harness.models.world import WorldModel
-from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention
+from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention, meeting_of
 from harness.rollout.compile import CompileConf, compile_function, keep_in_place
 from harness.rollout.fused import ring_view
 from harness.rollout.norms import residual_norm
@@ -35,7 +35,7 @@ def make_step(core: WorldModel, cache: KVCache, attention: AttentionKind, store:
         return _step_by_layers(core, cache, attention, store, conf)
     attend = frame_attention(cache, attention, store)
     if isinstance(attend, FusedAttention):
-        keep_in_place([attend.arrived], conf)
+        keep_in_place([*attend.meeting], conf)
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
         velocity = core.denoise(x[:, None], modulation, rotary, attend)[:, 0].float()
@@ -104,13 +104,14 @@ def _step_by_layers(
     first, last = compile_function(enter, conf), compile_function(leave, conf)
     layers: dict[str, Layer] = {}
     calls: list[tuple[Layer, Block, LayerAttend]] = []
+    meeting = meeting_of(cache) if attention is AttentionKind.fused else None
     for number, block in enumerate(core.blocks):
         kind = _kind(block, cache, number)
         if kind not in layers:
             function = _layer_function(block, attention)
             ready = conf.captures(cache.device) and function is through_layer_fused and _is_ready(block, cache, number)
             layers[kind] = function if ready else compile_function(function, conf)
-        calls.append((layers[kind], block, layer_attention(cache, number, attention, store)))
+        calls.append((layers[kind], block, layer_attention(cache, number, attention, store, meeting)))
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
         tokens, branch = first(x)

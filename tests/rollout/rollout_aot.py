@@ -12,7 +12,7 @@ from harness.kernels.triton.window import window_kernel
 from harness.rollout import fused
 
 RING = {"plain": ("*bf16", "*i64"), "int8": ("*i8", "*bf16")}
-TENSORS = {"cos": "*fp32", "sin": "*fp32", "sums": "*fp32", "totals": "*fp32", "slot": "*i64", "arrived": "*i32"}
+TENSORS = {"cos": "*fp32", "sin": "*fp32", "parts": "*i32", "slot": "*i64", "arrived": "*i32"}
 
 
 def compiled(kernel, types, constants, **options):
@@ -40,8 +40,9 @@ def window(k, v, basis="own", heads=24, dim=64, frames=60, tokens=64):
         "KEEP_K": k == "int8",
         "K_TURN": basis == "hadamard",
         "V_TURN": basis == "hadamard",
+        "EMPTY": fused.EMPTY,
         "DEPENDENT": True,
-        "AHEAD": True,
+        "HELD": fused.held_tiles(frames, tokens, dim, shape, torch.device("cpu"), fused.WindowConfig()),
     }
     for name, fmt in (("K", k), ("V", v)):
         types[f"{name.lower()}_ring"], types[f"{name.lower()}_scales"] = RING.get(fmt, ("*u8", "*u8"))
@@ -56,7 +57,7 @@ def window(k, v, basis="own", heads=24, dim=64, frames=60, tokens=64):
 def show(pair, kernel):
     """Counts of products, of copies to shared memory, and of the loop over tiles' loads that it must wait for."""
     loop = re.search(
-        r"scf\.for(?:(?!scf\.(?:for|yield)).)*?warp_group_dot.*?scf\.yield", kernel.asm["ttgir"], re.DOTALL
+        r"scf\.for[^\n]*iter_args(?:(?!scf\.(?:for|yield)).)*?warp_group_dot.*?scf\.yield", kernel.asm["ttgir"], re.DOTALL
     ).group()
     print(
         pair,

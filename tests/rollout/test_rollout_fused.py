@@ -94,6 +94,12 @@ def expected_attention(cache, qkv, rotary, heads):
     return cache.turned("v", 0, out).transpose(1, 2).flatten(2)
 
 
+def assert_empty(meeting):
+    """As a launch must find it and leave it."""
+    assert not meeting.arrived.any()
+    assert (meeting.parts == fused.EMPTY).all()
+
+
 def closeness(out, expected):
     return (out - expected).norm() / expected.norm()
 
@@ -144,8 +150,8 @@ def test_splits_of_any_number_give_the_same(monkeypatch, small_tiles, storage, f
 @pytest.mark.parametrize(
     ("storage", "tokens"), [*((name, 16) for name in STORAGES), ("k_e5m2_v_e2m1", 80)]
 )  # 80: two blocks of queries, of which one stores
-def test_launch_after_launch_counts_from_zero(storage, tokens, small_tiles):
-    """Several frames of two steps each, two clips: every output and all that is stored, and counters left at 0."""
+def test_launch_after_launch_begins_with_nothing(storage, tokens, small_tiles):
+    """Several frames of two steps each, two clips: every output and all that is stored, and nothing left to the next."""
     caches = [filled(STORAGES[storage], 2, 1, 3, tokens, 32, torch.float32, newer=0) for _ in range(2)]
     ours = [FusedAttention(caches[0], store) for store in (False, True)]
     theirs = [RingAttention(caches[1], AttentionKind.sdpa, store) for store in (False, True)]
@@ -155,7 +161,7 @@ def test_launch_after_launch_counts_from_zero(storage, tokens, small_tiles):
             qkv, rotary = projection(2, 1, tokens, 32, torch.float32, seed=10 * frame + step)
             out, expected = (attend_from_projection(x[step], 0, qkv, 1, rotary) for x in (ours, theirs))
             assert closeness(out, expected) < 2e-6
-            assert not ours[step].arrived[0].any()
+            assert_empty(ours[step].meeting)
         for own, other in zip(caches[0].buffers(), caches[1].buffers(), strict=True):
             difference = (own.float() - other.float()).abs()
             assert (difference > 1e-5).float().mean() < 0.01  # a last bit may flip a rounding
@@ -185,7 +191,7 @@ def test_who_combines_what_changes_no_bit(monkeypatch, frames, heads):
         monkeypatch.setattr(fused, "POLLS", polls)
         for _ in range(50):
             assert torch.equal(attend.projected(0, qkv, rotary), waited)
-        assert not attend.arrived[0].any()
+        assert_empty(attend.meeting)
 
 
 @pytest.mark.parametrize("storage", ["plain", "v_e4m3", "per_head"])
@@ -230,9 +236,9 @@ def test_stores_exactly_what_the_ring_would(storage, mode):
     views = [fused.ring_view(caches[0].rings[0][name]) for name in ("k", "v")]
     rings = [tensor for view in views for tensor in (view.data, view.scales)]
     formats = [part for view in views for part in (view.format, view.per, True)]
-    arrived = fused.arrival_counters(2, heads, tokens, DEVICE)
+    meeting = fused.meeting([3], tokens, dim, 2 * heads, DEVICE)
     slot, turns = caches[0].slot(0), [caches[0].turns(name, 0) for name in ("k", "v")]
-    _, k_out = fused.window_attention(qkv, *rotary, *rings, slot, arrived, *formats, mode.value, [], True, *turns)
+    _, k_out = fused.window_attention(qkv, *rotary, *rings, slot, *meeting, *formats, mode.value, [], True, *turns)
     _, k, v = own_rows(qkv, rotary, heads)
     torch.testing.assert_close(k_out, k, rtol=2e-6, atol=2e-6)
     caches[1].window(0, k_out, v)

@@ -68,7 +68,7 @@ def ask_for_share(
     k_factors,
     v_data,
     v_factors,
-    slot,
+    start,
     begin,
     end,
     K_BYTES: tl.constexpr,
@@ -82,11 +82,8 @@ def ask_for_share(
 ):
     """Have a program's tiles of the window brought into L2 while what its queries come from is still computed.
 
-    ``BYTES`` of a row; ``BLOCKS``: whether it has a scale for every 32 columns. A hint: it may be given before what is
-    in ``slot`` can be relied on.
+    ``BYTES`` of a row; ``BLOCKS``: whether it has a scale for every 32 columns; ``start``: row of the oldest frame.
     """
-    current = tl.load(slot, cache_modifier=".cg").to(tl.int32)  # not from L1, which would keep it
-    start = (tl.minimum(tl.maximum(current, 0), LENGTH // TOKENS - 1) + 1) * TOKENS
     for tile in range(begin, end):
         row = ring_rows(start, tile * ROWS + tl.arange(0, ROWS), TOKENS, LENGTH, False)
         ask_for(k_data, row, K_BYTES)
@@ -209,11 +206,15 @@ def attend_tile(
 @triton.jit
 def own_rows(
     part,
+    kept_keys,
+    kept_values,
     cos,
     sin,
     token,
-    ok,
+    PIECE: tl.constexpr,
+    KEPT: tl.constexpr,
     HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     EPS: tl.constexpr,
@@ -222,11 +223,16 @@ def own_rows(
 ):
     """Keys, normalised and rotated, and values of rows ``token`` of a head, whose queries are at ``part``.
 
-    Each in the Hadamard basis where it is to be turned.
+    Each in the Hadamard basis where it is to be turned. ``KEPT`` pieces of rows are in registers as they were
+    projected.
     """
     STRIDE: tl.constexpr = 3 * HEADS * DIM
-    raw = load_rows(part + HEADS * DIM, token, ok, STRIDE, DIM)
-    values = load_rows(part + 2 * HEADS * DIM, token, ok, STRIDE, DIM)
+    ok = token < TOKENS
+    if PIECE < KEPT:
+        raw, values = kept_keys[PIECE], kept_values[PIECE]
+    else:
+        raw = load_rows(part + HEADS * DIM, token, ok, STRIDE, DIM)
+        values = load_rows(part + 2 * HEADS * DIM, token, ok, STRIDE, DIM)
     cosine, sine = load_angles(cos, sin, token, ok, DIM)
     keys = rotated(raw, cosine, sine, ROWS, DIM, EPS)
     if K_TURN:
@@ -238,62 +244,104 @@ def own_rows(
 
 @triton.jit
 def combine(
-    sums,
+    parts,
     totals,
     out,
     rows,
     stride,
     queries,
     asked,
+    most,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
+    EMPTY: tl.constexpr,
 ):
     """Softmax over the whole window from each split's sums; ``rows``: a head's, ``stride`` from split to split.
 
-    Reads around the L1 cache, which may hold what lay there before.
+    Asks for them at most ``most`` times, until none is ``EMPTY``, and returns whether that came about: then what was
+    read is ``EMPTY`` again, for the next launch.
     """
-    CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
-    total = tl.zeros((ROWS,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(totals + split * stride + rows, mask=asked, other=1.0, cache_modifier=".cg")
-    for first in range(0, DIM, CHUNK):
+    CHUNK: tl.constexpr = min(DIM, 128)  # columns whose parts are all on their way at once: as many as registers hold
+    # As many copies of the totals as there are threads: so all of these must agree on what is missing.
+    totals += rows[:, None] + tl.zeros((ROWS, 128 // ROWS), tl.int32)
+    known = asked[:, None] & tl.full((ROWS, 128 // ROWS), 1, tl.int1)
+    there = most >= 0
+    for first in tl.static_range(0, DIM, CHUNK):
         columns = first + tl.arange(0, CHUNK)
+        place = rows[:, None] * DIM + columns[None, :]
+        missing, asks = 1, 0
+        total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
         result = tl.zeros((ROWS, CHUNK), tl.float32)
+        while (missing != 0) & (asks < most):
+            total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
+            result = tl.zeros((ROWS, CHUNK), tl.float32)
+            absent = tl.zeros((ROWS, 128 // ROWS), tl.int32)
+            lacking = tl.zeros((ROWS, CHUNK), tl.int32)
+            for split in tl.static_range(SPLITS):
+                # Volatile: from L2 each time, never from L1 or from an earlier turn.
+                weight = tl.load(totals + split * stride, mask=known, other=0, volatile=True)
+                part = tl.load(parts + split * stride * DIM + place, mask=asked[:, None], other=0, volatile=True)
+                absent |= (weight == EMPTY).to(tl.int32)
+                lacking |= (part == EMPTY).to(tl.int32)
+                total += weight.to(tl.float32, bitcast=True)
+                result += part.to(tl.float32, bitcast=True)
+            missing = tl.max(tl.max(absent, 1), 0) | tl.max(tl.max(lacking, 1), 0)
+            asks += 1
+        there = there & (missing == 0)
+        if there:
+            weights = tl.where(asked, tl.max(total, 1), 1.0)
+            target = out + queries[:, None] * (HEADS * DIM) + columns[None, :]
+            tl.store(target, (result / weights[:, None]).to(out.dtype.element_ty), mask=asked[:, None])
+    if there:
+        tl.debug_barrier()  # all threads have read what is overwritten
+        whole = rows[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        nothing = tl.full((ROWS, DIM), EMPTY, tl.int32)
         for split in tl.static_range(SPLITS):
-            part = sums + (split * stride + rows)[:, None] * DIM + columns[None, :]
-            result += tl.load(part, mask=asked[:, None], other=0.0, cache_modifier=".cg")
-        values = (result / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
+            tl.store(parts + split * stride * DIM + whole, nothing, mask=asked[:, None])
+            tl.store(totals + split * stride, tl.full((ROWS, 128 // ROWS), EMPTY, tl.int32), mask=known)
+    return there
 
 
 @triton.jit
-def shares_to_combine(arrived, epoch, before, split, SPLITS: tl.constexpr, SHARES: tl.constexpr, POLLS: tl.constexpr):
-    """Bits of the shares of a head's queries that this program combines, once all ``SPLITS`` have arrived.
+def combine_share(
+    parts,
+    totals,
+    out,
+    first,
+    head_row,
+    stride,
+    arrived,
+    share,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    POLLS: tl.constexpr,
+):
+    """Combine ``ROWS`` of a head's queries from ``first`` on, or leave them to a program that is yet to begin.
 
-    Split i combines share i, of ``SHARES``. It waits for the others by polling ``epoch``, which the last to arrive
-    moves on from ``before``. Should they not come, because the GPU has no room for them beside those that wait, it
-    leaves its share to the last one: bit 16 + i of ``arrived``, whose lower bits count.
+    A program waits for the others of its head, which is safe once all have begun. Should they not begin, because the
+    GPU has no room for them beside those that wait, it leaves its share to the last one: bit 16 + ``share`` of
+    ``arrived``, whose lower bits count those that have begun.
     """
-    mine = tl.where(split < SHARES, 1 << split, 0)
-    seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
-    if (seen & 0xFFFF) == SPLITS - 1:
-        mine |= seen >> 16
-        tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
-        tl.atomic_xchg(epoch, before + 1, sem="release", scope="gpu")
-    elif mine != 0:
-        polls, now = 0, before
-        while (now == before) & (polls < POLLS):
-            now = tl.atomic_add(epoch, 0, sem="acquire", scope="gpu")
-            polls += 1
-        if now == before:
-            count = tl.atomic_or(arrived, mine << 16, sem="acq_rel", scope="gpu") & 0xFFFF
-            if (count == SPLITS) | (count == 0):  # all have arrived since; the last may have put it back to 0
+    queries = first + tl.arange(0, ROWS)
+    asked = queries < TOKENS
+    waits = share >= 0
+    while waits:
+        if combine(
+            parts, totals, out, head_row + queries, stride, queries, asked, POLLS, HEADS, DIM, SPLITS, ROWS, EMPTY
+        ):
+            waits = share < 0
+        else:
+            count = tl.atomic_or(arrived, 1 << (16 + share), sem="relaxed", scope="gpu") & 0xFFFF
+            if (count == SPLITS) | (count == 0):  # all have begun since; the last may have put it back to 0
                 tl.atomic_and(arrived, 0xFFFF, sem="relaxed", scope="gpu")
             else:
-                mine = 0
-    return mine
+                waits = share < 0
 
 
 @triton.jit
@@ -308,8 +356,7 @@ def window_kernel(
     slot,
     out,
     own_k,
-    sums,
-    totals,
+    parts,
     arrived,
     scale,
     programs,
@@ -340,9 +387,10 @@ def window_kernel(
     REST: tl.constexpr,
     OWN: tl.constexpr,
     SHARES: tl.constexpr,
+    EMPTY: tl.constexpr,
     POLLS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    AHEAD: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Grid (splits, B*H, blocks of queries). Contiguous ``qkv [B, TOKENS, 3*HEADS*DIM]``.
 
@@ -352,10 +400,12 @@ def window_kernel(
     with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``. ``K_TURN, V_TURN``: the ring is in
     the Hadamard basis, into which queries, keys and values are turned, and their sums back.
 
-    With more than one split: float32 ``sums [SPLITS, B*H, TOKENS, DIM]`` and ``totals [SPLITS, B*H, TOKENS]``;
-    ``arrived`` int32 ``[2, blocks of queries, B*H]``, at first 0: see :func:`shares_to_combine`, to which ``SHARES``
-    and ``POLLS`` belong. ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as
-    ``harness.kernels.launch`` describes; ``AHEAD``: see :func:`ask_for_share`.
+    With more than one split: int32 ``parts``, which for every split holds float32 sums ``[B*H, TOKENS, DIM]``, and after
+    those of all splits totals ``[B*H, TOKENS]``, ``EMPTY`` before and after; ``arrived`` int32 ``[blocks of queries,
+    B*H]``, 0 before and after: see :func:`combine_share`, to which ``SHARES`` and ``POLLS`` belong. ``programs`` is B*H;
+    ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.kernels.launch`` describes. Then a program has the
+    first ``HELD`` of its tiles in registers, and the others asked for (:func:`ask_for_share`), when its queries come.
+    ``slot``, ``cos``, ``sin`` and other frames' K and V must come from before the last kernel not launched so.
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
@@ -376,36 +426,53 @@ def window_kernel(
     k_factors, v_factors = k_scales + row * K_SCALES, v_scales + row * V_SCALES
     part = qkv + batch * (TOKENS * STRIDE) + head * DIM
     begin, end = split * SHARE, tl.minimum((split + 1) * SHARE, TILES)
+    token = tl.arange(0, OWN)
+    latest = split == SPLITS - 1
+    current = tl.load(slot, cache_modifier=".cg").to(tl.int32)  # not from L1, which would keep it
+    start = (current + 1) * TOKENS
+    cosine, sine = load_angles(cos, sin, queries, asked, DIM)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD:
-            K_BYTES: tl.constexpr = K_WIDTH * k_ring.dtype.element_ty.primitive_bitwidth // 8
-            V_BYTES: tl.constexpr = V_WIDTH * v_ring.dtype.element_ty.primitive_bitwidth // 8
-            ask_for_share(
-                k_data,
-                k_factors,
-                v_data,
-                v_factors,
-                slot,
-                begin,
-                end,
-                K_BYTES,
-                K_FORMAT != "plain" and K_PER == "block",
-                V_BYTES,
-                V_FORMAT != "plain" and V_PER == "block",
-                BLOCK_N,
-                DIM,
-                TOKENS,
-                LENGTH,
-            )
+    held_k0, held_k1, held_v0, held_v1 = (), (), (), ()
+    for ahead in tl.static_range(HELD):
+        first = tl.minimum(begin + ahead, TILES - 1) * BLOCK_N
+        k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
+        v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
+        held_k0, held_k1, held_v0, held_v1 = held_k0 + (k0,), held_k1 + (k1,), held_v0 + (v0,), held_v1 + (v1,)
+    if DEPENDENT:
+        K_BYTES: tl.constexpr = K_WIDTH * k_ring.dtype.element_ty.primitive_bitwidth // 8
+        V_BYTES: tl.constexpr = V_WIDTH * v_ring.dtype.element_ty.primitive_bitwidth // 8
+        ask_for_share(
+            k_data,
+            k_factors,
+            v_data,
+            v_factors,
+            start,
+            begin + HELD,
+            end,
+            K_BYTES,
+            K_FORMAT != "plain" and K_PER == "block",
+            V_BYTES,
+            V_FORMAT != "plain" and V_PER == "block",
+            BLOCK_N,
+            DIM,
+            TOKENS,
+            LENGTH,
+        )
         tl.extra.cuda.gdc_wait()
     counter = arrived + tl.program_id(2) * programs + row
-    epoch = counter + tl.num_programs(2) * programs
-    before = tl.load(epoch, cache_modifier=".cg") if SPLITS > 1 else 0
-    current = tl.load(slot).to(tl.int32)
-    start = (current + 1) * TOKENS
     raw = load_rows(part, queries, asked, STRIDE, DIM)
-    cosine, sine = load_angles(cos, sin, queries, asked, DIM)
+    # With the queries, not after them: the last split would be late.
+    PIECES: tl.constexpr = (TOKENS + OWN - 1) // OWN
+    KEPT: tl.constexpr = min(PIECES, 128 // DIM)
+    kept_keys, kept_values = (), ()
+    for piece in tl.static_range(KEPT):
+        rows = piece * OWN + token
+        ok = (rows < TOKENS) & latest
+        kept_keys += (load_rows(part + HEADS * DIM, rows, ok, STRIDE, DIM),)
+        kept_values += (load_rows(part + 2 * HEADS * DIM, rows, ok, STRIDE, DIM),)
+    # Behind these loads, since all threads wait for what it gives.
+    begun = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if SPLITS > 1 else 0
     q = rotated(raw, cosine, sine, BLOCK_M, DIM, EPS)
     if K_TURN:
         q = turned(q, DIM).to(q.dtype)
@@ -415,68 +482,43 @@ def window_kernel(
     sum1 = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     # Of the frame's own values, which are not paired.
     own_sum = tl.zeros((BLOCK_M, DIM if V_PAIRED else 16), tl.float32)
-    for tile in range(begin, end):
+    for ahead in tl.static_range(HELD):
+        if begin + ahead < end:
+            total, sum0, sum1 = attend_tile(
+                q0, q1, held_k0[ahead], held_k1[ahead], held_v0[ahead], held_v1[ahead], None,
+                total, sum0, sum1, scale, False, K_PAIRED, V_PAIRED,
+            )  # fmt: skip
+    for tile in range(begin + HELD, end):
         first = tile * BLOCK_N
         k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
         v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, BLOCK_N, DIM, TOKENS, LENGTH, False, DTYPE)
         total, sum0, sum1 = attend_tile(
             q0, q1, k0, k1, v0, v1, None, total, sum0, sum1, scale, False, K_PAIRED, V_PAIRED
         )
-    if split == SPLITS - 1:
+    if latest:
         if REST > 0:
-            first = TILES * BLOCK_N
-            k0, k1 = load_tile(k_data, k_factors, start, first, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
-            v0, v1 = load_tile(v_data, v_factors, start, first, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
-            stored = first + tl.arange(0, REST) < PAST
+            past = TILES * BLOCK_N
+            k0, k1 = load_tile(k_data, k_factors, start, past, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            v0, v1 = load_tile(v_data, v_factors, start, past, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            known = past + tl.arange(0, REST) < PAST
             total, sum0, sum1 = attend_tile(
-                q0, q1, k0, k1, v0, v1, stored, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
+                q0, q1, k0, k1, v0, v1, known, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
             )
-        for tile in tl.range(0, (TOKENS + OWN - 1) // OWN, num_stages=1):
-            token = tile * OWN + tl.arange(0, OWN)
-            ok = token < TOKENS
-            own_keys, own_values = own_rows(part, cos, sin, token, ok, HEADS, OWN, DIM, EPS, K_TURN, V_TURN)
+        for piece in tl.static_range(PIECES):
+            rows = piece * OWN + token
+            own_keys, own_values = own_rows(
+                part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN
+            )
             if V_PAIRED:
                 total, own_sum, _ = attend_tile(
-                    q,
-                    q,
-                    own_keys,
-                    own_keys,
-                    own_values,
-                    own_values,
-                    ok,
-                    total,
-                    own_sum,
-                    own_sum,
-                    scale,
-                    True,
-                    False,
-                    False,
-                )
+                    q, q, own_keys, own_keys, own_values, own_values, rows < TOKENS,
+                    total, own_sum, own_sum, scale, True, False, False,
+                )  # fmt: skip
             else:
                 total, sum0, _ = attend_tile(
-                    q, q, own_keys, own_keys, own_values, own_values, ok, total, sum0, sum0, scale, True, False, False
-                )
-            mine = ok & (tl.program_id(2) == 0)  # every block of queries is here; one stores
-            place = current * TOKENS + token
-            if K_STORE:
-                store_tile(own_keys, k_data, k_factors, place, mine, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, OWN, DIM)
-            if V_STORE:
-                store_tile(
-                    own_values,
-                    v_data,
-                    v_factors,
-                    place,
-                    mine,
-                    V_FORMAT,
-                    V_LARGEST,
-                    V_EMAX,
-                    V_THRESHOLD,
-                    OWN,
-                    DIM,
-                )
-            if KEEP_K:
-                target = own_k + (row * TOKENS + token)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-                tl.store(target, own_keys, mask=mine[:, None])
+                    q, q, own_keys, own_keys, own_values, own_values, rows < TOKENS,
+                    total, sum0, sum0, scale, True, False, False,
+                )  # fmt: skip
     if V_PAIRED:  # noqa: SIM108 (a compile-time branch)
         result = own_sum + tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
     else:
@@ -491,14 +533,39 @@ def window_kernel(
         tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
     else:
         stride = programs * TOKENS
+        totals = parts + SPLITS * stride * DIM
         place = split * stride + row * TOKENS + queries
-        tl.store(sums + place[:, None] * DIM + columns[None, :], result, mask=asked[:, None])
-        tl.store(totals + place, total, mask=asked)
-        tl.debug_barrier()  # all threads' sums are written before one thread says so
-        mine = shares_to_combine(counter, epoch, before, split, SPLITS, SHARES, POLLS)
+        tl.store(parts + place[:, None] * DIM + columns[None, :], result.to(tl.int32, bitcast=True), mask=asked[:, None])
+        tl.store(totals + place, total.to(tl.int32, bitcast=True), mask=asked)
+    if SPLITS > 1:
+        mine = tl.where(split < SHARES, 1 << split, 0)
+        if (begun & 0xFFFF) == SPLITS - 1:
+            mine |= begun >> 16
+            tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
         ROWS: tl.constexpr = BLOCK_M // SHARES
         for share in range(SHARES):
             if (mine >> share) & 1:
-                part_of = tl.program_id(2) * BLOCK_M + share * ROWS + tl.arange(0, ROWS)
-                rows = row * TOKENS + part_of
-                combine(sums, totals, out, rows, stride, part_of, part_of < TOKENS, HEADS, DIM, SPLITS, ROWS)
+                combine_share(
+                    parts, totals, out, tl.program_id(2) * BLOCK_M + share * ROWS, row * TOKENS, stride, counter, share,
+                    HEADS, TOKENS, DIM, SPLITS, ROWS, EMPTY, POLLS,
+                )  # fmt: skip
+    # Not before the sums, which others wait for. Every block of queries is here; one stores.
+    if (K_STORE or V_STORE or KEEP_K) and latest & (tl.program_id(2) == 0):
+        for piece in tl.static_range(PIECES):
+            rows = piece * OWN + token
+            own_keys, own_values = own_rows(
+                part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN
+            )
+            inside = rows < TOKENS
+            stored = current * TOKENS + rows
+            if K_STORE:
+                store_tile(
+                    own_keys, k_data, k_factors, stored, inside, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, OWN, DIM
+                )
+            if V_STORE:
+                store_tile(
+                    own_values, v_data, v_factors, stored, inside, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, OWN, DIM
+                )
+            if KEEP_K:
+                target = own_k + (row * TOKENS + rows)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+                tl.store(target, own_keys, mask=inside[:, None])
