@@ -214,7 +214,12 @@ class Meeting(NamedTuple):
 
 
 def meeting(
-    windows: Iterable[int], tokens: int, dim: int, programs: int, device: torch.device, config: WindowConfig | None = None
+    windows: Iterable[int],
+    tokens: int,
+    dim: int,
+    programs: int,
+    device: torch.device,
+    config: WindowConfig | None = None,
 ) -> Meeting:
     """One for windows of so many frames, the current one included, where ``programs`` = B*H read one."""
     how = WindowConfig() if config is None else config

@@ -233,6 +233,9 @@ inline void store16_in(u32 address, const float (&v)[4], u32 bar) {
 inline u32 multiply(u32 a, u32 b) {
     return bf16_of(of_bf16(a) * of_bf16(b)) | bf16_of(of_bf16(a >> 16) * of_bf16(b >> 16)) << 16;
 }
+inline float flushed(float v) { return std::fabs(v) < 1.17549435e-38f ? std::copysign(0.0f, v) : v; }
+inline float power_of_two(float v) { return flushed(std::exp2(v)); }
+inline float reciprocal(float v) { return flushed(1.0f / v); }
 inline u32 to_bf16(float first, float second) { return bf16_of(first) | bf16_of(second) << 16; }
 
 // All lanes give `n` words; the last to come computes for all of them; each takes its results.

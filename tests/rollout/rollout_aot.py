@@ -57,7 +57,9 @@ def window(k, v, basis="own", heads=24, dim=64, frames=60, tokens=64):
 def show(pair, kernel):
     """Counts of products, of copies to shared memory, and of the loop over tiles' loads that it must wait for."""
     loop = re.search(
-        r"scf\.for[^\n]*iter_args(?:(?!scf\.(?:for|yield)).)*?warp_group_dot.*?scf\.yield", kernel.asm["ttgir"], re.DOTALL
+        r"scf\.for[^\n]*iter_args(?:(?!scf\.(?:for|yield)).)*?warp_group_dot.*?scf\.yield",
+        kernel.asm["ttgir"],
+        re.DOTALL,
     ).group()
     print(
         pair,

@@ -219,6 +219,19 @@ __device__ __forceinline__ void store16_in(u32 address, const float (&v)[4], u32
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar) : "memory");
 }
 
+// 2^v and 1 / v by the special function units; subnormal results are 0.
+__device__ __forceinline__ float power_of_two(float v) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+    return d;
+}
+
+__device__ __forceinline__ float reciprocal(float v) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+    return d;
+}
+
 // Two BF16 of two floats, the first one low.
 __device__ __forceinline__ u32 to_bf16(float first, float second) {
     u32 pair;

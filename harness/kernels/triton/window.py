@@ -535,7 +535,9 @@ def window_kernel(
         stride = programs * TOKENS
         totals = parts + SPLITS * stride * DIM
         place = split * stride + row * TOKENS + queries
-        tl.store(parts + place[:, None] * DIM + columns[None, :], result.to(tl.int32, bitcast=True), mask=asked[:, None])
+        tl.store(
+            parts + place[:, None] * DIM + columns[None, :], result.to(tl.int32, bitcast=True), mask=asked[:, None]
+        )
         tl.store(totals + place, total.to(tl.int32, bitcast=True), mask=asked)
     if SPLITS > 1:
         mine = tl.where(split < SHARES, 1 << split, 0)
