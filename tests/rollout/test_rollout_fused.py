@@ -151,7 +151,7 @@ def test_splits_of_any_number_give_the_same(monkeypatch, small_tiles, storage, f
     ("storage", "tokens"), [*((name, 16) for name in STORAGES), ("k_e5m2_v_e2m1", 80)]
 )  # 80: two blocks of queries, of which one stores
 def test_launch_after_launch_begins_with_nothing(storage, tokens, small_tiles):
-    """Several frames of two steps each, two clips: every output and all that is stored, and nothing left to the next."""
+    """Several frames of two steps each, two clips: every output and all that is stored; nothing is left to the next."""
     caches = [filled(STORAGES[storage], 2, 1, 3, tokens, 32, torch.float32, newer=0) for _ in range(2)]
     ours = [FusedAttention(caches[0], store) for store in (False, True)]
     theirs = [RingAttention(caches[1], AttentionKind.sdpa, store) for store in (False, True)]

@@ -1,8 +1,9 @@
 """Attention of one frame from its projection on, in one launch: to its window in the ring beside its own K and V.
 
 Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
-for one head and leaves unnormalised sums; when all of a head have arrived they combine a share of its queries each, in
-the order of the splits, so that results do not depend on which one arrived when. The window is read in order of age,
+for one head and leaves unnormalised sums; some of them combine a share of its queries each, in the order of the splits,
+so that results do not depend on which one arrived when. They ask for the sums themselves until none is missing, which
+takes one way through L2 where counters take three. The window is read in order of age,
 oldest first: the ring from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the
 window and is read by nobody. So the last split of a head, which attends to the frame's own K and V, straight from the
 projection, can store them there in the same launch.
@@ -15,7 +16,8 @@ byte. Rather than interleaving them again, which moves data between threads, K's
 queries in two products, and V's fill two accumulators.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005  (Triton knows sums of tuples, no unpacking)
 
 import triton
 import triton.language as tl
@@ -400,10 +402,10 @@ def window_kernel(
     with ``KEEP_K`` the normalised, rotated keys to ``own_k [B, H, TOKENS, DIM]``. ``K_TURN, V_TURN``: the ring is in
     the Hadamard basis, into which queries, keys and values are turned, and their sums back.
 
-    With more than one split: int32 ``parts``, which for every split holds float32 sums ``[B*H, TOKENS, DIM]``, and after
-    those of all splits totals ``[B*H, TOKENS]``, ``EMPTY`` before and after; ``arrived`` int32 ``[blocks of queries,
-    B*H]``, 0 before and after: see :func:`combine_share`, to which ``SHARES`` and ``POLLS`` belong. ``programs`` is B*H;
-    ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.kernels.launch`` describes. Then a program has the
+    With more than one split: int32 ``parts``, which for every split holds float32 sums ``[B*H, TOKENS, DIM]``, and
+    after those of all splits totals ``[B*H, TOKENS]``, ``EMPTY`` before and after; ``arrived`` int32 ``[blocks of
+    queries, B*H]``, 0 before and after: see :func:`combine_share`, to which ``SHARES`` and ``POLLS`` belong.
+    ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.kernels.launch`` describes. Then a program has the
     first ``HELD`` of its tiles in registers, and the others asked for (:func:`ask_for_share`), when its queries come.
     ``slot``, ``cos``, ``sin`` and other frames' K and V must come from before the last kernel not launched so.
     """
