@@ -3,10 +3,11 @@
 Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
 for one head and leaves unnormalised sums; some of them combine a share of its queries each, in the order of the splits,
 so that results do not depend on which one arrived when. They ask for the sums themselves until none is missing, which
-takes one way through L2 where counters take three. The window is read in order of age,
-oldest first: the ring from the frame after ``slot`` around to the one before it. What lies in ``slot`` has left the
-window and is read by nobody. So the last split of a head, which attends to the frame's own K and V, straight from the
-projection, can store them there in the same launch.
+takes one way through L2 where counters take three.
+
+The window is read in order of age, oldest first: the ring from the frame after ``slot`` around to the one before it.
+What lies in ``slot`` has left the window and is read by nobody. So the last split of a head, which attends to the
+frame's own K and V, straight from the projection, can store them there in the same launch.
 
 Scores need no running maximum: queries and keys are RMS-normalised, so that by Cauchy and Schwarz none is larger than
 sqrt(Dh), give or take a stored key's rounding, and the sums of their exponentials are far from float32's limits.
@@ -405,9 +406,11 @@ def window_kernel(
     With more than one split: int32 ``parts``, which for every split holds float32 sums ``[B*H, TOKENS, DIM]``, and
     after those of all splits totals ``[B*H, TOKENS]``, ``EMPTY`` before and after; ``arrived`` int32 ``[blocks of
     queries, B*H]``, 0 before and after: see :func:`combine_share`, to which ``SHARES`` and ``POLLS`` belong.
-    ``programs`` is B*H; ``scale`` includes log2(e). ``DEPENDENT``: launched as ``harness.kernels.launch`` describes. Then a program has the
-    first ``HELD`` of its tiles in registers, and the others asked for (:func:`ask_for_share`), when its queries come.
-    ``slot``, ``cos``, ``sin`` and other frames' K and V must come from before the last kernel not launched so.
+    ``programs`` is B*H; ``scale`` includes log2(e).
+
+    ``DEPENDENT``: launched as ``harness.kernels.launch`` describes. Then a program has the first ``HELD`` of its tiles
+    in registers, and the others asked for (:func:`ask_for_share`), when its queries come. ``slot``, ``cos``, ``sin``
+    and other frames' K and V must come from before the last kernel not launched so.
     """
     K_PAIRED: tl.constexpr = K_FORMAT == "e2m1"
     V_PAIRED: tl.constexpr = V_FORMAT == "e2m1"
