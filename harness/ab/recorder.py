@@ -65,7 +65,8 @@ def arm_labels(plan: RunPlan, choices: dict[str, str]) -> dict[str, str]:
         return {"bf16": "BF16", "candidate": f"{plan.export.header.label} (exported)"}
     parts = []
     if plan.conf.quant.enabled:
-        parts.append(label("quant", plan.conf.quant, choices.get("quant", "")))
+        by = f" by {plan.conf.calib.method}" if plan.conf.calib.enabled else ""
+        parts.append(label("quant", plan.conf.quant, choices.get("quant", "")) + by)
     if plan.conf.kv.enabled:
         parts.append(label("kv", plan.conf.kv, choices.get("kv", "")))
     return {"bf16": "BF16", "candidate": " + ".join(parts)}
@@ -141,7 +142,7 @@ def arm_record(name: str, arm: Arm, label: str, plan: RunPlan, blocks: Sequence[
     return ArmRecord(
         label=label,
         numeric_path=NumericPath(
-            linears=summary.numeric_path + (f"; weights by {arm.calibrated.facts.method}" if arm.calibrated else ""),
+            linears=summary.numeric_path,
             kv=describe_kv(arm.kv, arm.cache.layers),
             attention=conf.attention.kind.value,
             architecture=summary.architecture,

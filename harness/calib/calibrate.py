@@ -27,7 +27,7 @@ def calibrate(
     clips: Clips,
     sampler: SamplerConf,
     kv: KVConf,
-    damping: float = 0.01,
+    damping: float = 0.1,
     sweeps: int = 2,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, MXWeight]:

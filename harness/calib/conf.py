@@ -31,7 +31,7 @@ class CalibConf:
 
     method: CalibMethod = CalibMethod.none
     clips: DataConf = field(default_factory=lambda: DataConf(limit=8, future_frames=16, seed=1))
-    damping: float = 0.01
+    damping: float = 0.1
     sweeps: int = 2
     folder: str = "outputs/calibration"
 
@@ -50,7 +50,7 @@ def validate(conf: CalibConf) -> None:
         return
     problems = []
     if not 0 <= conf.damping < 1:
-        problems.append(f"damping={conf.damping}: must be at least 0 and below 1 (0.01, say)")
+        problems.append(f"damping={conf.damping}: must be at least 0 and below 1 (0.1, say)")
     if conf.sweeps < 0:
         problems.append(f"sweeps={conf.sweeps}: must be at least 0")
     try:

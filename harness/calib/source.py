@@ -41,6 +41,11 @@ class CalibratedWeights:
     fingerprint: str
     found: bool
 
+    @property
+    def chosen_by(self) -> str:
+        """See :class:`~harness.mx.weights.WeightSource`."""
+        return self.facts.method
+
     def unsuitable(self, name: str, linear: nn.Linear, fmt: LinearFormat) -> str | None:
         """See :class:`~harness.mx.weights.WeightSource`."""
         weight = self.weights.get(name)

@@ -158,6 +158,11 @@ class FileWeights:
     def __init__(self, export: Export, device: torch.device) -> None:
         self.export, self.device = export, device
 
+    @property
+    def chosen_by(self) -> str:
+        """See ``WeightSource``."""
+        return str(self.export.header.calibration.get("method", ""))
+
     def unsuitable(self, name: str, linear: nn.Linear, fmt: LinearFormat) -> str | None:
         """See ``WeightSource``."""
         stored = f"{name}.{elements_name(fmt.element)}"

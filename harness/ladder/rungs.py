@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from harness.config import RunPlan
 from harness.kv import KVStorage
-from harness.kv.conf import KVScales
+from harness.kv.conf import TENSORS, KVScales
 
 Words = tuple[str, ...]
 """What a user would type."""
@@ -47,6 +47,8 @@ VARIANTS: tuple[Variant, ...] = (Variant("", ()), Variant(", calibrated", ("cali
 """Of every candidate of Linears, in the order they are tried: nearest rounding first, which costs nothing."""
 FOUR_BIT_CACHE = "mxfp4_kv"
 """The cache of the last rung."""
+RECENT_FRAMES = 2
+"""Of a 4-bit cache that loses too much, so many of the newest are kept in 8 bits as well."""
 BASELINE = Rung(1, "none", (Candidate("BF16", ("quant=bf16",), ("kv=bf16",)),))
 QUANTS = ("mxfp8_mlp", "mxfp8_all", "mxfp4_mlp", "mxfp4_all_late8", "mxfp4_all")
 """Choices of Linears that rungs start from."""
@@ -76,6 +78,10 @@ def narrower_kv(name: str, plan: RunPlan) -> list[tuple[str, Words]]:
     kv, layers = plan.conf.kv, plan.arch.n_layers
     words: Words = (f"kv={name}",)
     narrowed = []
+    if any(map(kv.is_4_bit, TENSORS)) and not kv.recent_frames and plan.conf.attention.kind != "fused":
+        # Not by the fused kernels, which read a ring of one format.
+        words += (f"kv.recent_frames={RECENT_FRAMES}",)
+        narrowed.append((f"newest {RECENT_FRAMES} frames in 8 bits too", words))
     if kv.storage_of("k") is not KVStorage.bf16 and kv.storage_of("v") is not KVStorage.bf16:
         words += tuple(f"kv.{change}" for change in ("quantize_k=false", "k_storage=null", "k_format=null"))
         words += ("kv.k_late_layers=null",)

@@ -116,7 +116,7 @@ def apply_mx(
     fmt = LinearFormat.of(conf)
     return TransformSummary(
         enabled=True,
-        numeric_path=_numeric_path(targets),
+        numeric_path=_numeric_path(targets, source.chosen_by),
         architecture=describe_device(device),
         bits=conf.bits,
         element=fmt.element.name,
@@ -169,11 +169,11 @@ def _checked(
     return selection, targets
 
 
-def _numeric_path(targets: dict[str, _Target]) -> str:
+def _numeric_path(targets: dict[str, _Target], chosen_by: str) -> str:
     """One path, or each with its categories."""
     categories: dict[str, list[str]] = {}
     for name, target in targets.items():
-        categories.setdefault(f"{target.fmt.numeric_path}, {target.kernel.name}", []).append(name)
+        categories.setdefault(f"{target.fmt.path_of(chosen_by)}, {target.kernel.name}", []).append(name)
     if len(categories) == 1:
         return next(iter(categories))
     return "; ".join(f"{' and '.join(names)} {path}" for path, names in categories.items())

@@ -14,7 +14,13 @@ from harness.mx.linears.base import LinearFormat, MXWeight
 
 
 class WeightSource(Protocol):
-    """Chooses the blocks and the bias of every MX Linear. `name` is the Linear's in the model."""
+    """Chooses the blocks and the bias of every MX Linear. `name` is the Linear's in the model.
+
+    `chosen_by`: what chooses them, in a word, for labels; empty for rounding to nearest.
+    """
+
+    @property
+    def chosen_by(self) -> str: ...  # noqa: D102
 
     def unsuitable(self, name: str, linear: nn.Linear, fmt: LinearFormat) -> str | None:
         """Why it has no weight in `fmt` for `linear`, or None; asked of every Linear before the first is replaced.
@@ -34,6 +40,8 @@ class WeightSource(Protocol):
 
 class NearestRounding:
     """Every value to the nearest element under its block's scale (`formats.mx.encode`), the bias as it is."""
+
+    chosen_by = ""
 
     def unsuitable(self, name: str, linear: nn.Linear, fmt: LinearFormat) -> str | None:
         """See `WeightSource`."""

@@ -66,6 +66,8 @@ def rolled(core: GameRFTCore, clips: Clips, kv: KVConf | None = None) -> Tensor:
 class Given:
     """A weight source of a dict."""
 
+    chosen_by = "gptq"
+
     def __init__(self, weights: dict[str, MXWeight]) -> None:
         self.weights = weights
 

@@ -49,6 +49,8 @@ def test_a_calibrated_run_says_so_and_the_next_one_finds_what_it_kept(calibrated
     assert made.peak_bytes > 0
     assert stored(tmp_path)[0].stem == made.fingerprint
     assert "weights by gptq" in first.candidate.numeric_path.linears
+    assert "rceil" not in first.candidate.numeric_path.linears
+    assert " by gptq" in first.candidate.label
     assert first.arms["bf16"].calibration is None
     again = record(*calibrated())
     assert again.candidate.calibration.found

@@ -32,6 +32,8 @@ class Kept:
         self.weights = {n: m.mx_weight() for n, m in model.named_modules() if isinstance(m, MXModule)}
         self.asked = []
 
+    chosen_by = ""
+
     def unsuitable(self, name, linear, fmt):
         return None if name in self.weights else "the file does not hold it"
 

@@ -78,6 +78,32 @@ def test_a_cache_that_loses_too_much_gives_up_k_then_layers(kv, word):
     assert word in words_of(advised(found, gate("kv", max_memory_ratio=2))[1])
 
 
+def test_weights_rounded_to_nearest_are_calibrated_where_there_are_clips_to_learn_from():
+    found = failing([0.3, 0.02, 0.02, 0.02])
+    found["config"] |= {"calib": {"method": "none"}, "model": {"window": 4, "calibration": ["clips"]}}
+    found["arms"]["candidate"]["transform"] = {"kernel": "emulated", "count": 8}
+    text, command, _ = advised(found, gate("d"))
+    assert "15.1% off in their outputs" in text
+    assert words_of(command) == ["quant=mxfp4_mlp", "gates=d", "calib=gptq"]
+    found["config"]["calib"] = {"method": "gptq"}
+    assert "calib=gptq" not in words_of(advised(found, gate("d"))[1])
+    found["config"] |= {"calib": {"method": "none"}, "model": {"window": 4, "calibration": []}}
+    assert "calib=gptq" not in words_of(advised(found, gate("d"))[1])
+
+
+def test_a_4_bit_cache_that_loses_too_much_keeps_its_newest_frames_in_8_bits():
+    found = failing()
+    found["config"] |= {"quant": {"enabled": False}, "kv": {"quantize_k": True, "quantize_v": True}}
+    found["overrides"] = ["kv=mxfp4_kv", "gates=kv"]
+    found["arms"]["candidate"]["memory"]["kv_bytes_by_format"] = {"e2m1": 300, "bfloat16": 100}
+    text, command, _ = advised(found, gate("kv", max_memory_ratio=2))
+    assert "75% of the cache" in text
+    assert words_of(command) == ["kv=mxfp4_kv", "gates=kv", "kv.recent_frames=2"]
+    compose_run([*words_of(command), "model=smoke", "gates=none"])
+    found["config"]["attention"] = {"kind": "fused"}
+    assert "kv=mx_v_only" in words_of(advised(found, gate("kv", max_memory_ratio=2))[1])
+
+
 def test_an_unstable_candidate_falls_back():
     words = words_of(advised(record(incidents=[incident()]), gate("d"))[1])
     assert "on_instability=fallback" in words

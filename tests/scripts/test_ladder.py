@@ -483,3 +483,14 @@ def test_the_command_explains_itself():
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )
     assert "Climb from BF16" in done.stdout
+
+
+def test_a_4_bit_cache_keeps_its_newest_frames_in_8_bits_before_it_gives_up_k():
+    _, plan = compose_run(["model=smoke", "kv=mxfp4_kv"])
+    narrowed = rungs.narrower_kv("mxfp4_kv", plan)
+    assert [name for name, _ in narrowed[:2]] == ["newest 2 frames in 8 bits too", "K back to BF16"]
+    for _, words in narrowed:
+        compose_run(["model=smoke", *words])
+    for words in (["kv=mx_kv_e4m3"], ["kv=mxfp4_kv", "kv.recent_frames=1"]):
+        _, plan = compose_run(["model=smoke", *words])
+        assert all("newest" not in name for name, _ in rungs.narrower_kv("mxfp4_kv", plan))

@@ -33,13 +33,21 @@ class LinearFormat:
 
     @property
     def numeric_path(self) -> str:
-        """Such as `W4A16 E2M1 weights, floor scales`."""
+        """Such as `W4A16 E2M1 weights, floor scales`: of weights rounded to nearest."""
+        return self.path_of("")
+
+    def path_of(self, chosen_by: str) -> str:
+        """`numeric_path` of weights that `chosen_by` chose, with their scales: `W4A16 E2M1 weights by gptq`."""
         bits, name, other = self.element.bits, self.element.name.upper(), self.activation_element
+        scales = f"{self.scale_mode} scales"
         if other is None:
-            return f"W{bits}A16 {name} weights, {self.scale_mode} scales"
+            return f"W{bits}A16 {name} weights" + (f" by {chosen_by}" if chosen_by else f", {scales}")
+        head = f"W{bits}A{other.bits} {name} weights"
+        if chosen_by:
+            return f"{head} by {chosen_by}, {other.name.upper()} activations, {scales}"
         if other is self.element:
-            return f"W{bits}A{bits} {name} weights and activations, {self.scale_mode} scales"
-        return f"W{bits}A{other.bits} {name} weights, {other.name.upper()} activations, {self.scale_mode} scales"
+            return f"{head} and activations, {scales}"
+        return f"{head}, {other.name.upper()} activations, {scales}"
 
 
 class MXWeight(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,11 @@ def _narrower(record: RunRecord, check: Check, words: list[str]) -> Advice:
     if not setting(record.config, "quant", "enabled"):
         return _narrower_cache(record, words)
     errors = _block_errors(record)
+    if setting(record.config, "calib", "method") == "none" and setting(record.config, "model", "calibration"):
+        count = record.candidate.transform.count if record.candidate and record.candidate.transform else 0
+        rms = f", {math.sqrt(sum(errors.values()) / count):.1%} off in their outputs" if errors and count else ""
+        text = f"weights are rounded to nearest{rms}: choose them for the inputs they will meet"
+        return Advice(text, command(changed(words, "calib=gptq")))
     value, threshold = check.value, check.threshold
     if check.relation == "<=" and errors and value is not None and value > 0:
         blocks = worst_blocks(errors, 1 - ENOUGH * max(threshold, 0) / value)
@@ -164,6 +170,13 @@ def _block_errors(record: RunRecord) -> dict[int, float]:
 
 
 def _narrower_cache(record: RunRecord, words: list[str]) -> Advice:
+    formats = {} if record.candidate is None else record.candidate.memory.kv_bytes_by_format
+    if "e2m1" in formats and setting(record.config, "attention", "kind") != "fused":
+        share = formats["e2m1"] / sum(formats.values())
+        text = (
+            f"4 bits are {share:.0%} of the cache: keep the newest frames, which attention looks at most, in 8 as well"
+        )
+        return Advice(text, command(changed(words, "kv.recent_frames=2")))
     if setting(record.config, "kv", "quantize_k") and setting(record.config, "kv", "quantize_v"):
         return Advice("K back to BF16", command(changed(words, "kv=mx_v_only")))
     late = _half(setting(record.config, "kv", "late_layers") or record.model.arch.get("n_layers"))
