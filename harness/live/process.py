@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -30,6 +31,15 @@ def resident_bytes() -> int:
     except (OSError, IndexError, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_memory_back() -> None:
+    """Hand what is free in the allocator's arenas to the system (glibc; elsewhere nothing happens).
+
+    Threads that come and go each leave an arena behind, up to eight a core, with all that they once held.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 class Memory:

@@ -30,7 +30,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from harness.config.play import PlayConf
 from harness.live.page import Page
 from harness.live.player import Player
-from harness.live.process import resident_bytes
+from harness.live.process import give_memory_back, resident_bytes
 from harness.live.protocol import LARGEST_MESSAGE, MOST_MESSAGES, PROTOCOL, Close, ProtocolError, parse
 from harness.live.shelf import Shelf
 from harness.session import Engine, Session
@@ -232,6 +232,7 @@ def _end(player: Player, game: Game, session: Session) -> None:
         player.close()
     finally:
         game.pool.take_back(session)
+        give_memory_back()
 
 
 async def _send(websocket: WebSocket, player: Player, ready: asyncio.Event, game: Game) -> None:

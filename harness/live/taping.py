@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from harness.live.outbox import Outbox
+from harness.live.process import give_memory_back
 from harness.live.shelf import Shelf
 from harness.session import Action, Recorder, Recording, Session
 from harness.session.recording import Replayer
@@ -83,6 +84,7 @@ class Tape:
         name = f"played_{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
         self._outbox.put_notice("info", f"saving {recorder.frames} frames")
         self._saver.submit(self._write, recorder, name, clip)
+        self._saver.submit(give_memory_back)  # once nothing holds the recording any more
 
     def stop(self, clip: str | None) -> None:
         """End recording or replay; what was recorded is saved."""
