@@ -181,10 +181,10 @@ class RolloutModule(LightningModule):
             looks = {name: appearance(frames[name], recording[clip]) for name in self.arms}
             if len(looks) == 2:
                 looks["drop"] = looks["candidate"].worse_than(looks["bf16"])
-            scores = {name: score_frames(frames[name], recording[clip]) for name in self.arms}
+            scores = {name: score_frames(frames[name], recording[clip], self.plan.device) for name in self.arms}
             frames["recording"] = recording[clip]
         if len(self.arms) == 2:
-            scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"])
+            scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"], self.plan.device)
         change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
         clip_id, fallback = batch.clip_ids[clip], self.guard.fallback
         record = ClipRecord.of(clip_id, batch.tags[clip], scores, change=change, fallback=fallback, appearance=looks)

@@ -35,18 +35,27 @@ def frame_psnr(frames: Tensor, reference: Tensor) -> list[float]:
     return psnr
 
 
-def score_frames(frames: Tensor, reference: Tensor) -> FrameScores:
+def score_frames(frames: Tensor, reference: Tensor, device: torch.device | None = None) -> FrameScores:
     """PSNR and SSIM of ``frames [N, 3, h, w]`` against ``reference`` (same shape, both float in [0, 1]).
+
+    Args:
+        frames: anywhere. reference: likewise.
+        device: where to compute; by default where each is. A GPU takes 1 ms for what a core takes 80 for, in float32
+            there too: scores agree to the last few bits.
 
     Raises:
         ValueError: if the shapes differ.
     """
-    psnr = frame_psnr(frames, reference)
+    psnr: list[float] = []
     ssim: list[float] = []
-    for ours, theirs in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
+    if frames.shape != reference.shape:
+        raise ValueError(f"frames {list(frames.shape)} and reference {list(reference.shape)} differ in shape")
+    for pair in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
         # SSIM's blur is a depthwise convolution, four times as fast on a CPU in this memory format.
-        ours, theirs = (x.float().contiguous(memory_format=torch.channels_last) for x in (ours, theirs))
-        similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+        ours, theirs = (x.to(device).float().contiguous(memory_format=torch.channels_last) for x in pair)
+        psnr += frame_psnr(ours, theirs)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
         assert isinstance(similarity, Tensor)
         ssim += similarity.reshape(-1).tolist()
     return FrameScores(psnr, ssim)

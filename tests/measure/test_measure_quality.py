@@ -21,3 +21,12 @@ def test_psnr_is_that_of_the_definition_per_frame():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         score_frames(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_gives_the_scores_of_a_cpu():
+    frames, reference = torch.rand(20, 3, 96, 128), torch.rand(20, 3, 96, 128)
+    here, there = (score_frames(frames, reference, torch.device(name)) for name in ("cpu", "cuda"))
+    assert there.psnr == pytest.approx(here.psnr, abs=1e-4)
+    assert there.ssim == pytest.approx(here.ssim, abs=1e-5)
