@@ -149,3 +149,10 @@ def test_fields_of_a_config_file_can_be_replaced(composed, game, overrides):
     plan = plan_run(composed(*overrides(game), "+model.arch.local_window=3"))
     assert (plan.arch.local_window, plan.arch.d_model) == (3, 32)
     assert plan.vae_scale == 0.5
+
+
+def test_a_file_beside_a_named_model_of_another_width_is_refused(composed, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {d_model: 192}")
+    with pytest.raises(ConfigError, match=r"has d_model=192, model.arch d_model=64: .*leave model= out"):
+        plan_run(composed("model=smoke", f"model.config_file={file}"))

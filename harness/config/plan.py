@@ -181,7 +181,14 @@ def _fields(name: str, file: str | None, arch: dict[str, Any], kind: type) -> di
         raise ConfigError("\n".join(wrong))
     if file is None and not arch:
         raise ConfigError(f"{name}: give {name}.config_file or {name}.arch")
-    return {**(model_section(file) if file else {}), **arch}
+    given = model_section(file) if file else {}
+    width = arch.get("d_model")
+    if width is not None and given.get("d_model", width) != width:
+        raise ConfigError(
+            f"{name}.config_file={file} has d_model={str(given['d_model'])[:20]}, {name}.arch d_model={width}: a named "
+            f"model (model=smoke, dit_v4, …) brings its own shape; leave model= out, or give no {name}.config_file"
+        )
+    return {**given, **arch}
 
 
 def _read_model(conf: RunConf, problems: list[str]) -> tuple[GameRFTConfig | None, DCAEConfig | None, float | None]:
