@@ -29,6 +29,8 @@ class Stopped(BaseException):
 class Signals:
     """Within the context, a signal of :data:`STOPPING` raises :class:`Stopped` in the main thread.
 
+    An exception may be raised where Python drops it, as in a ``__del__``; :meth:`check` raises it again.
+
     One that is ignored where the context begins (``nohup``) stays ignored. Outside of the main thread nothing changes:
     Python delivers signals there alone.
     """
@@ -37,6 +39,7 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
         self._held = False
         self._waiting: int | None = None
+        self._arrived: int | None = None
 
     def __enter__(self) -> Signals:
         self.install()
@@ -62,7 +65,14 @@ class Signals:
         if self._held:
             self._waiting = self._waiting or number
             return
-        raise Stopped(number)
+        self._arrived = number
+        if frame is None or frame.f_code.co_name != "__del__":
+            raise Stopped(number)
+
+    def check(self) -> None:
+        """Raise ``Stopped`` if a signal has arrived: after each frame, so that none is lost."""
+        if self._arrived is not None:
+            raise Stopped(self._arrived)
 
     @contextmanager
     def held(self, drop: bool = False) -> Iterator[None]:

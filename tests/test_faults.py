@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from harness.ab.module import RolloutModule
 from harness.report.journal import load_run
 from harness.report.record import load_record
+from harness.rollout import Rollout
 from harness.run import cli
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "measure.parts_frames=0", "quant=mxfp8_mlp"]
@@ -111,3 +112,35 @@ def test_what_is_finished_is_recorded_while_the_run_lasts(command, before_batch,
     assert (seen[0].status, len(seen[0].clips)) == ("running", 2)
     assert [times.clips for times in seen[0].timings] == [[clip.clip_id] for clip in seen[0].clips]
     assert all((tmp_path / "run" / clip.video).is_file() for clip in seen[0].clips)
+
+
+def test_a_signal_that_python_drops_ends_the_run_within_a_frame(command, monkeypatch, tmp_path):
+    """In a ``__del__`` an exception is printed and lost; it must not be so for the signal that raised it."""
+
+    class Gone:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    frames = []
+    plain = Rollout.next_frame
+
+    def next_frame(self, *args):
+        frames.append(None)
+        if len(frames) == 6:
+            Gone()
+        return plain(self, *args)
+
+    monkeypatch.setattr(Rollout, "next_frame", next_frame)
+    code, said = command("data.limit=4")
+    assert (code, len(frames)) == (143, 6)
+    assert said.err.splitlines()[-1] == "stopped by SIGTERM"
+    record = load_record(tmp_path / "run" / "record.json")
+    assert (record.status, len(record.clips)) == ("interrupted", 1)
+
+
+def test_a_log_that_cannot_be_written_costs_nothing(command, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.log").symlink_to("/dev/full")
+    code, _ = command("data.limit=1", "resume=true", "gates=d")
+    assert code == 4
+    assert load_record(tmp_path / "run" / "record.json").status == "complete"

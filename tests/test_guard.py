@@ -114,6 +114,62 @@ def test_a_clip_with_nan_is_left_out_and_the_others_of_its_batch_kept(record, ga
     assert "no layer shows it" in incident.message
 
 
+@pytest.fixture
+def overflowing(monkeypatch):
+    """The decoder gives infinities and NaN for finite latents, in one arm's second frame of one clip."""
+    plain = Arm.roll
+
+    def use(clip, quantised):
+        def roll(self, batch, *args):
+            decode, calls = self.decode, []
+
+            def overflow(latent):
+                calls.append(latent)
+                picture = decode(latent)
+                if len(calls) == 2 and clip in batch.clip_ids and self.kv.enabled == quantised:
+                    picture = picture.clone()
+                    picture[batch.clip_ids.index(clip), 0, :2] = torch.tensor([[torch.inf], [torch.nan]])
+                return picture
+
+            self.decode = overflow
+            try:
+                return plain(self, batch, *args)
+            finally:
+                self.decode = decode
+
+        monkeypatch.setattr(Arm, "roll", roll)
+
+    return use
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_pictures_that_are_not_finite_cost_their_clip_alone(
+    composed, game, overrides, tmp_path, overflowing, quantised, batch
+):
+    """And the record, page and all clips that were finished are there, whichever arm it is."""
+    words = [*overrides(game, **{"data.limit": 3, "measure.videos": "true"}), "kv=mx_v_only"]
+    words += ["on_instability=record", f"data.batch_size={batch}"]
+    overflowing("clip_3", quantised)
+    arm = "candidate" if quantised else "bf16"
+    if quantised:
+        run(composed(*words))
+    else:  # nothing can be judged against such a BF16
+        with pytest.raises(InstabilityError, match="arm bf16: clip clip_3"):
+            run(composed(*words))
+    found = load_record(tmp_path / "run" / "record.json")
+    others = [clip.clip_id for clip in found.clips]
+    assert "clip_3" not in others
+    assert "clip_0" in others or (batch == 2 and not quantised)
+    (incident,) = found.incidents
+    assert (incident.kind, incident.arm, incident.clip, incident.frame) == ("non_finite", arm, "clip_3", 1)
+    assert "in the decoder's picture of finite latents" in incident.message
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "in the decoder&#39;s picture of finite latents" in page
+    assert "could not be drawn" not in page
+    assert page.count('<figure class="player"') == len(others)
+
+
 def test_bf16_itself_has_nothing_to_fall_back_to(composed, game, overrides, monkeypatch):
     from harness.rollout import Rollout
 

@@ -66,6 +66,8 @@ class Ending:
 
     def _told(self, error: BaseException | None) -> bool:
         """Whether another process than the first has told that one of its error: then it ends quietly."""
+        if isinstance(error, Exception) and self.processes.orphaned:
+            return True  # its error is that the first one was killed
         if not (self.processes.started and isinstance(error, Exception)):
             return False
         self.processes.fail(self.trainer, self.module, error)

@@ -120,6 +120,14 @@ class _Retake(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After Lightning has taken them."""
         self.signals.install()
+        assert isinstance(pl_module, RolloutModule)
+        before = pl_module.on_frame
+
+        def on_frame() -> None:
+            before()
+            self.signals.check()
+
+        pl_module.on_frame = on_frame
 
 
 def set_threads(conf: RunConf) -> None:

@@ -60,6 +60,11 @@ class Processes(Callback):
         self._batches: list[FinishedBatch] = []
         self._ends: dict[int, End] = {}
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether the process that started this one, of others than the first, is gone."""
+        return os.getppid() != self._parent
+
     def adopt(self, trainer: Trainer) -> None:
         """Take over the processes that Lightning started, whose own watch would kill this one without a word."""
         procs = getattr(trainer.strategy.launcher, "procs", [])
@@ -88,7 +93,7 @@ class Processes(Callback):
                     self._read(rank)
                     self._raise_failure(rank)
                     raise ProcessError(f"process {rank} ended before it was done; its finished clips are kept")
-        elif os.getppid() != self._parent:
+        elif self.orphaned:
             raise Stopped(signal.SIGTERM)
 
     def on_predict_batch_end(

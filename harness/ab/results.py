@@ -26,8 +26,8 @@ COLUMNS = (
     *("psnr", "ssim", "fidelity_psnr", "fidelity_ssim"),
 )
 """Of ``frames.csv``."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the start of a formula."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""What a spreadsheet takes for the start of a formula, blanks before it left out; in full width too."""
 
 
 class Results(Callback):
@@ -161,7 +161,7 @@ def _rows(batch: FinishedBatch) -> Iterable[dict[str, Any]]:
             if arm == "candidate":
                 scored["fidelity_"] = clip.scores.get("fidelity")
             for frame, (dit, decoder) in enumerate(zip(spans.dit_ms, spans.decoder_ms, strict=True)):
-                row = {"clip_id": _plain(clip.clip_id), "tag": clip.tag, "arm": arm, "frame": frame}
+                row = {"clip_id": clip.clip_id, "tag": clip.tag, "arm": arm, "frame": frame}
                 row |= {"dit_ms": dit, "decoder_ms": decoder, "total_ms": round(dit + decoder, DIGITS)}
                 for prefix, scores in scored.items():
                     row |= _scores_at(None if scores is None else scores.frames, frame, prefix)
@@ -170,7 +170,7 @@ def _rows(batch: FinishedBatch) -> Iterable[dict[str, Any]]:
 
 def _plain(text: str) -> str:
     """Text that no spreadsheet runs."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+    return f"'{text}" if text.startswith(FORMULA) or text.lstrip().startswith(FORMULA) else text
 
 
 def _scores_at(scores: FrameScores | None, frame: int, prefix: str) -> dict[str, float]:
@@ -184,5 +184,7 @@ def _csv(rows: Iterable[dict[str, Any]], heading: bool) -> str:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     if heading:
         writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {name: _plain(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+    )
     return text.getvalue()

@@ -137,7 +137,9 @@ function drawing(svg) {
 }
 
 function table(data) {
-  const cell = (value) => (typeof value === "string" ? `"${value.replaceAll('"', '""')}"` : value ?? "");
+  // What a spreadsheet would run as a formula becomes text.
+  const plain = (text) => (/^\s*[=+\-@\t\r\n＝＋－＠]/.test(text) ? `'${text}` : text);
+  const cell = (value) => (typeof value === "string" ? `"${plain(value).replaceAll('"', '""')}"` : value ?? "");
   const rows = [["", ...data.series.map((series) => series.name)], ...data.labels.map((label, index) => [label, ...data.series.map((series) => series.values[index])])];
   return rows.map((row) => row.map(cell).join(",")).join("\n") + "\n";
 }
