@@ -105,11 +105,19 @@ def validate(conf: CompileConf, device: torch.device) -> None:
 
 
 def without_grad(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Run ``function`` without gradients, but not in inference mode, whose tensors compiled code tells from others."""
+    """Run ``function`` without gradients, but not in inference mode, whose tensors compiled code tells from others.
+
+    A context is entered where it changes something: entering both takes as long as launching a kernel.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
             return function(*args, **kwargs)
 
     return wrapped
