@@ -171,7 +171,6 @@ class RolloutTask(ForcedTask):
         super().__init__(*args, **kwargs)
         self.refresh = refresh
         self.pool: list[Batch] = []
-        self._roll: Rollout | None = None
 
     def draw(self) -> Batch:
         """A batch the model has rolled out."""
@@ -196,13 +195,9 @@ class RolloutTask(ForcedTask):
         self.pool = list(zip(*(part.split(self.batch) for part in (x0, mouse, btn, noise, states)), strict=True))
 
     def _rollout(self, batch: int) -> Rollout:
+        """A sampler over the averaged model as it is now: made anew, since one keeps what it computed from weights."""
         core = copy.deepcopy(self.averaged()).to(torch.bfloat16).eval().requires_grad_(False)
-        if self._roll is None:
-            cache = make_cache(core, self.sampler, KVConf(), batch)
-            self._roll = Rollout(core, cache, self.sampler)
-        else:
-            self._roll.core.load_state_dict(core.state_dict())
-        return self._roll
+        return Rollout(core, make_cache(core, self.sampler, KVConf(), batch), self.sampler)
 
 
 class SharpenTask(RolloutTask):

@@ -13,6 +13,7 @@ import yaml
 from doom_world.autoencoder import time_cosine
 from doom_world.bank import Controls, SequenceBank
 from doom_world.muon import StackedMuon
+from doom_world.world_model import RolloutTask
 from safetensors.torch import load_file
 
 from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
@@ -92,6 +93,27 @@ def test_sequences_never_cross_an_episodes_end():
     assert starts == [0.0, 1.0, *(float(i) for i in range(7, 15))]
     with pytest.raises(ValueError, match="no recorded segment is 14 frames long"):
         SequenceBank(latents, bank.controls, length=14)
+
+
+@torch.no_grad()
+def test_training_rollouts_use_the_weights_of_the_moment_embedding_of_time_included(small):
+    latents = torch.randn(40, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    controls = Controls(torch.zeros(40, 2), torch.zeros(40, 11), torch.zeros(40, dtype=torch.int64))
+    core = random_gamerft(train_doom.GAMERFT, seed=0)
+    task = RolloutTask(core, SequenceBank(latents, controls, length=6), train_doom.SAMPLER, 1.0, 2, 1e-3)
+
+    def first_frame() -> torch.Tensor:
+        roll, x = task._rollout(1), latents[None, :4]
+        roll.prefill(x, controls.mouse[None, :4], controls.btn[None, :4], x)
+        return roll.next_frame(latents[None, 4], controls.mouse[None, 4], controls.btn[None, 4]).clone()
+
+    before = first_frame()
+    for weight in task.averaged().t_embed.parameters():
+        weight.neg_()
+    after = first_frame()
+    assert not torch.equal(before, after)
+    task = RolloutTask(task.averaged(), task.bank, task.sampler, 1.0, 2, 1e-3)
+    torch.testing.assert_close(first_frame(), after, rtol=0, atol=0)
 
 
 def test_the_learning_rate_follows_the_clock():
