@@ -74,7 +74,8 @@ def main() -> None:
         sys.exit(2)
     module, _, function = COMMANDS[name][0].partition(":")
     # A run in several processes repeats this command in each, so it must mean the same without the sub-command.
-    sys.argv[:] = [sys.argv[0], *arguments[arguments[0] == name :]]
+    program = sys.argv[0] if name in (*ROLLING, *WITH_WORDS) else f"mx-world {name}"  # as usage lines begin
+    sys.argv[:] = [program, *arguments[arguments[0] == name :]]
     if name in ROLLING:
         from harness.imports import import_torchmetrics
 

@@ -36,6 +36,7 @@ from harness.rollout import AttentionKind, CompileConf
 from harness.rollout.attention import FusedAttention, OneProjectedLayer, check_attention, layer_attention
 from harness.rollout.compile import CapturedGraph, compile_function
 from harness.rollout.fused import WindowConfig
+from harness.streams import patient
 
 MX = KVStorage.mx
 STORAGES = {
@@ -149,6 +150,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@patient
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write JSON; 1 if a row failed."""
     args = parse(argv)

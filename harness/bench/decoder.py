@@ -32,6 +32,7 @@ from harness.models.dcae import DCAEDecoder, ResBlock
 from harness.rollout import CompileConf, DecoderGroups, FrameDecoder
 from harness.rollout.compile import CapturedGraph
 from harness.rollout.fused_decoder import FusedDecoder
+from harness.streams import patient
 
 REPLAYS = 50
 
@@ -148,6 +149,7 @@ def compare(plan: Any, latent: Tensor, compile: bool) -> None:
         print(f"  {graph_us(function):7.1f} us  {name}", flush=True)
 
 
+@patient
 @torch.inference_mode(False)
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:

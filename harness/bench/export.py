@@ -31,6 +31,7 @@ from harness.measure.memory import module_bytes
 from harness.models.checkpoint import random_gamerft
 from harness.models.gamerft import GameRFTCore
 from harness.mx.transform import apply_mx
+from harness.streams import patient
 
 
 def write(words: Sequence[str], path: Path) -> int:
@@ -75,6 +76,7 @@ def _peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+@patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -17,6 +17,7 @@ from statistics import NormalDist
 import numpy as np
 
 from harness.report.gates.intervals import mean_interval, t_quantile
+from harness.streams import patient
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -88,6 +89,7 @@ def misses(shape: str, count: int, samples: int) -> dict[str, tuple[float, float
     return {name: (100 * above / samples, 100 * below / samples) for name, (above, below) in found.items()}
 
 
+@patient
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0, or 2 where an argument makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

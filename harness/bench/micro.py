@@ -33,6 +33,7 @@ from harness.bench.rings import bench_attention, bench_kv
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTConfig
 from harness.mx.conf import KernelChoice
+from harness.streams import patient
 
 
 def run_all(bench: Bench, args: argparse.Namespace, arch: GameRFTConfig, window: int) -> None:
@@ -103,6 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@patient
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 if a kernel's product was wrong."""

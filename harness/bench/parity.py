@@ -31,6 +31,7 @@ from harness.models.checkpoint import load_decoder, load_gamerft, read_state
 from harness.models.config_io import read_dcae_config, read_gamerft_config, read_yaml
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.rollout import AttentionKind, CompileConf, Rollout, SamplerConf, make_cache
+from harness.streams import patient
 
 BOUND, DECODER_BOUND = 1e-5, 5e-5
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -231,6 +232,7 @@ def cache_contents(case: Case, cache: KVCache) -> Iterator[Figure]:
         yield compare(name.removeprefix("roll."), ours, reference, BOUND, note)
 
 
+@patient
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     """Compare every folder; exit codes as told above."""

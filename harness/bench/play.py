@@ -31,6 +31,7 @@ from harness.live.server import SWITCH_S, Game, build_app, uvicorn_config
 from harness.session import Action, Session
 from harness.session.open import load_play
 from harness.session.session import Rolled
+from harness.streams import patient
 
 WARM = 10
 
@@ -95,6 +96,7 @@ def shown(name: str, stepped: float, piped: float, row: dict[str, Any]) -> str:
     return f"{name:24} {speed} {waits} {rest}"
 
 
+@patient
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

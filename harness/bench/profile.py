@@ -27,6 +27,7 @@ from harness.config import RunPlan, register
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import assemble
+from harness.streams import patient
 
 PARTS = (
     ("attention", r"window_kernel|window_attention|flash|fmha|attention|flex|sdpa"),
@@ -129,6 +130,7 @@ def report(now: dict[str, Any], before: dict[str, Any] | None, top: int) -> str:
     return "\n".join(lines)
 
 
+@patient
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -35,6 +35,7 @@ from harness.measure.environment import environment
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import LatentDecoder
+from harness.streams import patient
 
 
 class Bench:
@@ -170,6 +171,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@patient
 def main(argv: list[str] | None = None) -> int:
     """Measure; 0 if every row gave a result."""
     args = parse(argv)

@@ -19,6 +19,7 @@ from typing import Any
 
 from harness.bench import rollout
 from harness.bench.child import child
+from harness.streams import patient
 
 LINEARS = {"dit_v4": ("mlp.fc1", "1536→6144"), "dit_v4_5b": ("mlp.fc1", "2560→10240")}
 """One Linear of each model by its name in microbench, and its size."""
@@ -147,6 +148,7 @@ def summary(args: argparse.Namespace) -> str:
     return "".join(f"| {name} | {text} |\n" for name, text in [("what", "measured"), ("---", "---"), *lines])
 
 
+@patient
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write; 1 if a job or one of its rows failed."""
     args = parse(argv)

@@ -44,6 +44,7 @@ from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import AttentionKind, frame_attention
 from harness.rollout.linears import pack
 from harness.rollout.steps import through_layer_fused
+from harness.streams import patient
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
@@ -180,6 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@patient
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, print entries; 2 where there is nothing to tune."""

@@ -34,6 +34,7 @@ from harness.measure.figures import Appearance
 from harness.measure.quality import frame_psnr
 from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
+from harness.streams import patient
 
 MARGIN_DB = 1.5
 """What the model must gain over the repeated frame."""
@@ -164,6 +165,7 @@ def looks_table(figures: WorldModelFigures) -> Table:
     return table
 
 
+@patient
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; 0 if it is a world model, 1 if not, 2 on bad input."""
     argv = sys.argv[1:] if argv is None else argv
