@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import dataclasses
 import shutil
 
+import chromium
 import pytest
 import torch._dynamo
 import yaml
@@ -52,6 +53,13 @@ TINY_DCAE = {
     "encoder_blocks_per_stage": [1, 1, 1],
     "decoder_blocks_per_stage": [1, 1, 1],
 }
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium, one for the tests of a module."""
+    with chromium.opened(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -1,45 +1,14 @@
 """The page in headless Chromium: played with keys and a mouse, formats switched, split, recorded, replayed."""
 
-import shutil
 import time
 
 import numpy as np
 import pytest
+from chromium import wait_for
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra [pages])")
 
 from harness.config import ROOT  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
-)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,1000",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.set_page_load_timeout(60)
-    yield driver
-    driver.quit()
-
 
 COUNT_MOVES = """
     window.moved = 0;
@@ -64,17 +33,6 @@ def open_game(make_game, browser, listen):
     errors = [entry["message"] for entry in browser.get_log("browser")]
     browser.get("about:blank")
     assert errors == []
-
-
-def wait_for(driver, script, seconds=30):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = driver.execute_script(script)
-        if found:
-            return found
-        time.sleep(0.05)
-    state = driver.execute_script("return [game.state, document.getElementById('notices').innerText]")
-    raise AssertionError(f"never true within {seconds} s: {script}; {state}")
 
 
 def actions(driver):

@@ -1,10 +1,9 @@
 """The pages in headless Chromium: no errors, curves drawn, read-outs, sorting, players in step."""
 
-import shutil
-import time
 from dataclasses import asdict, replace
 
 import pytest
+from chromium import wait_for
 from report_cases import FRAMES, NASTY, clip, record, write
 
 from harness.report.page.compare_page import write_compare_page
@@ -12,35 +11,6 @@ from harness.report.page.run_page import run_page, write_run_page
 from harness.report.sweep import write_sweep_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra [pages])")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
-)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,1000",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.set_page_load_timeout(60)
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +23,6 @@ def run_folder(tmp_path_factory):
 def open_page(driver, folder):
     driver.get((folder / "report.html").as_uri())
     assert [entry["message"] for entry in driver.get_log("browser")] == []
-
-
-def wait_for(driver, script, seconds=20):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = driver.execute_script(script)
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"never true within {seconds} s: {script}")
 
 
 def positions(driver):
