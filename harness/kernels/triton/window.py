@@ -246,6 +246,87 @@ def own_rows(
 
 
 @triton.jit
+def attend_own(
+    q,
+    part,
+    kept_keys,
+    kept_values,
+    cos,
+    sin,
+    total,
+    sums,
+    scale,
+    KEPT: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    EPS: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
+):
+    """Add the frame's own keys and values, in pieces of ``ROWS``, to each query's total and weighted sums."""
+    for piece in tl.static_range((TOKENS + ROWS - 1) // ROWS):
+        rows = piece * ROWS + tl.arange(0, ROWS)
+        keys, values = own_rows(
+            part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, ROWS, DIM, EPS, K_TURN, V_TURN
+        )
+        total, sums, _ = attend_tile(
+            q, q, keys, keys, values, values, rows < TOKENS, total, sums, sums, scale, True, False, False
+        )
+    return total, sums
+
+
+@triton.jit
+def store_own(
+    part,
+    kept_keys,
+    kept_values,
+    cos,
+    sin,
+    slot,
+    k_data,
+    k_factors,
+    v_data,
+    v_factors,
+    own_k,
+    KEPT: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    EPS: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    K_STORE: tl.constexpr,
+    K_LARGEST: tl.constexpr,
+    K_EMAX: tl.constexpr,
+    K_THRESHOLD: tl.constexpr,
+    V_FORMAT: tl.constexpr,
+    V_STORE: tl.constexpr,
+    V_LARGEST: tl.constexpr,
+    V_EMAX: tl.constexpr,
+    V_THRESHOLD: tl.constexpr,
+    KEEP_K: tl.constexpr,
+):
+    """Encode the frame's own keys and values into ``slot`` of a head's rings; ``KEEP_K``: keys also to ``own_k``."""
+    for piece in tl.static_range((TOKENS + ROWS - 1) // ROWS):
+        rows = piece * ROWS + tl.arange(0, ROWS)
+        keys, values = own_rows(
+            part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, ROWS, DIM, EPS, K_TURN, V_TURN
+        )
+        inside = rows < TOKENS
+        stored = slot * TOKENS + rows
+        if K_STORE:
+            store_tile(keys, k_data, k_factors, stored, inside, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, ROWS, DIM)
+        if V_STORE:
+            store_tile(values, v_data, v_factors, stored, inside, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, ROWS, DIM)
+        if KEEP_K:
+            tl.store(own_k + rows[:, None] * DIM + tl.arange(0, DIM)[None, :], keys, mask=inside[:, None])
+
+
+@triton.jit
 def combine(
     parts,
     totals,
@@ -509,21 +590,16 @@ def window_kernel(
             total, sum0, sum1 = attend_tile(
                 q0, q1, k0, k1, v0, v1, known, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
             )
-        for piece in tl.static_range(PIECES):
-            rows = piece * OWN + token
-            own_keys, own_values = own_rows(
-                part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN
-            )
-            if V_PAIRED:
-                total, own_sum, _ = attend_tile(
-                    q, q, own_keys, own_keys, own_values, own_values, rows < TOKENS,
-                    total, own_sum, own_sum, scale, True, False, False,
-                )  # fmt: skip
-            else:
-                total, sum0, _ = attend_tile(
-                    q, q, own_keys, own_keys, own_values, own_values, rows < TOKENS,
-                    total, sum0, sum0, scale, True, False, False,
-                )  # fmt: skip
+        if V_PAIRED:
+            total, own_sum = attend_own(
+                q, part, kept_keys, kept_values, cos, sin, total, own_sum, scale,
+                KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
+            )  # fmt: skip
+        else:
+            total, sum0 = attend_own(
+                q, part, kept_keys, kept_values, cos, sin, total, sum0, scale,
+                KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
+            )  # fmt: skip
     if V_PAIRED:  # noqa: SIM108 (a compile-time branch)
         result = own_sum + tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
     else:
@@ -558,21 +634,9 @@ def window_kernel(
                 )  # fmt: skip
     # Not before the sums, which others wait for. Every block of queries is here; one stores.
     if (K_STORE or V_STORE or KEEP_K) and latest & (tl.program_id(2) == 0):
-        for piece in tl.static_range(PIECES):
-            rows = piece * OWN + token
-            own_keys, own_values = own_rows(
-                part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN
-            )
-            inside = rows < TOKENS
-            stored = current * TOKENS + rows
-            if K_STORE:
-                store_tile(
-                    own_keys, k_data, k_factors, stored, inside, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, OWN, DIM
-                )
-            if V_STORE:
-                store_tile(
-                    own_values, v_data, v_factors, stored, inside, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, OWN, DIM
-                )
-            if KEEP_K:
-                target = own_k + (row * TOKENS + rows)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-                tl.store(target, own_keys, mask=inside[:, None])
+        store_own(
+            part, kept_keys, kept_values, cos, sin, current, k_data, k_factors, v_data, v_factors,
+            own_k + row * (TOKENS * DIM), KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
+            K_FORMAT, K_STORE, K_LARGEST, K_EMAX, K_THRESHOLD,
+            V_FORMAT, V_STORE, V_LARGEST, V_EMAX, V_THRESHOLD, KEEP_K,
+        )  # fmt: skip
