@@ -347,7 +347,8 @@ def combine(
     Asks for them at most ``most`` times, until none is ``EMPTY``, and returns whether that came about: then what was
     read is ``EMPTY`` again, for the next launch.
     """
-    CHUNK: tl.constexpr = min(DIM, 128)  # columns whose parts are all on their way at once: as many as registers hold
+    PATIENT: tl.constexpr = DIM > 64
+    CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
     # As many copies of the totals as there are threads: so all of these must agree on what is missing.
     totals += rows[:, None] + tl.zeros((ROWS, 128 // ROWS), tl.int32)
     known = asked[:, None] & tl.full((ROWS, 128 // ROWS), 1, tl.int1)
@@ -359,6 +360,15 @@ def combine(
         total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
         result = tl.zeros((ROWS, CHUNK), tl.float32)
         while (missing != 0) & (asks < most):
+            if PATIENT:  # the totals come last: as long as one is missing, no traffic in the others' way
+                waiting = 1
+                while (waiting != 0) & (asks < most):
+                    lacks = tl.zeros((ROWS, 128 // ROWS), tl.int32)
+                    for split in tl.static_range(SPLITS):
+                        weight = tl.load(totals + split * stride, mask=known, other=0, volatile=True)
+                        lacks |= (weight == EMPTY).to(tl.int32)
+                    waiting = tl.max(tl.max(lacks, 1), 0)
+                    asks += 1
             total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
             result = tl.zeros((ROWS, CHUNK), tl.float32)
             absent = tl.zeros((ROWS, 128 // ROWS), tl.int32)
