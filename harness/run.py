@@ -37,7 +37,7 @@ from harness.ab.context import RunContext
 from harness.ab.job import execute
 from harness.ab.processes import ProcessError
 from harness.config import CONF, ConfigError, reference
-from harness.config.command import check_command, read_command
+from harness.config.command import check_command, in_hydras_order, read_command
 from harness.config.compose import one_line
 from harness.kernels.cache import place_compilers
 from harness.measure.stability import InstabilityError
@@ -127,6 +127,7 @@ def _command() -> None:
         command = read_command(asked)
         if command.composes:
             check_command(command)
+            sys.argv[1:] = in_hydras_order(asked, command)
         main()
     except (ConfigError, CompactHydraException, OmegaConfBaseException, OSError) as error:
         plain = isinstance(error, ConfigError | UserError)

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from harness.config import ROOT, ConfigError, plan_run
 from harness.config import sizes as sizes_room
+from harness.config.command import in_hydras_order, read_command
 from harness.config.compose import compose, load
 from harness.config.labels import label
 from harness.config.slurm import slurm_problems
@@ -203,3 +206,30 @@ def test_without_the_demo_one_sentence_says_what_to_do(monkeypatch, tmp_path):
     assert str(caught.value).startswith("the demo model is not part of the installed package: run in a clone")
     assert len(str(caught.value).splitlines()) == 1
     assert plan_run(compose("model=smoke")).conf.data.source == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a0 [x, x]\n" + "".join(f"k{n}: &a{n + 1} [{f'*a{n}, ' * 9}]\n" for n in range(12)), "values"),
+        ("a: " + "[" * 20000 + "]" * 20000, "nested deeper"),
+        ("a: &a [*a]\n", "within its own anchor"),
+        ("a: x\n" * 300_000, "MiB; a config has at most"),
+        ("defaults: [own]\n", "lead to one another in their defaults without end"),
+    ],
+    ids=["aliases that multiply", "brackets", "itself", "a megabyte", "defaults"],
+)
+def test_configs_of_ones_own_are_read_within_bounds(tmp_path, text, said):
+    (tmp_path / "quant").mkdir()
+    (tmp_path / "quant" / "own.yaml").write_text(text)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=said):
+        load(["model=smoke", "quant=own"], "run", tmp_path)
+    assert time.monotonic() - start < 20
+
+
+def test_words_may_stand_before_and_behind_options():
+    arguments = ["model=smoke", "-m", "quant=bf16,mxfp8_all", "--config-dir", "mine", "kv=bf16"]
+    ordered = in_hydras_order(arguments, read_command(arguments))
+    assert ordered == ["-m", "--config-dir", "mine", "model=smoke", "quant=bf16,mxfp8_all", "kv=bf16"]
+    get_args_parser().parse_args(ordered)

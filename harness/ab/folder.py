@@ -8,6 +8,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from omegaconf.errors import OmegaConfBaseException
+
 from harness.files.writing import remove_parts
 from harness.report.files import CONFIG, ERROR, FRAMES, JOURNAL, LOCK, LOG, LOGGED, PAGE, RECORD, TABLE, VIDEOS
 from harness.signals import Stopped
@@ -43,7 +45,9 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | OSError | Stopped) and not any((self.path / name).exists() for name in KEPT):
+        if isinstance(error, ValueError | OSError | OmegaConfBaseException | Stopped) and not any(
+            (self.path / name).exists() for name in KEPT
+        ):
             self.abandon()
         else:
             self.release()

@@ -65,6 +65,17 @@ def read_command(arguments: Sequence[str]) -> Command:
     )
 
 
+def in_hydras_order(arguments: Sequence[str], command: Command) -> list[str]:
+    """Options before words: Hydra's parser takes no words behind an option that has some before it."""
+    words, options = list(command.words), []
+    for word in arguments:
+        if word in words:
+            words.remove(word)
+        else:
+            options.append(word)
+    return [*options, *command.words]
+
+
 def _no_option(word: str, rest: Sequence[str], known: Sequence[str]) -> str:
     name, equals, value = word.partition("=")
     plain = name.lstrip("-").replace("-", "_")

@@ -32,6 +32,7 @@ from harness.config.problems import ConfigError
 from harness.config.schema import SCHEMAS, register
 from harness.config.values import unknown_keys
 from harness.config.words import Vocabulary, file_problems, word_problems
+from harness.files.text import FileError, check_yaml
 
 
 class ComposedConfig(DictConfig):
@@ -118,6 +119,8 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
     register()
     setup_globals()
     JobRuntime.instance().set("name", name)
+    if config_dir is not None:
+        _check_files(Path(config_dir))
     loader = _loader(config_dir)
     try:
         vocabulary = _vocabulary(loader, words, name)
@@ -135,6 +138,8 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
         raise
     except ConfigCompositionException as error:
         raise ConfigError(_not_set(error, vocabulary)) from error
+    except RecursionError as error:
+        raise ConfigError("options lead to one another in their defaults without end") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(one_line(error)) from error
     # Hydra itself has one key that its own type has not.
@@ -142,6 +147,18 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
     if problems:
         raise ConfigError("\n".join(problems))
     return cfg
+
+
+def _check_files(folder: Path) -> None:
+    """Bound each YAML file of a folder of configs, of which Hydra would build whatever it stands for."""
+    problems = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            check_yaml(path, "a config")
+        except FileError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _not_set(error: ConfigCompositionException, vocabulary: Vocabulary) -> str:

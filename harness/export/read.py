@@ -29,6 +29,7 @@ from harness.export.layout import (
     elements_name,
     elements_spec,
 )
+from harness.files.tensors import check_header
 from harness.files.text import FileError, check_file, parse_json
 from harness.formats.mx import BLOCK
 from harness.kv import KVConf
@@ -49,6 +50,7 @@ def is_export(path: str | Path | None) -> bool:
     if path is None or Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return False
     try:
+        check_header(Path(path))
         with safe_open(path, "pt") as file:
             return KEY in (file.metadata() or {})
     except (SafetensorError, OSError, ValueError):

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from harness.files.text import FileError, check_file
 from harness.files.writing import replacing
 
+SAID = 300
+"""Characters of an error that are passed on: it may quote the file."""
 WHAT = "a .safetensors or .pt file"
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of safetensors: a hundred thousand tensors stay below it."""
 MAX_PICKLE_BYTES = 64 * 2**20
 """The pickle of an archive names tensors and holds none."""
 _PICKLES = 5
@@ -40,9 +44,21 @@ _BUILDERS = {
 """What a pickle of plain tensors names, by module; beside element types and storages of them."""
 
 
+def check_header(path: Path) -> None:
+    """Raise :class:`FileError` if a safetensors file claims a header that no checkpoint needs: it is parsed whole."""
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error}") from error
+    if header > MAX_HEADER_BYTES:
+        raise FileError(f"{path}: not a readable safetensors file: its header claims {header} bytes")
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises :class:`FileError`."""
     check_file(path, WHAT)
+    check_header(path)
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError, MemoryError) as error:
@@ -104,7 +120,7 @@ def _refused(path: Path, why: str) -> FileError:
 
 def first_line(error: BaseException) -> str:
     """An error's own first line, or its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__)[:SAID]
 
 
 def _is_archive(path: Path) -> bool:

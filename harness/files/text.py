@@ -148,6 +148,13 @@ def read_yaml(path: Path, what: str = "a YAML file", limit: int = MAX_YAML_BYTES
         return _resolved(content, content, 0)
 
 
+def check_yaml(path: Path, what: str = "a YAML file", limit: int = MAX_YAML_BYTES) -> None:
+    """Raise :class:`FileError` if ``path`` is no YAML within the bounds; nothing of it is built."""
+    text = read_text(path, what, limit)
+    with _told(path):
+        _check_events(text)
+
+
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
     try:

@@ -134,3 +134,12 @@ def test_safetensors_whose_header_lies_are_refused(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(FileError, match=r"a\.safetensors: not a readable"):
             read_safetensors(path)
+
+
+def test_a_safetensors_header_of_a_hundred_megabytes_is_not_parsed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write((90_000_000).to_bytes(8, "little"))
+        file.truncate(90_000_100)
+    with pytest.raises(FileError, match="its header claims 90000000 bytes"):
+        read_safetensors(path)
