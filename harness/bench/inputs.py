@@ -17,7 +17,7 @@ from harness.models.gamerft import GameRFTConfig
 
 
 def read_model(name: str) -> tuple[GameRFTConfig, int]:
-    """Architecture and window (frames) of a model config by name, or of a YAML file with a `model:` section."""
+    """Architecture and window (frames) of a model config by name, or of a YAML file with a ``model:`` section."""
     if name.endswith((".yaml", ".yml")):
         return gamerft_config(model_section(name), name), 60
     register()

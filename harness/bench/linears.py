@@ -66,7 +66,7 @@ def products(arch: GameRFTConfig, batch: int, steps: int = 2) -> list[Product]:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Euclidean norm of the difference, relative to `want`'s (float64)."""
+    """Euclidean norm of the difference, relative to ``want``'s (float64)."""
     return float((got.double() - want).norm() / want.norm())
 
 
@@ -82,7 +82,7 @@ def oracle(mx: MXModule, x: Tensor) -> Tensor:
 def variants(
     linear: nn.Linear, fmt: LinearFormat, device: torch.device, names: Sequence[str] | None
 ) -> Iterator[tuple[str, MXModule]]:
-    """Each kernel of `names` that can run `fmt` here, Triton by every path. Of all, emulated ones only by need."""
+    """Each kernel of ``names`` that can run ``fmt`` here, Triton by every path. Of all, emulated ones only by need."""
     verdicts = available_kernels(device, fmt)
     real = [k for k in KERNELS if verdicts[k.name] == "ok" and not k.emulated]
     for kernel in KERNELS:
@@ -97,7 +97,7 @@ def variants(
 
 
 def time_linear(bench: Bench, row: Row, linear: nn.Module, size: int, x: Tensor, plain_us: float | None) -> None:
-    """Time calls of copies of `linear`, whose weight takes `size` bytes; `plain_us` is what BF16 takes."""
+    """Time calls of copies of ``linear``, whose weight takes ``size`` bytes; ``plain_us`` is what BF16 takes."""
     modules: list[Any] = [linear, *(copy.deepcopy(linear) for _ in range(bench.copies(size) - 1))]
     row.us, row.p90 = bench.time([partial(module, x) for module in modules])
     moved = size + x.nbytes * (1 + row.n / x.shape[1])

@@ -15,7 +15,7 @@ from harness.measure.timing import samples_ms
 
 @dataclass
 class Row:
-    """One measurement. Times in µs per call; `error` is relative, in the Euclidean norm, to float64."""
+    """One measurement. Times in µs per call; ``error`` is relative, in the Euclidean norm, to float64."""
 
     part: str
     name: str
@@ -53,7 +53,7 @@ class Bench:
         return time.perf_counter() > self.deadline
 
     def check_time(self) -> None:
-        """Raise `OutOfTimeError` if it was."""
+        """Raise ``OutOfTimeError`` if it was."""
         if self.over:
             raise OutOfTimeError
 
@@ -63,13 +63,13 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def copies(self, size: int) -> int:
-        """Copies of something of `size` bytes that together exceed twice the L2 cache (1 on a CPU)."""
+        """Copies of something of ``size`` bytes that together exceed twice the L2 cache (1 on a CPU)."""
         if self.device.type != "cuda":
             return 1
         return max(1, min(128, -(-2 * torch.cuda.get_device_properties(self.device).L2_cache_size // size)))
 
     def time(self, calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
-        """Median and 90th percentile in µs per call over `iterations` rounds of all `calls`."""
+        """Median and 90th percentile in µs per call over ``iterations`` rounds of all ``calls``."""
 
         def round_of_calls() -> None:
             for call in calls:

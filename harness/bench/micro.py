@@ -8,7 +8,7 @@
 
 Every kernel is checked against the product of the decoded operands before it is timed. Several copies of a weight, more
 than the L2 cache holds, take turns, so that weights come from memory as they do in a frame. On a GPU all copies run in
-one CUDA graph that is replayed; a figure is the median replay divided by the copies. `floor` is the time that weight,
+one CUDA graph that is replayed; a figure is the median replay divided by the copies. ``floor`` is the time that weight,
 input and output need at the bandwidth of a device copy measured first. Rows that the time limit leaves out say so.
 """
 
@@ -37,7 +37,7 @@ from harness.streams import patient
 
 
 def run_all(bench: Bench, args: argparse.Namespace, arch: GameRFTConfig, window: int) -> None:
-    """Measure what was asked for into `bench.rows`."""
+    """Measure what was asked for into ``bench.rows``."""
     bench.measure_bandwidth()
     for batch in args.batch:
         for product in products(arch, batch) if "linear" in args.only else []:

@@ -62,7 +62,7 @@ class Figure:
 
 
 def compare(name: str, ours: Tensor, reference: Tensor, bound: float, note: str = "") -> Figure:
-    """Our tensor beside the reference; raises `BadInput` where shapes differ."""
+    """Our tensor beside the reference; raises ``BadInput`` where shapes differ."""
     if ours.shape != reference.shape:
         raise BadInput(f"{name}: reference has shape {tuple(reference.shape)}, this config gives {tuple(ours.shape)}")
     return Figure(name, (ours.double() - reference.double()).abs().max().item(), bound, note)
@@ -128,7 +128,7 @@ def check_folder(folder: Path) -> Iterator[Figure]:
 
 
 def controls(case: Case, cfg: GameRFTConfig, mouse: str, btn: str, *batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Mouse and buttons of the case, `[*batch, axes]` and `[*batch, buttons]`; None for an unconditional model."""
+    """Mouse and buttons of the case, ``[*batch, axes]`` and ``[*batch, buttons]``; None for an unconditional model."""
     if cfg.uncond:
         return None, None
     return case.get(mouse, *batch, cfg.n_mouse_axes), case.get(btn, *batch, cfg.n_buttons)

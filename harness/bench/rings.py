@@ -29,7 +29,7 @@ ATTENTION_LAYERS = 4
 
 
 def make_kv(arch: GameRFTConfig, window: int, batch: int, conf: KVConf, device: torch.device) -> KVCache:
-    """A cache of `ATTENTION_LAYERS` layers whose windows are full."""
+    """A cache of ``ATTENTION_LAYERS`` layers whose windows are full."""
     sizes = (ATTENTION_LAYERS, batch, arch.n_heads, arch.head_dim, arch.tokens_per_frame)
     cache = KVCache(*sizes, [window] * ATTENTION_LAYERS, conf, torch.bfloat16, device)
     for layer in range(ATTENTION_LAYERS):
@@ -40,7 +40,7 @@ def make_kv(arch: GameRFTConfig, window: int, batch: int, conf: KVConf, device: 
 
 
 def heads_of(arch: GameRFTConfig, batch: int, device: torch.device) -> list[Tensor]:
-    """Random q, k and v of one frame, each `[B, H, P, Dh]` in BF16."""
+    """Random q, k and v of one frame, each ``[B, H, P, Dh]`` in BF16."""
     shape = (batch, arch.n_heads, arch.tokens_per_frame, arch.head_dim)
     return [torch.randn(shape, device=device).bfloat16() for _ in range(3)]
 

@@ -83,7 +83,7 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """`value / base`, where there are both."""
+    """``value / base``, where there are both."""
     return None if value is None or not base else value / base
 
 

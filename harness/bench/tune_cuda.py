@@ -1,4 +1,4 @@
-"""Finds the fastest launch shape of `kernel=cuda` for a Linear; `scripts/microbench.py --tune` calls it."""
+"""Finds the fastest launch shape of ``kernel=cuda`` for a Linear; ``scripts/microbench.py --tune`` calls it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFINED = 4
 
 
 def tune(bench: Bench, mx: PackedLinear, x: Tensor) -> str:
-    """Set `mx.config` to the fastest found; the entry for a file in `tuned/`, and what was refused.
+    """Set ``mx.config`` to the fastest found; the entry for a file in ``tuned/``, and what was refused.
 
     Launch shapes are compiled side by side. One that gives anything but the product of the decoded operands up to the
     order of summation is never timed, and named.
@@ -75,7 +75,7 @@ def tune(bench: Bench, mx: PackedLinear, x: Tensor) -> str:
 
 
 def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
-    """`config` with longer stages, or fewer of them, where they fit."""
+    """``config`` with longer stages, or fewer of them, where they fit."""
     groups = config.stage_groups * config.stages
     others = [
         replace(config, stage_groups=stage, stages=-(-groups // stage)) for stage in (1, 2, 3, 4, 6) if stage <= groups
@@ -85,7 +85,7 @@ def other_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
 
 
 def checker(mx: PackedLinear, rows: Tensor) -> Callable[[], str | None]:
-    """A function that says what is wrong with `mx`'s product of `rows`, or None."""
+    """A function that says what is wrong with ``mx``'s product of ``rows``, or None."""
     weight = mx.dense_weight()
     bias = None if mx.bias is None else mx.bias.double()
     parts = [slice(0, 512), slice(max(0, mx.out_features - 512), mx.out_features)]  # both ends

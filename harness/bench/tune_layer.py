@@ -1,10 +1,11 @@
-"""Find the launch shapes of `kernel=cuda` with which whole layers run fastest; prints entries for `kernels/cuda/tuned`.
+"""Find the launch shapes of ``kernel=cuda`` with which whole layers run fastest; prints entries for
+``kernels/cuda/tuned``.
 
     python scripts/tune_layer.py                                # dit_v4, 8, 4 and 16 bits
     python scripts/tune_layer.py --model dit_v4_5b --bits 8 4
 
-A Linear by itself (`microbench.py --tune`) does not show what counts in a frame: kernels are launched while those in
-front of them still run (`harness.kernels.launch`), and one that leaves room on a multiprocessor has its weights there
+A Linear by itself (``microbench.py --tune``) does not show what counts in a frame: kernels are launched while those in
+front of them still run (``harness.kernels.launch``), and one that leaves room on a multiprocessor has its weights there
 before its input is ready. So here layers run as in a frame, in a CUDA graph: attention over a full ring, sums and
 norms, and the four Linears, of which one kind after the other is given each launch shape worth trying. A shape whose
 product is wrong is never timed. Needs a Hopper GPU.

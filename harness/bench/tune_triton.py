@@ -1,4 +1,4 @@
-"""Finds the fastest launch shape of `kernel=triton` for a Linear; `scripts/microbench.py --tune` calls it."""
+"""Finds the fastest launch shape of ``kernel=triton`` for a Linear; ``scripts/microbench.py --tune`` calls it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.mx.linears.triton import TritonMXLinear
 
 
 def tune(bench: Bench, mx: TritonMXLinear, x: Tensor) -> str:
-    """Set `mx.config` to the fastest found, one dimension of a shape after the other; an entry for `tuned/`."""
+    """Set ``mx.config`` to the fastest found, one dimension of a shape after the other; an entry for ``tuned/``."""
     from triton.runtime.errors import OutOfResources  # not on machines without a GPU
 
     shape = mx.shape(x.shape[0])

@@ -3,10 +3,10 @@
     python scripts/check_world_model.py                      # the shipped demo
     python scripts/check_world_model.py model.checkpoint=my.safetensors 'data.paths=[my_clips]' future_frames=32
 
-Rolls every `motion` clip out and compares its first frames with the recording, beside two baselines: the last context
+Rolls every ``motion`` clip out and compares its first frames with the recording, beside two baselines: the last context
 frame repeated (a model that ignores time), and the same model fed another clip's future actions (a model that ignores
 the player). A second table shows what PSNR hides: sharpness, texture and whether the picture moves as the actions ask.
-Arguments are config overrides as `harness/run.py` takes them; `future_frames=N` is the number of
+Arguments are config overrides as ``harness/run.py`` takes them; ``future_frames=N`` is the number of
 generated frames to judge (16). Exits 1 unless the model beats the first by 1.5 dB and the second at all, 2 on bad
 input.
 """

@@ -1,16 +1,16 @@
 """What an exported checkpoint looks like: names and element types of its tensors, and what its header says.
 
-One safetensors file. The tensors of an MX Linear `NAME` are named as compressed-tensors names them
-(`mxfp4-pack-quantized` and `mxfp8-quantized`), which vLLM and llm-compressor read and write:
+One safetensors file. The tensors of an MX Linear ``NAME`` are named as compressed-tensors names them
+(``mxfp4-pack-quantized`` and ``mxfp8-quantized``), which vLLM and llm-compressor read and write:
 
 | tensor | element type | shape | holds |
 |---|---|---|---|
-| `NAME.weight_packed` | uint8 | [N, K/2] | E2M1 elements, two a byte, the even one in the low nibble |
-| `NAME.weight` | float8_e4m3fn or float8_e5m2 | [N, K] | 8-bit elements |
-| `NAME.weight_scale` | uint8 | [N, K/32] | E8M0: the scale of 32 elements along K is 2^(byte - 127); 255 is NaN |
-| `NAME.bias` | bfloat16 | [N] | the bias, where there is one |
+| ``NAME.weight_packed`` | uint8 | [N, K/2] | E2M1 elements, two a byte, the even one in the low nibble |
+| ``NAME.weight`` | float8_e4m3fn or float8_e5m2 | [N, K] | 8-bit elements |
+| ``NAME.weight_scale`` | uint8 | [N, K/32] | E8M0: the scale of 32 elements along K is 2^(byte - 127); 255 is NaN |
+| ``NAME.bias`` | bfloat16 | [N] | the bias, where there is one |
 
-Every other tensor is the model's own, BF16. The header has one entry, JSON under `mx_world_harness`: a header with
+Every other tensor is the model's own, BF16. The header has one entry, JSON under ``mx_world_harness``: a header with
 several would be written in another order each time, and the same weights are to be the same bytes.
 """
 

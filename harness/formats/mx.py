@@ -12,8 +12,8 @@ and stands for the values X * P_i.
 | E5M2    | 8    | s eeeee mm, bias 15 | 57344              | S.11111.00 infinity, else NaN |
 | E2M1    | 4    | s ee m, bias 1      | 6                  | none                          |
 
-Storage is always `torch.uint8`. Two E2M1 elements share a byte, the one with the lower index in the low
-nibble, which is torchao's packing (`pack_uint4`) and that of `torch.float4_e2m1fn_x2`.
+Storage is always ``torch.uint8``. Two E2M1 elements share a byte, the one with the lower index in the low
+nibble, which is torchao's packing (``pack_uint4``) and that of ``torch.float4_e2m1fn_x2``.
 
 What happens at the edges, by the specification:
 
@@ -24,15 +24,15 @@ What happens at the edges, by the specification:
   neighbours could be told. The elements of such a block mean nothing; E2M1, which has no NaN, stores 0.
 * Scales that would be less than 2^-127 (amax below 2^(emax - 127), about 1e-36 for E4M3) are 2^-127, byte 0, and the
   block is divided by just that, so that small values become small elements.
-* `rceil` is exact here for every float32.
+* ``rceil`` is exact here for every float32.
 
-Where torchao 0.18, whose numbers these are otherwise, does something else (`tests/mx/test_mx_formats.py` holds each):
+Where torchao 0.18, whose numbers these are otherwise, does something else (``tests/mx/test_mx_formats.py`` holds each):
 
-* Byte 0: it divides by 2^-126 (by 1 in `rceil`) yet stores byte 0, so such a block decodes to half its value (to 0 in
-  `rceil`).
-* Infinity without NaN: it saturates, under scale byte 254 in `rceil` and 2^(128 - emax) in the other modes, and
+* Byte 0: it divides by 2^-126 (by 1 in ``rceil``) yet stores byte 0, so such a block decodes to half its value (to 0 in
+  ``rceil``).
+* Infinity without NaN: it saturates, under scale byte 254 in ``rceil`` and 2^(128 - emax) in the other modes, and
   finite values beside it mostly vanish. Its pull request 4725 (2026) makes both as they are here.
-* `rceil`: its portable path takes ceil(log2(amax / max)) in float32, which is one step low for amax less than about
+* ``rceil``: its portable path takes ceil(log2(amax / max)) in float32, which is one step low for amax less than about
   1e-5 (relative) above max * 2^k. No BF16 value lies there.
 
 Decoding to BF16 is exact: an element has at most 4 significant bits and the scale is a power of two. Only
@@ -80,7 +80,7 @@ _NUMBERS = {
 class ElementFormat:
     """One MX element format, known by its name.
 
-    Its numbers are looked up and not held: `torch.compile` makes a symbol of an attribute that differs from one
+    Its numbers are looked up and not held: ``torch.compile`` makes a symbol of an attribute that differs from one
     compilation of the same code to the next, and Inductor computes with symbols in 64 bits, where the bits of a
     float32 no longer fit.
     """
@@ -99,7 +99,7 @@ class ElementFormat:
 
     @property
     def emax(self) -> int:
-        """Exponent of `max`."""
+        """Exponent of ``max``."""
         return _NUMBERS[self.name].emax
 
     @property
@@ -128,8 +128,8 @@ _FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class MXBlocks(NamedTuple):
     """A tensor in MX form. For a tensor of shape [..., K] (K a multiple of 32):
 
-    `elements` uint8 [..., K] (8-bit formats) or [..., K/2] (E2M1, two per byte, low nibble first);
-    `scales` uint8 [..., K/32], E8M0 bytes.
+    ``elements`` uint8 [..., K] (8-bit formats) or [..., K/2] (E2M1, two per byte, low nibble first);
+    ``scales`` uint8 [..., K/32], E8M0 bytes.
     """
 
     elements: Tensor
@@ -137,13 +137,13 @@ class MXBlocks(NamedTuple):
 
 
 def encode(x: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rceil) -> MXBlocks:
-    """Quantise `x` [..., K], BF16 or float32, to MX blocks along the last dimension.
+    """Quantise ``x`` [..., K], BF16 or float32, to MX blocks along the last dimension.
 
     Rounds to nearest even and saturates; NaN, infinity, zero and tiny blocks as described at the top of the
-    module. Fixed shapes and no data-dependent control flow, so it traces into `torch.compile`, where it gives the
-    same bits (see `stored_values`).
+    module. Fixed shapes and no data-dependent control flow, so it traces into ``torch.compile``, where it gives the
+    same bits (see ``stored_values``).
 
-    Raises ValueError when K is not a multiple of 32 or `x` is not BF16 or float32.
+    Raises ValueError when K is not a multiple of 32 or ``x`` is not BF16 or float32.
     """
     check_block_dim(x.shape)
     if x.dtype not in (torch.bfloat16, torch.float32):
@@ -156,7 +156,7 @@ def encode(x: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rcei
 
 
 def stored_values(x: Tensor) -> Tensor:
-    """`x` (BF16 or float32) in float32; of BF16 the values that memory would hold, in compiled code too.
+    """``x`` (BF16 or float32) in float32; of BF16 the values that memory would hold, in compiled code too.
 
     Inductor computes BF16 in float32 and leaves out the rounding between fused operations, so that it would quantise
     other values than eager code does. Between modules a value is BF16, and that is what is to be quantised. Rounding
@@ -171,14 +171,15 @@ def stored_values(x: Tensor) -> Tensor:
 
 
 def scale_bytes(amax: Tensor, fmt: ElementFormat, scale_mode: ScaleMode = ScaleMode.rceil) -> Tensor:
-    """E8M0 bytes, uint8 of `amax`'s shape (float32), of blocks whose largest magnitudes are `amax`."""
+    """E8M0 bytes, uint8 of ``amax``'s shape (float32), of blocks whose largest magnitudes are ``amax``."""
     return _biased_exponent(amax, fmt, scale_mode).to(torch.uint8)
 
 
 def encode_with_scales(x: Tensor, scales: Tensor, fmt: ElementFormat) -> Tensor:
-    """Elements of `x` [..., K] under given scales, for scales that cover more than a block or come from earlier values.
+    """Elements of ``x`` [..., K] under given scales, for scales that cover more than a block or come from earlier
+    values.
 
-    `scales` are E8M0 bytes (uint8) that broadcast to [..., K/32]. Elements as `encode` gives them: values
+    ``scales`` are E8M0 bytes (uint8) that broadcast to [..., K/32]. Elements as ``encode`` gives them: values
     too large for their scale saturate, and NaN is for the caller to mark in the scales.
     """
     blocks = stored_values(x).unflatten(-1, (-1, BLOCK))
@@ -194,10 +195,10 @@ def _elements(blocks: Tensor, reciprocal: Tensor, fmt: ElementFormat) -> Tensor:
 def decode(
     blocks: MXBlocks, fmt: ElementFormat, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
 ) -> Tensor:
-    """Values of `blocks`, [..., K] in `dtype` (bfloat16 or float32); exact but for the ends of the range.
+    """Values of ``blocks``, [..., K] in ``dtype`` (bfloat16 or float32); exact but for the ends of the range.
 
-    `out`, of that shape and dtype, is filled and returned instead of a new tensor. Raises ValueError when
-    elements and scales do not belong together, or when `dtype` or `out` is of another kind.
+    ``out``, of that shape and dtype, is filled and returned instead of a new tensor. Raises ValueError when
+    elements and scales do not belong together, or when ``dtype`` or ``out`` is of another kind.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"MX decoding gives bfloat16 or float32, not {dtype}")
@@ -232,7 +233,7 @@ def has_special_values(blocks: MXBlocks, fmt: ElementFormat) -> bool:
 
 
 def check_block_dim(shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise ValueError unless the last dimension of `shape` is a positive multiple of 32."""
+    """Raise ValueError unless the last dimension of ``shape`` is a positive multiple of 32."""
     if not shape or shape[-1] == 0 or shape[-1] % BLOCK:
         raise ValueError(
             f"MX blocks hold {BLOCK} values of the last dimension, which must be a multiple of {BLOCK}; "
@@ -269,7 +270,7 @@ def _biased_exponent(amax: Tensor, fmt: ElementFormat, mode: ScaleMode) -> Tenso
 
 
 def carry_threshold(fmt: ElementFormat, mode: ScaleMode) -> int:
-    """Mantissa bits of amax above which the scale is one step larger than with `floor`: for that itself, none are."""
+    """Mantissa bits of amax above which the scale is one step larger than with ``floor``: for that itself, none are."""
     if mode == ScaleMode.floor:
         return 2**23
     if mode == ScaleMode.ceil:
@@ -292,7 +293,7 @@ def _pack_e2m1(scaled: Tensor) -> Tensor:
     """E2M1 bytes [..., 16] of values [..., 32] already within [-6, 6].
 
     The codes 0..7 step by 1/2 up to 2, by 1 up to 4, by 2 up to 6. On each piece rounding to even is
-    `round`, and the piece that applies is the one with the lowest code.
+    ``round``, and the piece that applies is the one with the lowest code.
     """
     a = scaled.abs().nan_to_num(nan=0.0)
     code = torch.minimum((a * 2).round(), torch.minimum(a.round() + 2, (a * 0.5).round() + 4)).to(torch.uint8)

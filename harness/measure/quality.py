@@ -20,7 +20,8 @@ CHUNK = 16
 
 
 def frame_psnr(frames: Tensor, reference: Tensor) -> list[float]:
-    """PSNR in dB, at most ``PSNR_CAP``, of each of ``frames [N, 3, h, w]`` against ``reference``, as in `score_frames`.
+    """PSNR in dB, at most ``PSNR_CAP``, of each of ``frames [N, 3, h, w]`` against ``reference``, as in
+    ``score_frames``.
 
     Raises:
         ValueError: if the shapes differ.

@@ -1,4 +1,4 @@
-"""Rotary position embeddings of GameRFT: the `motion` and `ortho` variants.
+"""Rotary position embeddings of GameRFT: the ``motion`` and ``ortho`` variants.
 
 Angles are float32 and computed from absolute frame indices, so a rollout may run past ``n_frames``. Frequencies and
 grid positions are kept as the int32 bits of their float32 values: ``module.to(torch.bfloat16)`` rounds float buffers,

@@ -18,7 +18,7 @@ class Scope(StrEnum):
 class Activation(StrEnum):
     """What enters the product: BF16 as it is, or MX blocks encoded on the fly.
 
-    `mx`: in the weights' format. `mxfp8`: in E4M3 whatever the weights' format (W4A8 with 4-bit weights).
+    ``mx``: in the weights' format. ``mxfp8``: in E4M3 whatever the weights' format (W4A8 with 4-bit weights).
     """
 
     bf16 = "bf16"
@@ -27,10 +27,10 @@ class Activation(StrEnum):
 
 
 class KernelChoice(StrEnum):
-    """What computes the product. `auto` takes the fastest that can run and reports which one it was.
+    """What computes the product. ``auto`` takes the fastest that can run and reports which one it was.
 
-    `cutlass`: the GPU's native MX path through torchao (Blackwell, activation `mx`). `cuda`: this package's own CUDA
-    kernel, for few rows on Hopper. `triton`: this package's own Triton kernels. `emulated`: BF16 arithmetic on
+    ``cutlass``: the GPU's native MX path through torchao (Blackwell, activation ``mx``). ``cuda``: this package's own
+    CUDA kernel, for few rows on Hopper. ``triton``: this package's own Triton kernels. ``emulated``: BF16 arithmetic on
     decoded values, any device; its speed says nothing about MX.
     """
 
@@ -50,12 +50,12 @@ class Element8Bit(StrEnum):
 
 @dataclass
 class CategoryBits:
-    """Bits of the Linears of one category, where they are to differ from `MXConf.bits`.
+    """Bits of the Linears of one category, where they are to differ from ``MXConf.bits``.
 
     Attributes:
-        mlp: 8, 4, or null = as `bits`.
-        attn: 8, 4, or null = as `bits`.
-        modulation: 8, 4, or null = as `bits`.
+        mlp: 8, 4, or null = as ``bits``.
+        attn: 8, 4, or null = as ``bits``.
+        modulation: 8, 4, or null = as ``bits``.
     """
 
     mlp: int | None = None
@@ -73,13 +73,13 @@ class MXConf:
         scope: which Linears, see :class:`Scope`.
         kernel: what computes the product, see :class:`KernelChoice`.
         activation: what enters the product, see :class:`Activation`.
-        scale_mode: how an E8M0 scale follows from amax; `rceil` is the default of torchao's
-            `MXDynamicActivationMXWeightConfig` too.
+        scale_mode: how an E8M0 scale follows from amax; ``rceil`` is the default of torchao's
+            ``MXDynamicActivationMXWeightConfig`` too.
         late_layers: only the last so many blocks, at least 1 (more than there are means all); null = all.
-        include: glob patterns over module names that are taken whatever the scope; see `harness.mx.select`.
+        include: glob patterns over module names that are taken whatever the scope; see ``harness.mx.select``.
         exclude: glob patterns over module names that stay BF16.
         element_8bit: element format at 8 bits.
-        bits_by_category: bits of a category in scope where they are to differ from `bits`.
+        bits_by_category: bits of a category in scope where they are to differ from ``bits``.
         list: print what was transformed, and what was kept and why, once the model is set up; the run then goes on.
     """
 
@@ -97,7 +97,7 @@ class MXConf:
     list: bool = False  # last: below it, list is no longer the type
 
     def bits_of(self, category: str) -> int:
-        """Bits of the Linears of `category`."""
+        """Bits of the Linears of ``category``."""
         own = getattr(self.bits_by_category, category, None)
         return self.bits if own is None else int(own)
 
@@ -114,10 +114,10 @@ class MXConf:
 
 
 def validate(conf: MXConf) -> None:
-    """Raise ValueError listing every field of `conf` with a value that is not allowed, and what is.
+    """Raise ValueError listing every field of ``conf`` with a value that is not allowed, and what is.
 
-    Depends on the config alone. Whether the kernel can run on a device is for `harness.mx.dispatch.resolve_kernel`,
-    whether the patterns match a model for `harness.mx.transform.apply_mx`.
+    Depends on the config alone. Whether the kernel can run on a device is for ``harness.mx.dispatch.resolve_kernel``,
+    whether the patterns match a model for ``harness.mx.transform.apply_mx``.
     """
     problems = []
     if conf.bits not in (4, 8):

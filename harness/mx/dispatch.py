@@ -1,8 +1,8 @@
 """The one place that decides which kernel computes an MX Linear.
 
-A kernel is an entry of `KERNELS`: when it can run, which Linears it fits, and what it puts in the place of an
-`nn.Linear`. To add one, put its device code into `harness/kernels/` and its entry here; `auto`, the errors and the
-run record follow.
+A kernel is an entry of ``KERNELS``: when it can run, which Linears it fits, and what it puts in the place of an
+``nn.Linear``. To add one, put its device code into ``harness/kernels/`` and its entry here; ``auto``, the errors and
+the run record follow.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,9 @@ AVAILABLE = "ok"
 class Kernel:
     """One way to compute an MX Linear.
 
-    `unavailable(device, format)` and `unfit(linear)` give a reason, or None when all is well. `build(weight)` makes the
-    module that computes with `weight`, whoever chose it (`harness.mx.weights`). `emulated` marks kernels whose speed
-    says nothing about MX.
+    ``unavailable(device, format)`` and ``unfit(linear)`` give a reason, or None when all is well. ``build(weight)``
+    makes the module that computes with ``weight``, whoever chose it (``harness.mx.weights``). ``emulated`` marks
+    kernels whose speed says nothing about MX.
     """
 
     name: KernelChoice
@@ -80,16 +80,16 @@ KERNELS: tuple[Kernel, ...] = (
         emulated=True,
     ),
 )
-"""Every kernel of this version, fastest first (docs/performance.md): `auto` takes the first that is available."""
+"""Every kernel of this version, fastest first (docs/performance.md): ``auto`` takes the first that is available."""
 
 
 def available_kernels(device: torch.device, fmt: LinearFormat) -> dict[str, str]:
-    """For each kernel a user can name, `"ok"` or the reason why it cannot run on `device` for this format."""
+    """For each kernel a user can name, ``"ok"`` or the reason why it cannot run on ``device`` for this format."""
     return {str(k.name): k.unavailable(device, fmt) or AVAILABLE for k in KERNELS}
 
 
 def resolve_kernel(choice: KernelChoice, device: torch.device, fmt: LinearFormat) -> Kernel:
-    """The kernel `choice` names, or for `auto` the fastest one that can run.
+    """The kernel ``choice`` names, or for ``auto`` the fastest one that can run.
 
     Raises ValueError when it cannot run here, with the reason for each kernel that cannot and the ones that can.
     """
@@ -107,7 +107,7 @@ def resolve_kernel(choice: KernelChoice, device: torch.device, fmt: LinearFormat
 
 
 def describe_device(device: torch.device) -> str:
-    """Such as `cpu` or `NVIDIA H200 (sm_90)`."""
+    """Such as ``cpu`` or ``NVIDIA H200 (sm_90)``."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)

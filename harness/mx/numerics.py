@@ -12,12 +12,12 @@ from harness.mx.linears.base import MXModule
 
 
 def linear_error(linear: nn.Linear, mx: MXModule, x: Tensor) -> dict[str, Any]:
-    """Error of `mx` on the BF16 input `x` [..., K] against `linear` (BF16 weight [N, K]) computed in float64.
+    """Error of ``mx`` on the BF16 input ``x`` [..., K] against ``linear`` (BF16 weight [N, K]) computed in float64.
 
-    An activation that `mx` has absorbed is left out, so the figures are those of any other kernel.
-    Returns the figures of `error` for the MX Linear; under `bf16` the same for `linear` itself, the error BF16 alone
-    makes; under `weight` the `block_stats` of the MX weight, with the count of weights `clipped` beyond the largest
-    element; and under `activation`, for dynamic activations, the same of `x`.
+    An activation that ``mx`` has absorbed is left out, so the figures are those of any other kernel. Returns the
+    figures of ``error`` for the MX Linear; under ``bf16`` the same for ``linear`` itself, the error BF16 alone makes;
+    under ``weight`` the ``block_stats`` of the MX weight, with the count of weights ``clipped`` beyond the largest
+    element; and under ``activation``, for dynamic activations, the same of ``x``.
     """
     weight = linear.weight.detach()
     bias = None if linear.bias is None else linear.bias.detach().double()
@@ -34,7 +34,7 @@ def linear_error(linear: nn.Linear, mx: MXModule, x: Tensor) -> dict[str, Any]:
 
 
 def error(got: Tensor, reference: Tensor) -> dict[str, float]:
-    """Mean absolute error `mae`, largest `max`, relative `rel` and `sqnr_db`, in float64.
+    """Mean absolute error ``mae``, largest ``max``, relative ``rel`` and ``sqnr_db``, in float64.
 
     rel = |got - reference| / |reference| in the Euclidean norm, sqnr_db = -20 log10(rel). A reference of zeros makes
     rel 0 when got is zero too, infinite otherwise.
@@ -51,11 +51,11 @@ def error(got: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def block_stats(blocks: MXBlocks, fmt: ElementFormat) -> dict[str, float]:
-    """How `blocks` use their format.
+    """How ``blocks`` use their format.
 
-    `saturated`: elements at the largest magnitude (rounded to it or clipped), and `saturated_fraction` of all;
-    `scale_min`, `scale_mean`, `scale_max`: scales as factors, over the blocks that are not NaN (nan if none is);
-    `nan_blocks`: blocks with a NaN scale.
+    ``saturated``: elements at the largest magnitude (rounded to it or clipped), and ``saturated_fraction`` of all;
+    ``scale_min``, ``scale_mean``, ``scale_max``: scales as factors, over the blocks that are not NaN (nan if none is);
+    ``nan_blocks``: blocks with a NaN scale.
     """
     elements = decode(MXBlocks(blocks.elements, torch.full_like(blocks.scales, 127)), fmt, torch.float32)
     saturated = int((elements.abs() == fmt.max).sum())
@@ -72,6 +72,6 @@ def block_stats(blocks: MXBlocks, fmt: ElementFormat) -> dict[str, float]:
 
 
 def clipped(x: Tensor, blocks: MXBlocks, fmt: ElementFormat) -> int:
-    """How many values of `x` [..., K] lie beyond the largest element times their block's scale."""
+    """How many values of ``x`` [..., K] lie beyond the largest element times their block's scale."""
     limit = fmt.max * blocks.scales.view(torch.float8_e8m0fnu).double().unsqueeze(-1)
     return int((x.double().unflatten(-1, (-1, BLOCK)).abs() > limit).sum())

@@ -1,17 +1,18 @@
 """Which Linears of a model become MX: categories, scope, late layers, include and exclude patterns.
 
 Only Linears inside the transformer blocks are ever candidates; input and output projections and embeddings stay BF16.
-The model says what they are (`harness.models.world.LinearSpec`). A candidate is chosen when
+The model says what they are (``harness.models.world.LinearSpec``). A candidate is chosen when
 
-    (its category is in `scope` and its block among the last `late_layers`, or an `include` pattern matches it)
-    and no `exclude` pattern matches it.
+    (its category is in ``scope`` and its block among the last ``late_layers``, or an ``include`` pattern matches it)
+    and no ``exclude`` pattern matches it.
 
-So `include` extends the choice (an early layer beside `late_layers`, `attn.out` beside `scope=mlp`) and `exclude`
-narrows it and wins. Patterns are shell globs (`*` also crosses dots, `[0-3]` works) over the whole module name; the
-prefix of a model that holds the world model (`core.`) may be left out. A pattern that matches no candidate is an error.
+So ``include`` extends the choice (an early layer beside ``late_layers``, ``attn.out`` beside ``scope=mlp``) and
+``exclude`` narrows it and wins. Patterns are shell globs (``*`` also crosses dots, ``[0-3]`` works) over the whole
+module name; the prefix of a model that holds the world model (``core.``) may be left out. A pattern that matches no
+candidate is an error.
 
-At 4 bits the final output projections of the last block (`LinearSpec.final`: `attn.out` and `mlp.fc2`) stay BF16 unless
-`include` matches them: nothing after them but the output head can absorb their error.
+At 4 bits the final output projections of the last block (``LinearSpec.final``: ``attn.out`` and ``mlp.fc2``) stay BF16
+unless ``include`` matches them: nothing after them but the output head can absorb their error.
 """
 
 from collections import Counter
@@ -30,7 +31,7 @@ class MXTransformError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module of a transformer block that can be asked for: `name` in the model, `path` in the world model itself."""
+    """A module of a block that can be asked for: ``name`` in the model, ``path`` in the world model itself."""
 
     name: str
     path: str
@@ -46,7 +47,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """`chosen` modules in model order, and those in scope that stay BF16 nevertheless, with the reason."""
+    """``chosen`` modules in model order, and those in scope that stay BF16 nevertheless, with the reason."""
 
     chosen: list[Candidate]
     kept_bf16: dict[str, str]
@@ -55,7 +56,7 @@ class Selection:
 def candidates(model: nn.Module) -> list[Candidate]:
     """Every Linear of the transformer blocks, and every module in the place of one, in model order.
 
-    A module reached under two names is listed twice. Empty where `model` is no world model and holds none.
+    A module reached under two names is listed twice. Empty where ``model`` is no world model and holds none.
     """
     found = find_world(model)
     if found is None:
@@ -74,7 +75,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
 
 
 def select(model: nn.Module, conf: MXConf) -> Selection:
-    """The modules of `model` that `conf` asks for, by the rule at the top of this module.
+    """The modules of ``model`` that ``conf`` asks for, by the rule at the top of this module.
 
     Raises MXTransformError when the model has no transformer blocks, when a pattern matches nothing, and when nothing
     is selected.

@@ -1,15 +1,15 @@
 """Turns the selected Linears of a model into MX Linears, all of them or none.
 
-Who chooses the blocks is for a `WeightSource` (`harness.mx.weights`) to say. To plug one in, write a class with its two
-methods and pass it: `apply_mx(model, conf, source=mine)`. A calibration reads the BF16 Linear that `weight` is given
-and returns its own blocks in `MXWeight(blocks, bias, fmt)`. A file needs no BF16 model at all:
+Who chooses the blocks is for a ``WeightSource`` (``harness.mx.weights``) to say. To plug one in, write a class with its
+two methods and pass it: ``apply_mx(model, conf, source=mine)``. A calibration reads the BF16 Linear that ``weight`` is
+given and returns its own blocks in ``MXWeight(blocks, bias, fmt)``. A file needs no BF16 model at all:
 
     core = GameRFTCore.skeleton(arch, device)  # parameters on the meta device
     apply_mx(core, conf, source=FromFile(path), device=device)  # one Linear at a time
     core.load_state_dict(everything_else, strict=False, assign=True)
 
-A module gives back what it was made of with `module.mx_weight()`, packed however its kernel wants, and any kernel
-builds its like from that: `kernel.build(module.mx_weight())`.
+A module gives back what it was made of with ``module.mx_weight()``, packed however its kernel wants, and any kernel
+builds its like from that: ``kernel.build(module.mx_weight())``.
 """
 
 from collections import Counter
@@ -30,15 +30,15 @@ from harness.mx.weights import NearestRounding, WeightSource
 
 @dataclass(frozen=True)
 class TransformSummary:
-    """What was transformed, and the numeric path it now takes. `to_dict()` is ready for JSON.
+    """What was transformed, and the numeric path it now takes. ``to_dict()`` is ready for JSON.
 
-    `kernel` is the kernel in use, `kernel_asked` the one in the config. `emulated` says that the speed is none of
-    MX's. `kept_bf16` maps Linears in scope that stay BF16 to the reason, `other_kernels` transformed ones that
-    `kernel` cannot take to what computes them, and why. `fused_activations` maps transformed Linears whose kernel
+    ``kernel`` is the kernel in use, ``kernel_asked`` the one in the config. ``emulated`` says that the speed is none of
+    MX's. ``kept_bf16`` maps Linears in scope that stay BF16 to the reason, ``other_kernels`` transformed ones that
+    ``kernel`` cannot take to what computes them, and why. ``fused_activations`` maps transformed Linears whose kernel
     applies the activation behind them to its name. Bytes count weights, scales and biases of the transformed
-    Linears. `bits_by_category` has every category that was transformed; `bits` and `element` are those
-    of a category that the config does not name. `places` maps the transformed Linears to their category and layer; it
-    is not in `to_dict()`.
+    Linears. ``bits_by_category`` has every category that was transformed; ``bits`` and ``element`` are those
+    of a category that the config does not name. ``places`` maps the transformed Linears to their category and layer; it
+    is not in ``to_dict()``.
     """
 
     enabled: bool
@@ -87,11 +87,11 @@ class TransformSummary:
 def apply_mx(
     model: nn.Module, conf: MXConf, source: WeightSource | None = None, device: torch.device | None = None
 ) -> TransformSummary:
-    """Replace the Linears of `model` that `conf` selects by MX Linears, in place, and say what was done.
+    """Replace the Linears of ``model`` that ``conf`` selects by MX Linears, in place, and say what was done.
 
-    `model` is a GameRFT core or a module that holds one, in BF16, on the device it will run on; or on the meta device,
-    to run on `device`, where `source` needs no Linears. `source` chooses the blocks (None: `NearestRounding`). With
-    `conf.enabled` false nothing changes. Every check precedes the first change.
+    ``model`` is a GameRFT core or a module that holds one, in BF16, on the device it will run on; or on the meta
+    device, to run on ``device``, where ``source`` needs no Linears. ``source`` chooses the blocks (None:
+    ``NearestRounding``). With ``conf.enabled`` false nothing changes. Every check precedes the first change.
 
     Raises ValueError for a bad config or a kernel that cannot run on the model's device, MXTransformError (a
     ValueError) when nothing or something unsuitable is selected, with every such Linear named.
@@ -141,9 +141,10 @@ def apply_mx(
 
 
 def check_mx(model: nn.Module, conf: MXConf, device: torch.device, source: WeightSource | None = None) -> None:
-    """Every check of `apply_mx` but that of the weights' values: `model` may be on the meta device, to run on `device`.
+    """Every check of ``apply_mx`` but that of the weights' values: ``model`` may be on the meta device, to run on
+    ``device``.
 
-    Raises as `apply_mx` does.
+    Raises as ``apply_mx`` does.
     """
     validate(conf)
     if conf.enabled:

@@ -49,7 +49,7 @@ MAX_QUERIES = 64
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """How the window is shared out; the defaults were fastest on an H100 (`scripts/bench_attention.py --sweep`).
+    """How the window is shared out; the defaults were fastest on an H100 (``scripts/bench_attention.py --sweep``).
 
     Attributes:
         waves: programs per multiprocessor that a window is at most split for: enough to hide latency, few enough to

@@ -1,6 +1,6 @@
-"""The decoder's kernels (`resblock.cu`, `conv_stage.cu`, `conv_rgb.cu`): packed weights, launch shapes, launches.
+"""The decoder's kernels (``resblock.cu``, ``conv_stage.cu``, ``conv_rgb.cu``): packed weights, launch shapes, launches.
 
-Pictures are BF16, channels last: `[B, height, width, channels]`, contiguous, height and width multiples of 16. Each
+Pictures are BF16, channels last: ``[B, height, width, channels]``, contiguous, height and width multiples of 16. Each
 shape of launch is a kernel of its own, compiled at its first use and kept. For inference: nothing takes a gradient.
 """
 
@@ -29,9 +29,9 @@ SHARED_LIMIT = 227 * 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """Launch shape of `resblock`: rows of a tile, warps, blocks of a multiprocessor.
+    """Launch shape of ``resblock``: rows of a tile, warps, blocks of a multiprocessor.
 
-    `shares` and `split`: into how many parts conv3's and conv1's outputs are divided among the warps.
+    ``shares`` and ``split``: into how many parts conv3's and conv1's outputs are divided among the warps.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Shape:
 
 
 SHAPES = {96: Shape(8, 8, 2, 1), 192: Shape(8, 8, 1, 1)}
-"""By channels: the fastest on an H100 (`scripts/bench_decoder.py --tune`)."""
+"""By channels: the fastest on an H100 (``scripts/bench_decoder.py --tune``)."""
 
 WIDEST = 192
 """Channels up to which a stage is one kernel: above, weights are read more often than their reuse is worth."""
@@ -52,7 +52,7 @@ _RGB = {"TH": 8, "WARPS": 8}
 
 
 def shape_of(channels: int) -> Shape:
-    """The launch shape of `resblock` with so many channels."""
+    """The launch shape of ``resblock`` with so many channels."""
     return SHAPES.get(channels, Shape(8, 8, 2, 1))
 
 
@@ -68,7 +68,7 @@ def _halo(rows: int) -> int:
 
 
 def resblock_bytes(channels: int, rows: int) -> int:
-    """Shared memory of a block of `resblock`."""
+    """Shared memory of a block of ``resblock``."""
     pixel, hidden = channels * 2 + 16, CHUNK * 2 + 16
     return _halo(rows) * (pixel + hidden) + rows * TILE * hidden + 2 * _chunk_bytes(channels)
 
@@ -86,7 +86,7 @@ def _rgb_bytes(channels: int, rows: int) -> int:
 
 
 def fragments(weight: Tensor) -> Tensor:
-    """BF16 `[..., N, K]`, N and K multiples of 16, as lanes hold it: uint8 `[..., K/16, N/16, 512]`.
+    """BF16 ``[..., N, K]``, N and K multiples of 16, as lanes hold it: uint8 ``[..., K/16, N/16, 512]``.
 
     16 bytes a lane: of two tiles of 8 outputs each two words of two inputs, as operand B of m16n8k16 (PTX ISA).
     """
@@ -98,12 +98,12 @@ def fragments(weight: Tensor) -> Tensor:
 
 
 def _bytes_of(*parts: Tensor) -> Tensor:
-    """Parts `[chunks, ...]` side by side, as bytes `[chunks, n]`."""
+    """Parts ``[chunks, ...]`` side by side, as bytes ``[chunks, n]``."""
     return torch.cat([part.contiguous().view(torch.uint8).flatten(1) for part in parts], 1).contiguous()
 
 
 def _filters(conv: nn.Conv2d) -> Tensor:
-    """A grouped 3×3 convolution's fragments `[groups, 9, 512]`."""
+    """A grouped 3×3 convolution's fragments ``[groups, 9, 512]``."""
     weight = conv.weight.detach().unflatten(0, (conv.groups, GROUP)).flatten(3)  # groups, out, in, tap
     return fragments(weight.permute(0, 3, 1, 2)).flatten(2)
 
@@ -114,7 +114,7 @@ def _biases(conv: nn.Conv2d) -> Tensor:
 
 
 def pack_resblock(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv2d) -> Tensor:
-    """Weights and biases of a residual block, in the order `resblock` reads them: uint8 `[2 * C / 32, bytes]`."""
+    """Weights and biases of a residual block, in the order ``resblock`` reads them: uint8 ``[2 * C / 32, bytes]``."""
     widening = conv1.weight.detach().flatten(1).unflatten(0, (-1, CHUNK))  # chunks, 32, C
     narrowing = conv3.weight.detach().flatten(1).unflatten(1, (-1, CHUNK)).transpose(0, 1)  # chunks, C, 32
     filters = _filters(conv2).unflatten(0, (-1, CHUNK // GROUP))
@@ -122,12 +122,12 @@ def pack_resblock(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv2d) -> Tenso
 
 
 def pack_grouped(conv: nn.Conv2d) -> Tensor:
-    """Weights and biases of a grouped 3×3 convolution for `grouped_conv`: uint8 `[channels / 32, bytes]`."""
+    """Weights and biases of a grouped 3×3 convolution for ``grouped_conv``: uint8 ``[channels / 32, bytes]``."""
     return _bytes_of(_filters(conv).unflatten(0, (-1, CHUNK // GROUP)), _biases(conv))
 
 
 def pack_rgb(conv: nn.Conv2d) -> Tensor:
-    """The weight of a 3×3 convolution to at most 8 channels, for `conv_rgb`: uint8 `[9, C / 32, 512]`."""
+    """The weight of a 3×3 convolution to at most 8 channels, for ``conv_rgb``: uint8 ``[9, C / 32, 512]``."""
     weight = conv.weight.detach().flatten(2)  # colours, C, 9
     padded = weight.new_zeros(8, *weight.shape[1:])
     padded[: len(weight)] = weight
@@ -146,7 +146,7 @@ def source(kernel: str) -> str:
 def resblock_defines(
     channels: int, wide: int, double: bool, shortcut: bool, silu: bool, shape: Shape
 ) -> dict[str, int]:
-    """Compile-time parameters of `resblock`; `wide`: channels of the shortcut's picture."""
+    """Compile-time parameters of ``resblock``; ``wide``: channels of the shortcut's picture."""
     flags = {"DOUBLE": int(double), "SHORTCUT": int(shortcut), "SILU": int(silu)}
     sizes = {"C": channels, "CI": wide, "TH": shape.rows, "WARPS": shape.warps, "WN": shape.shares}
     return {**sizes, "BLOCKS": shape.blocks, "SPLIT": shape.split, **flags}
@@ -173,11 +173,13 @@ def resblock(
     silu: bool = False,
     shape: Shape | None = None,
 ) -> Tensor:
-    """A residual block of `x [B, h, w, C]`, doubled bicubically before it if `double`; `weights` of `pack_resblock`.
+    """A residual block of ``x [B, h, w, C]``, doubled bicubically before it if ``double``; ``weights`` of
+    ``pack_resblock``.
 
-    `shortcut [B, height/2, width/2, CI]` is pixel-shuffled, repeated along channels to C, and added. `silu` of the sum.
+    ``shortcut [B, height/2, width/2, CI]`` is pixel-shuffled, repeated along channels to C, and added. ``silu`` of the
+    sum.
 
-    Raises `nvrtc.DriverError` when the driver refuses the launch.
+    Raises ``nvrtc.DriverError`` when the driver refuses the launch.
     """
     batch, height, width, channels = x.shape
     if double:
@@ -193,7 +195,7 @@ def resblock(
 
 
 def grouped_conv(x: Tensor, weights: Tensor) -> Tensor:
-    """`leaky(conv(leaky(x)))` of `x [B, h, w, channels]`, 3×3 in groups of 16; `weights` of `pack_grouped`."""
+    """``leaky(conv(leaky(x)))`` of ``x [B, h, w, channels]``, 3×3 in groups of 16; ``weights`` of ``pack_grouped``."""
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
     grid = (height // _STAGE["TH"] * (width // TILE), batch * (channels // CHUNK))
@@ -203,7 +205,7 @@ def grouped_conv(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def upsample(small: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
-    """`small [B, h, w, C]` doubled bicubically, and that plus `shortcut [B, h, w, CI]`, shuffled as in `resblock`."""
+    """``small [B, h, w, C]`` doubled bicubically, and that plus ``shortcut [B, h, w, CI]``, shuffled: ``resblock``."""
     batch, h, w, channels = small.shape
     doubled, base = (small.new_empty(batch, 2 * h, 2 * w, channels) for _ in range(2))
     rows, threads = _STAGE["TH"], 32 * _STAGE["WARPS"]
@@ -214,9 +216,9 @@ def upsample(small: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def conv_rgb(x: Tensor, weights: Tensor, colours: int, size: tuple[int, int] | None = None) -> Tensor:
-    """A 3×3 convolution of `x [B, h, w, C]` to `[B, colours, h, w]`; `weights` of `pack_rgb`.
+    """A 3×3 convolution of ``x [B, h, w, C]`` to ``[B, colours, h, w]``; ``weights`` of ``pack_rgb``.
 
-    With `size`, and at most 4 colours, then resized bicubically to that height and width.
+    With ``size``, and at most 4 colours, then resized bicubically to that height and width.
     """
     batch, height, width, channels = x.shape
     shape = (batch, colours, height, width) if size is None else (batch, height, width, 4)

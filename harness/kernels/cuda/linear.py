@@ -1,6 +1,6 @@
 """Linears whose packed weight our own CUDA C++ kernel reads directly, of BF16 and what those of MX formats share.
 
-For few rows (a frame's 64) on Hopper; for many the weight is unpacked (`shapes.MANY_ROWS`).
+For few rows (a frame's 64) on Hopper; for many the weight is unpacked (``shapes.MANY_ROWS``).
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from harness.kernels.cuda.shapes import CudaConfig, CudaShape
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the CUDA kernel cannot run on `device`, or None. Every format, BF16 too, is supported where any is."""
+    """Why the CUDA kernel cannot run on ``device``, or None. Every format, BF16 too, is supported where any is."""
     if device.type != "cuda":
         return f"the CUDA kernel needs an NVIDIA Hopper GPU, the model is on {device.type}"
     if torch.version.hip is not None:
@@ -33,11 +33,11 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class PackedLinear(nn.Module, ABC):
-    """Linear over a packed weight of any format; `forward` maps BF16 [..., K] to BF16 [..., N].
+    """Linear over a packed weight of any format; ``forward`` maps BF16 [..., K] to BF16 [..., N].
 
-    Buffers: `tiles` uint8 [N/16, K/64, bytes] (see `cuda_packing`), `bias` BF16 [N] or None. Sums are multiplied by
-    `output_scale`, a power of two. `config` overrides the launch shape (see `cuda_config.choose`) for every M.
-    `silu`: whether the kernel applies SiLU to its outputs (see `absorb`).
+    Buffers: ``tiles`` uint8 [N/16, K/64, bytes] (see ``cuda_packing``), ``bias`` BF16 [N] or None. Sums are multiplied
+    by ``output_scale``, a power of two. ``config`` overrides the launch shape (see ``cuda_config.choose``) for every M.
+    ``silu``: whether the kernel applies SiLU to its outputs (see ``absorb``).
     """
 
     tiles: Tensor
@@ -48,7 +48,7 @@ class PackedLinear(nn.Module, ABC):
     silu: bool = False
 
     def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None) -> None:
-        """`sizes` are (out_features, in_features) of the weight that `weight` holds."""
+        """``sizes`` are (out_features, in_features) of the weight that ``weight`` holds."""
         super().__init__()
         self.output_scale = weight.output_scale
         self.out_features, self.in_features = sizes
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module, ABC):
         return rows
 
     def product(self, rows: Tensor, silu: bool = False) -> Tensor:
-        """BF16 [M, N] of what `operand` made of the rows; with `silu`, SiLU of it."""
+        """BF16 [M, N] of what ``operand`` made of the rows; with ``silu``, SiLU of it."""
         from harness.kernels.cuda.ops import mx_linear, mx_linear_now  # operators of CUDA tensors alone
 
         config = [] if self.config is None else self.config.as_ints()
@@ -97,7 +97,7 @@ class PackedLinear(nn.Module, ABC):
         """The weight [N, K] in BF16, unpacked."""
 
     def stacked(self, others: Sequence[nn.Module]) -> "Self | None":
-        """One Linear whose output is that of this one, then those of `others`, which read the same input.
+        """One Linear whose output is that of this one, then those of ``others``, which read the same input.
 
         Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
         when they do not fit together: another format or K, padded outputs, another output scale, or SiLU behind some
@@ -116,11 +116,11 @@ class PackedLinear(nn.Module, ABC):
             return stacked
 
     def _kind(self) -> tuple[Any, ...]:
-        """What `__init__` takes besides weight, sizes and bias."""
+        """What ``__init__`` takes besides weight, sizes and bias."""
         return ()
 
     def shape(self, rows: int) -> CudaShape:
-        """The product of this weight and `rows` activation rows."""
+        """The product of this weight and ``rows`` activation rows."""
         return CudaShape(rows, self.out_features, self.in_features, self.bits)
 
     def extra_repr(self) -> str:
@@ -136,7 +136,7 @@ class PackedBF16Linear(PackedLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "PackedBF16Linear":
-        """Pack a BF16 `linear`; its weight is not needed any more."""
+        """Pack a BF16 ``linear``; its weight is not needed any more."""
         weight = linear.weight.detach()
         bias = None if linear.bias is None else linear.bias.detach().clone()
         sizes = linear.out_features, linear.in_features

@@ -48,7 +48,7 @@ class TensorMap:
     """How the bulk copy engine reads boxes of a BF16 matrix into swizzled shared memory; zeros beyond its edges."""
 
     def __init__(self, x: Tensor, box_rows: int, box_columns: int) -> None:
-        """`x` BF16 [M, K], contiguous, at a multiple of 16 bytes; K a multiple of 8."""
+        """``x`` BF16 [M, K], contiguous, at a multiple of 16 bytes; K a multiple of 8."""
         self._memory = (ctypes.c_uint8 * 192)()
         start = ctypes.addressof(self._memory)
         self.address = start + -start % 64
@@ -76,7 +76,7 @@ class Function:
     """A kernel on a device. Takes ctypes values, tensors (their addresses), None (a null pointer), TensorMaps."""
 
     def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
-        """Load `cubin` into the current device's context, for launches with `shared_bytes` of shared memory."""
+        """Load ``cubin`` into the current device's context, for launches with ``shared_bytes`` of shared memory."""
         module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._handle), module, name.encode()), f"finding {name}")
@@ -89,7 +89,7 @@ class Function:
     def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], dependent: bool = False) -> None:
         """Queue the kernel on torch's current stream.
 
-        `dependent`: as programmatic dependent launch, see `harness.kernels.launch`.
+        ``dependent``: as programmatic dependent launch, see ``harness.kernels.launch``.
         Raises DriverError when the driver refuses.
         """
         kept = [_pointer(argument) for argument in arguments]
@@ -126,7 +126,7 @@ def unavailable() -> str | None:
 
 
 def compile_source(source: str, name: str, defines: Mapping[str, int], architecture: str) -> bytes:
-    """A cubin of CUDA C++ `source` for `architecture`, such as sm_90a, kept on disk (`harness.kernels.cache`).
+    """A cubin of CUDA C++ ``source`` for ``architecture``, such as sm_90a, kept on disk (``harness.kernels.cache``).
 
     Other threads run meanwhile. Raises CompileError with the compiler's log.
     """
@@ -164,7 +164,7 @@ def _compile(source: str, name: str, options: list[str]) -> bytes:
 
 
 def _pointer(argument: Any) -> tuple[int, Any]:
-    """Where the driver finds `argument`, and what must stay alive until it has looked."""
+    """Where the driver finds ``argument``, and what must stay alive until it has looked."""
     if isinstance(argument, TensorMap):
         return argument.address, argument
     if argument is None or isinstance(argument, Tensor):

@@ -1,7 +1,7 @@
-"""`mx_linear.cu` as a torch operator: it traces into `torch.compile` and is captured in CUDA graphs.
+"""``mx_linear.cu`` as a torch operator: it traces into ``torch.compile`` and is captured in CUDA graphs.
 
 Every shape of launch is a kernel of its own, compiled (half a second) at its first use and kept. Call it once with
-each number of rows before capturing a graph. Of many rows the product is torch's, of what `mx_unpack.cu` makes of the
+each number of rows before capturing a graph. Of many rows the product is torch's, of what ``mx_unpack.cu`` makes of the
 weight.
 """
 
@@ -37,14 +37,15 @@ def mx_linear_now(
     config: list[int],
     silu: bool = False,
 ) -> Tensor:
-    """`x @ decode(weight).T + bias`, or SiLU of that: BF16 `x` [M, K], K a multiple of 32, to BF16 [M, N].
+    """``x @ decode(weight).T + bias``, or SiLU of that: BF16 ``x`` [M, K], K a multiple of 32, to BF16 [M, N].
 
-    `tiles` and `output_scale` come from `cuda_packing.pack` (or are rows of larger such tensors), `bias` is BF16 [N] or
-    None, `config` is `CudaConfig.as_ints()` or empty (see `cuda_config.choose`, and `CudaShape.many` for when the
-    weight is unpacked instead). `silu` applies SiLU in float32 to the sums rounded to BF16, as `F.silu` on the rounded
-    outputs does.
+    ``tiles`` and ``output_scale`` come from ``cuda_packing.pack`` (or are rows of larger such tensors), ``bias`` is
+    BF16 [N] or None, ``config`` is ``CudaConfig.as_ints()`` or empty (see ``cuda_config.choose``, and
+    ``CudaShape.many`` for when the weight is unpacked instead). ``silu`` applies SiLU in float32 to the sums rounded to
+    BF16, as ``F.silu`` on the rounded outputs does.
 
-    Raises `nvrtc.DriverError` when the driver refuses the launch, `nvrtc.CompileError` when `config` does not compile.
+    Raises ``nvrtc.DriverError`` when the driver refuses the launch, ``nvrtc.CompileError`` when ``config`` does not
+    compile.
     """
     x = x.contiguous()
     if x.data_ptr() % 16:
@@ -76,7 +77,7 @@ def mx_linear_now(
 
 
 mx_linear = torch.library.custom_op("harness_mx::cuda_linear", mx_linear_now, mutates_args=(), device_types="cuda")
-"""`mx_linear_now` as what a compiler traces; called by itself it takes the host several times as long."""
+"""``mx_linear_now`` as what a compiler traces; called by itself it takes the host several times as long."""
 
 
 @mx_linear.register_fake
@@ -94,16 +95,16 @@ def _(
 
 
 def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: float) -> Tensor:
-    """`output_scale * x @ weight.T + bias`, BF16, rounded once."""
+    """``output_scale * x @ weight.T + bias``, BF16, rounded once."""
     if output_scale == 1:
         return F.linear(x, weight, bias)
     return torch.addmm(x.new_zeros(1) if bias is None else bias, x, weight.t(), alpha=output_scale)
 
 
 def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
-    """The BF16 weight [N, K], divided by `output_scale`, that `tiles` hold, for `sizes` (N, K).
+    """The BF16 weight [N, K], divided by ``output_scale``, that ``tiles`` hold, for ``sizes`` (N, K).
 
-    Raises `nvrtc.DriverError` when the driver refuses the launch.
+    Raises ``nvrtc.DriverError`` when the driver refuses the launch.
     """
     if element == "bf16":  # no decoding, and none of a frame's products: prefill's, of a model packed for few rows
         return cuda_packing.unpack_plain(tiles, *sizes)
@@ -126,13 +127,13 @@ def source(kernel: str = "mx_linear.cu") -> str:
 
 @functools.cache
 def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool) -> bytes:
-    """The cubin of `config` for `k` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
+    """The cubin of ``config`` for ``k`` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
     defines = cuda_config.defines(config, k, element, silu, dependent)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
 def compile_product(rows: int, n: int, k: int, element: str, silu: bool, device: torch.device) -> None:
-    """Have the kernel ready that `mx_linear` takes for so many rows and an [n, k] weight; any thread may ask."""
+    """Have the kernel ready that ``mx_linear`` takes for so many rows and an [n, k] weight; any thread may ask."""
     product = CudaShape(rows, n, k, cuda_packing.element_bits(element))
     if not product.many:
         compiled(choose(product, gpu_name(device)), k, element, silu, launch.dependent(device))
@@ -141,7 +142,7 @@ def compile_product(rows: int, n: int, k: int, element: str, silu: bool, device:
 def load(
     config: CudaConfig, shape: CudaShape, element: str, device: torch.device, silu: bool, dependent: bool
 ) -> nvrtc.Function:
-    """The kernel `config` for the product `shape` on the current device, `device`."""
+    """The kernel ``config`` for the product ``shape`` on the current device, ``device``."""
     with _loading:
         index = torch.cuda.current_device() if device.index is None else device.index
         return _load(config, shape.k, cuda_config.shared_bytes(config, shape), element, index, silu, dependent)
@@ -155,7 +156,7 @@ def _load(
 
 
 def compiled_unpack(element: str, dependent: bool) -> bytes:
-    """The cubin of `mx_unpack.cu` for elements "e4m3", "e5m2" or "e2m1"."""
+    """The cubin of ``mx_unpack.cu`` for elements "e4m3", "e5m2" or "e2m1"."""
     defines = cuda_packing.decoding(element) | {"WARPS": _UNPACK_WARPS, "PDL": int(dependent)}
     return nvrtc.compile_source(source("mx_unpack.cu"), "mx_unpack.cu", defines, "sm_90a")
 

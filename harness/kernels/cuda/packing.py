@@ -1,20 +1,20 @@
-"""How `kernel=cuda` lays MX weights out in memory: once, at set-up, in the order in which tensor cores take them.
+"""How ``kernel=cuda`` lays MX weights out in memory: once, at set-up, in the order in which tensor cores take them.
 
 A weight [N, K] is cut into tiles of 16 rows by 64 inputs. A tile is 1024 bytes of elements (512 at 4 bits) and 32 scale
 bytes; the tiles of 16 rows lie one after the other along K, so any stretch of K is one contiguous copy. Within a tile
-the 16 bytes that a lane of a warp reads at once are its fragments of `mma.m16n8k16` (PTX ISA): lane 4g + t holds rows g
-and g + 8, inputs 2t, 2t + 1, 2t + 8, 2t + 9 of every 16.
+the 16 bytes that a lane of a warp reads at once are its fragments of ``mma.m16n8k16`` (PTX ISA): lane 4g + t holds rows
+g and g + 8, inputs 2t, 2t + 1, 2t + 8, 2t + 9 of every 16.
 
 * 8 bits: 512 bytes for each 32 inputs. A lane's words are (16 inputs, row g), (same, row g + 8), (next 16, row g), ...
-  The low half of a word holds inputs 2t and 2t + 8, the high half the odd ones, their bits as `_BYTE_PLACES` says.
+  The low half of a word holds inputs 2t and 2t + 8, the high half the odd ones, their bits as ``_BYTE_PLACES`` says.
 * 4 bits: a lane's four words are the four times 16 inputs. The low half of a word holds even inputs, the high half odd
-  ones, each of row g, row g + 8, and 8 inputs on row g and row g + 8, as `_NIBBLE_PLACES` says.
+  ones, each of row g, row g + 8, and 8 inputs on row g and row g + 8, as ``_NIBBLE_PLACES`` says.
 * Scales: four bytes for each g, row g and row g + 8 of the first 32 inputs, then of the second. They are not E8M0 but
   the BF16 exponents that decoding multiplies by.
 
 N is rounded up to 16, K to 64; what is padded is zero.
 
-A BF16 weight is laid out likewise (`pack_plain`): 2048 bytes a tile, 512 for each 16 inputs, no scales.
+A BF16 weight is laid out likewise (``pack_plain``): 2048 bytes a tile, 512 for each 16 inputs, no scales.
 """
 
 from typing import NamedTuple
@@ -64,7 +64,7 @@ _BYTE_PLACES: dict[str, Places] = {
 
 
 class CudaWeight(NamedTuple):
-    """A weight as the kernel reads it: `tiles` uint8 [N/16, K/64, bytes]; sums are multiplied by `output_scale`."""
+    """A weight as the kernel reads it: ``tiles`` uint8 [N/16, K/64, bytes]; sums are multiplied by ``output_scale``."""
 
     tiles: Tensor
     output_scale: float
@@ -76,7 +76,7 @@ def element_bits(element: str) -> int:
 
 
 def decoding(element: str) -> dict[str, int]:
-    """The compile-time parameters of `mx_decode.cuh` for weights of such elements."""
+    """The compile-time parameters of ``mx_decode.cuh`` for weights of such elements."""
     places = _BYTE_PLACES.get(element)
     return {"BITS": element_bits(element), "MAG_AT": places[0][0][2] if places else 0}
 
@@ -92,7 +92,7 @@ def groups(in_features: int) -> int:
 
 
 def unfit(blocks: MXBlocks, fmt: ElementFormat) -> str | None:
-    """Why the kernel cannot hold `blocks` exactly, or None: NaN, infinity, or scales too far apart or too extreme."""
+    """Why the kernel cannot hold ``blocks`` exactly, or None: NaN, infinity, or scales too far apart or too extreme."""
     if has_special_values(blocks, fmt):
         return "its weight has NaN or infinite values"
     low, high = _scale_range(blocks, fmt)
@@ -103,7 +103,7 @@ def unfit(blocks: MXBlocks, fmt: ElementFormat) -> str | None:
 
 
 def pack(blocks: MXBlocks, fmt: ElementFormat) -> CudaWeight:
-    """Lay out `blocks` of a weight [N, K]. Raises ValueError when it is `unfit`."""
+    """Lay out ``blocks`` of a weight [N, K]. Raises ValueError when it is ``unfit``."""
     reason = unfit(blocks, fmt)
     if reason is not None:
         raise ValueError(f"kernel=cuda cannot hold this weight: {reason}")
@@ -120,7 +120,7 @@ def pack(blocks: MXBlocks, fmt: ElementFormat) -> CudaWeight:
 
 
 def pack_plain(weight: Tensor) -> Tensor:
-    """Lay out a BF16 `weight` [N, K]: uint8 [N/16, K/64, 2048]."""
+    """Lay out a BF16 ``weight`` [N, K]: uint8 [N/16, K/64, 2048]."""
     n, k = weight.shape
     padded = F.pad(weight, (0, -k % GROUP, 0, -n % ROWS))
     lanes = padded.view(-1, 2, 8, padded.shape[1] // GROUP, 4, 2, 4, 2)  # N/16, h, g, K/64, 16 inputs, +8, t, odd
@@ -128,14 +128,14 @@ def pack_plain(weight: Tensor) -> Tensor:
 
 
 def unpack_plain(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The BF16 weight [N, K] that `pack_plain` was given."""
+    """The BF16 weight [N, K] that ``pack_plain`` was given."""
     lanes = tiles.view(torch.bfloat16).unflatten(2, (4, 8, 4, 2, 2, 2))  # N/16, K/64, 16 inputs, g, t, +8, h, odd
     weight = lanes.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(tiles.shape[0] * ROWS, -1)
     return weight[:out_features, :in_features].contiguous()
 
 
 def unpack(weight: CudaWeight, fmt: ElementFormat, out_features: int, in_features: int) -> MXBlocks:
-    """The blocks that `pack` was given, but for the scales of zero blocks, which mean nothing."""
+    """The blocks that ``pack`` was given, but for the scales of zero blocks, which mean nothing."""
     tiles = weight.tiles
     elements, exponents = tiles[..., :-SCALE_BYTES], tiles[..., -SCALE_BYTES:]
     lanes = _lanes8(elements, _BYTE_PLACES[fmt.name]) if fmt.bits == 8 else _lanes4(elements)
@@ -176,7 +176,7 @@ def _lanes4(elements: Tensor) -> Tensor:
 
 
 def _scattered(codes: list[Tensor], places: Places) -> Tensor:
-    """The two bytes, low one first, of 16-bit halves that hold `codes`, in a dimension that comes last."""
+    """The two bytes, low one first, of 16-bit halves that hold ``codes``, in a dimension that comes last."""
     half = torch.zeros_like(codes[0], dtype=torch.int32)
     for code, runs in zip(codes, places, strict=True):
         for first, bits, at in runs:
@@ -185,7 +185,7 @@ def _scattered(codes: list[Tensor], places: Places) -> Tensor:
 
 
 def _gathered(pairs: Tensor, places: Places) -> list[Tensor]:
-    """The codes that `_scattered` was given."""
+    """The codes that ``_scattered`` was given."""
     half = pairs[..., 0].to(torch.int32) | pairs[..., 1].to(torch.int32) << 8
     codes = []
     for runs in places:

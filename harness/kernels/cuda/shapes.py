@@ -1,7 +1,7 @@
-"""Which shape of `kernel=cuda` runs for which Linear: a table of measured winners, and a rule for the rest.
+"""Which shape of ``kernel=cuda`` runs for which Linear: a table of measured winners, and a rule for the rest.
 
-`scripts/microbench.py --tune` measures and prints entries for `tuned/` (see `harness.kernels.tuned`). Names are
-those of `mx_linear.cu`.
+``scripts/microbench.py --tune`` measures and prints entries for ``tuned/`` (see ``harness.kernels.tuned``). Names are
+those of ``mx_linear.cu``.
 """
 
 import functools
@@ -13,7 +13,7 @@ from harness.kernels import tuned as tuned_files
 from harness.kernels.cuda.packing import ROWS, decoding, element_bits, groups, tile_bytes
 
 BUCKETS = (8, 16, 32, 64, 128, 256)
-"""Rows M are rounded up to one of these for `tuned`; more rows count as the last."""
+"""Rows M are rounded up to one of these for ``tuned``; more rows count as the last."""
 
 MANY_ROWS = BUCKETS[-1]
 """Of more rows, those of a frame of many clips (docs/performance.md) or of prefill, the product is a library's."""
@@ -29,10 +29,10 @@ _ALONE_BYTES, _BESIDE_BYTES = 114 * 1024, 112 * 1024
 class CudaConfig:
     """Shape of one launch, all fixed at compile time.
 
-    `m_tiles` times 8 rows of x at once; `row_tiles` times 16 rows of W a warp; `warps_n` (a multiple of 4) by `warps_k`
-    warps a block, side by side and splitting K; `cluster` blocks splitting K, `share` such clusters side by side that
-    share what they fetch of x; `stage_groups` times 64 inputs in each of
-    `stages` stages that a warp fetches ahead; `blocks` a multiprocessor.
+    ``m_tiles`` times 8 rows of x at once; ``row_tiles`` times 16 rows of W a warp; ``warps_n`` (a multiple of 4) by
+    ``warps_k`` warps a block, side by side and splitting K; ``cluster`` blocks splitting K, ``share`` such clusters
+    side by side that share what they fetch of x; ``stage_groups`` times 64 inputs in each of ``stages`` stages that a
+    warp fetches ahead; ``blocks`` a multiprocessor.
     """
 
     m_tiles: int
@@ -76,13 +76,13 @@ class CudaShape:
 
     @property
     def bucket(self) -> int:
-        """M rounded up to one of `BUCKETS`."""
+        """M rounded up to one of ``BUCKETS``."""
         return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
 
 
 @functools.cache
 def tuned(gpu: str | None = None) -> dict[tuple[int, int, int, int], CudaConfig]:
-    """(bits, M bucket, N, K) to the fastest shape measured on `gpu`, or on any Hopper GPU where it has no file.
+    """(bits, M bucket, N, K) to the fastest shape measured on ``gpu``, or on any Hopper GPU where it has no file.
 
     Of blocks in a layer, of modulation alone.
     """
@@ -121,7 +121,7 @@ def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
     """Shared memory a block is given.
 
     Where every block can have a multiprocessor of its own, no less than what keeps a second away: launched while
-    others still run (`harness.kernels.launch`), blocks would gather where there is room first, and multiprocessors
+    others still run (``harness.kernels.launch``), blocks would gather where there is room first, and multiprocessors
     that come free later would stay empty.
     """
     used = layout(config, shape.k, shape.bits)[0]
@@ -129,7 +129,7 @@ def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
 
 
 def defines(config: CudaConfig, k: int, element: str, silu: bool = False, dependent: bool = False) -> dict[str, int]:
-    """The compile-time parameters of `mx_linear.cu`; `dependent`: launched as `harness.kernels.launch` describes."""
+    """Compile-time parameters of ``mx_linear.cu``; ``dependent``: launched as ``harness.kernels.launch`` describes."""
     return decoding(element) | {
         "MT": config.m_tiles,
         "RT": config.row_tiles,
@@ -154,7 +154,7 @@ def launch_grid(config: CudaConfig, m: int, n: int) -> tuple[int, int]:
 
 
 def choose(shape: CudaShape, gpu: str | None = None) -> CudaConfig:
-    """The winner for `shape` measured on `gpu`, or for the product most like it whose winner fits, or `estimate`'s."""
+    """The winner for ``shape`` measured on ``gpu``, or of the product most like it whose winner fits, or the rule's."""
     return _nearest(shape, tuned(gpu)) or _ranked(replace(shape, m=shape.bucket))[0]
 
 
@@ -168,24 +168,24 @@ def _nearest(shape: CudaShape, measured: dict[tuple[int, int, int, int], CudaCon
 
 
 def fits(config: CudaConfig, shape: CudaShape) -> bool:
-    """Whether a block of `config` finds room on a multiprocessor."""
+    """Whether a block of ``config`` finds room on a multiprocessor."""
     return layout(config, shape.k, shape.bits)[0] <= _room(config)
 
 
 def _room(config: CudaConfig) -> int:
-    """Shared memory that a block of `config` may use."""
+    """Shared memory that a block of ``config`` may use."""
     return SHARED_BYTES if config.blocks == 1 else _BESIDE_BYTES
 
 
 def candidates(shape: CudaShape, most: int) -> list[CudaConfig]:
-    """What `microbench --tune` tries for `shape`: the `most` that look best to `estimate`, best first."""
+    """What ``microbench --tune`` tries for ``shape``: the ``most`` that look best to ``estimate``, best first."""
     return list(_ranked(replace(shape, m=shape.bucket))[:most])
 
 
 def candidates_in_a_layer(shape: CudaShape, most: int) -> list[CudaConfig]:
-    """What `scripts/tune_layer.py` tries for `shape`: `most` at most, of three kinds in equal parts.
+    """What ``scripts/tune_layer.py`` tries for ``shape``: ``most`` at most, of three kinds in equal parts.
 
-    The best to `estimate`; the best of those that leave room on a multiprocessor, where the next kernel's weights can
+    The best to ``estimate``; the best of those that leave room on a multiprocessor, where the next kernel's weights can
     be fetched meanwhile; and those that fetch most of their weight before they need x.
     """
     ranked = sorted(_ranked(replace(shape, m=shape.bucket)), key=lambda config: not _at_once(config, shape))
@@ -231,7 +231,7 @@ def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
 
 
 def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
-    """`config` with two stages, four, and as many as hold all a warp needs or as fit; nothing when not even two do."""
+    """``config`` with two stages, four, and as many as a warp needs or as fit; nothing when not even two do."""
     needed = -(-held_groups(config, shape.k) // config.warps_k)
     grouped = replace(config, stage_groups=min(needed, 1 if shape.bits == 8 else 2))
     wanted = -(-needed // grouped.stage_groups)

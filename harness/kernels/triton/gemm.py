@@ -1,18 +1,18 @@
-"""Device code of `kernel=triton`: products of activations with packed MX weights, and MX encoding of activations.
+"""Device code of ``kernel=triton``: products of activations with packed MX weights, and MX encoding of activations.
 
-Needs the package triton; import it through `harness.kernels.triton.ops`. Layouts are those of
-`harness.kernels.triton.packing`. Sizes: M activation rows, N outputs (NP with padding), K inputs (padded), all blocks
+Needs the package triton; import it through ``harness.kernels.triton.ops``. Layouts are those of
+``harness.kernels.triton.packing``. Sizes: M activation rows, N outputs (NP with padding), K inputs (padded), all blocks
 powers of two.
 
 Two products, both exact up to the order of float32 summation:
 
-* `gemm_bf16` decodes weights to BF16 in registers, the block scale folded into the one multiplication that decoding
+* ``gemm_bf16`` decodes weights to BF16 in registers, the block scale folded into the one multiplication that decoding
   needs (an element's bits, moved into place, are a BF16 that is off by a power of two, also where it is subnormal).
-* `gemm_fp8` multiplies E4M3 by E4M3 on the FP8 tensor cores, one MX block of 32 at a time, and scales each partial
+* ``gemm_fp8`` multiplies E4M3 by E4M3 on the FP8 tensor cores, one MX block of 32 at a time, and scales each partial
   product by the two blocks' powers of two in float32. E2M1 becomes E4M3 by moving bits.
 
 Both can split K over programs. Each then leaves its partial sums in memory, and the last one to arrive at a tile
-(counted by `arrived`, which it sets back to 0) adds them up in a fixed order: the result is the same every time.
+(counted by ``arrived``, which it sets back to 0) adds them up in a fixed order: the result is the same every time.
 
 NATIVE is False where Triton's interpreter runs the kernels: it knows no inline assembly, multiplies BF16 as if it
 were integers, and rounds to BF16 carelessly.
@@ -144,7 +144,7 @@ def nibble_to_bf16(nibble, scale, WIDE: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def decode4(byte, low, high, WIDE: tl.constexpr, NATIVE: tl.constexpr):
-    """BF16 values of the low and of the high nibbles, with their scale bytes `low` and `high`.
+    """BF16 values of the low and of the high nibbles, with their scale bytes ``low`` and ``high``.
 
     The narrow way spares 2^126 of the range: scale bytes up to 128.
     """
@@ -220,7 +220,7 @@ def nibbles_to_e4m3(byte, NATIVE: tl.constexpr):
 
 @triton.jit
 def multiply(acc, x, w, SWAP: tl.constexpr, NATIVE: tl.constexpr):
-    """`acc + x @ w.T`, or its transpose if SWAP (weights are then the tensor cores' 64-row operand)."""
+    """``acc + x @ w.T``, or its transpose if SWAP (weights are then the tensor cores' 64-row operand)."""
     if not NATIVE:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
@@ -292,10 +292,10 @@ def gemm_bf16(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """`out[M, N] = x[M, K] @ weight.T + bias`, weights decoded to BF16.
+    """``out[M, N] = x[M, K] @ weight.T + bias``, weights decoded to BF16.
 
-    `x` and `out` BF16; `weight` uint8 [tiles, NP, WIDTH] and `scales` int32 [blocks/4, NP] packed in tiles of 64 or
-    128 bytes; `partial` float32, SPLIT tiles for every output tile; `arrived` int32, 0 for every output tile.
+    ``x`` and ``out`` BF16; ``weight`` uint8 [tiles, NP, WIDTH] and ``scales`` int32 [blocks/4, NP] packed in tiles of
+    64 or 128 bytes; ``partial`` float32, SPLIT tiles for every output tile; ``arrived`` int32, 0 for every output tile.
     Grid: (tiles of N, tiles of M, SPLIT).
     """
     rows_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -334,7 +334,7 @@ def gemm_bf16(
 
 @triton.jit
 def block_product(acc, x, x_scale, w, w_scale, SWAP: tl.constexpr, NATIVE: tl.constexpr):
-    """Add the product of one MX block of K, scaled, to `acc`."""
+    """Add the product of one MX block of K, scaled, to ``acc``."""
     zero = tl.zeros(acc.shape, tl.float32)
     if SWAP:
         return acc + multiply(zero, x, w, SWAP, NATIVE) * (w_scale[:, None] * x_scale[None, :])
@@ -344,7 +344,7 @@ def block_product(acc, x, x_scale, w, w_scale, SWAP: tl.constexpr, NATIVE: tl.co
 
 @triton.jit
 def weight_scale(words, i: tl.constexpr, SPARE: tl.constexpr, WIDE: tl.constexpr):
-    """float32 scale of block `i` of the four in int32 `words`, times 2^SPARE."""
+    """float32 scale of block ``i`` of the four in int32 ``words``, times 2^SPARE."""
     byte = (words >> (8 * i)) & 0xFF
     if WIDE:
         return scale_values(byte) * (1 << SPARE)
@@ -375,11 +375,11 @@ def gemm_fp8(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """`out[M, N] = x[M, K] @ weight.T + bias`, MX by MX on FP8 tensor cores.
+    """``out[M, N] = x[M, K] @ weight.T + bias``, MX by MX on FP8 tensor cores.
 
-    `x` E4M3 bytes [K/32, M, 32] with `x_scales` float32 [K/32, M]; `weight` uint8 [4 * tiles, NP, 32] and `scales`
-    int32 [blocks/4, NP] packed in tiles of 32 bytes, of which a step of the loop takes four; the rest, and the grid,
-    as in `gemm_bf16`.
+    ``x`` E4M3 bytes [K/32, M, 32] with ``x_scales`` float32 [K/32, M]; ``weight`` uint8 [4 * tiles, NP, 32] and
+    ``scales`` int32 [blocks/4, NP] packed in tiles of 32 bytes, of which a step of the loop takes four; the rest, and
+    the grid, as in ``gemm_bf16``.
     """
     rows_n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows_m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -433,10 +433,10 @@ def quantise_rows(
     NATIVE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Encode BF16 `x` [M, K] to MX blocks along K as `harness.formats.mx.encode` does, ROWS blocks a program.
+    """Encode BF16 ``x`` [M, K] to MX blocks along K as ``harness.formats.mx.encode`` does, ROWS blocks a program.
 
-    With DECODE, `decoded` BF16 [M, K] takes the values; else `elements` uint8 [K/32, M, 32] takes them as E4M3
-    (E2M1 values are E4M3 values too) and `scales` float32 [K/32, M] the scales. `blocks` = M * K / 32.
+    With DECODE, ``decoded`` BF16 [M, K] takes the values; else ``elements`` uint8 [K/32, M, 32] takes them as E4M3
+    (E2M1 values are E4M3 values too) and ``scales`` float32 [K/32, M] the scales. ``blocks`` = M * K / 32.
     """
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, 32)

@@ -1,7 +1,7 @@
-"""The kernels of `triton_kernels` as torch operators: they trace into `torch.compile` and CUDA graphs.
+"""The kernels of ``triton_kernels`` as torch operators: they trace into ``torch.compile`` and CUDA graphs.
 
 Importing this module needs the package triton. Nothing here waits for the device. Workspace for split K is allocated
-inside an operator, so that a CUDA graph owns it; `arrived` are the caller's, int32, zero before and after every call.
+inside an operator, so that a CUDA graph owns it; ``arrived`` are the caller's, int32, zero before and after every call.
 """
 
 from typing import Any
@@ -61,11 +61,11 @@ def gemm_bf16(
     wide: bool,
     config: list[int],
 ) -> Tensor:
-    """`x @ decode(weight).T + bias`: BF16 `x` [M, KP], contiguous, to BF16 [M, N].
+    """``x @ decode(weight).T + bias``: BF16 ``x`` [M, KP], contiguous, to BF16 [M, N].
 
-    `weight` uint8 [tiles, NP, 64 or 128] and `scales` int32 [blocks/4, NP] come from `packing.pack` (or are rows of
-    larger such tensors), `bias` is BF16 [N] or None, `config` is `GemmConfig.as_ints()` or empty (see
-    `triton_config.choose`), `arrived` has a zero for every output tile.
+    ``weight`` uint8 [tiles, NP, 64 or 128] and ``scales`` int32 [blocks/4, NP] come from ``packing.pack`` (or are rows
+    of larger such tensors), ``bias`` is BF16 [N] or None, ``config`` is ``GemmConfig.as_ints()`` or empty (see
+    ``triton_config.choose``), ``arrived`` has a zero for every output tile.
 
     Raises ValueError when K is split and there are fewer counters than output tiles.
     """
@@ -113,9 +113,9 @@ def gemm_fp8(
     wide: bool,
     config: list[int],
 ) -> Tensor:
-    """The same for MX activations as `quantise` gives them: E4M3 bytes [KP/32, M, 32], float32 scales [KP/32, M].
+    """The same for MX activations as ``quantise`` gives them: E4M3 bytes [KP/32, M, 32], float32 scales [KP/32, M].
 
-    `weight` uint8 [4 * tiles, NP, 32]: packed in tiles of 32 bytes.
+    ``weight`` uint8 [4 * tiles, NP, 32]: packed in tiles of 32 bytes.
     """
     m = x.shape[1]
     shape = _shape(config, Shape(m, out_features, x.shape[0] * BLOCK, FORMATS[element].bits, "fp8"), x.device)
@@ -172,9 +172,9 @@ def _quantise(x: Tensor, elements: Tensor, scales: Tensor, decoded: Tensor, elem
 
 @triton_op("harness_mx::triton_quantise", mutates_args=())
 def quantise(x: Tensor, element: str, mode: str) -> tuple[Tensor, Tensor]:
-    """Encode BF16 `x` [M, K], contiguous, for `gemm_fp8`: E4M3 bytes [K/32, M, 32] and float32 scales [K/32, M].
+    """Encode BF16 ``x`` [M, K], contiguous, for ``gemm_fp8``: E4M3 bytes [K/32, M, 32] and float32 scales [K/32, M].
 
-    Values are those of `formats.encode` for `element` e4m3 or e2m1 (whose values are written as E4M3).
+    Values are those of ``formats.encode`` for ``element`` e4m3 or e2m1 (whose values are written as E4M3).
     """
     m, k = x.shape
     elements = torch.empty(k // BLOCK, m, BLOCK, dtype=torch.uint8, device=x.device)
@@ -185,7 +185,7 @@ def quantise(x: Tensor, element: str, mode: str) -> tuple[Tensor, Tensor]:
 
 @triton_op("harness_mx::triton_round_to_mx", mutates_args=())
 def round_to_mx(x: Tensor, element: str, mode: str) -> Tensor:
-    """`decode(encode(x))` in BF16 for BF16 `x` [M, K], contiguous."""
+    """``decode(encode(x))`` in BF16 for BF16 ``x`` [M, K], contiguous."""
     decoded = torch.empty_like(x)
     _quantise(x, x, x, decoded, element, mode)
     return decoded

@@ -1,9 +1,9 @@
-"""How `kernel=triton` lays MX weights out in memory: once, at set-up, so that the GPU reads them in one pass.
+"""How ``kernel=triton`` lays MX weights out in memory: once, at set-up, so that the GPU reads them in one pass.
 
-A weight [N, K] is cut into tiles of `width` bytes along its rows, and a tile of all rows is contiguous:
-`elements` uint8 [tiles, NP, width], NP being N rounded up to 128. An 8-bit byte is one element. A byte of two 4-bit
+A weight [N, K] is cut into tiles of ``width`` bytes along its rows, and a tile of all rows is contiguous:
+``elements`` uint8 [tiles, NP, width], NP being N rounded up to 128. An 8-bit byte is one element. A byte of two 4-bit
 elements holds element k of the first half of K low and element k of the second half high, so that unpacking moves
-nothing between threads. `scales` int32 [blocks/4, NP] holds four consecutive E8M0 bytes a word, lowest first.
+nothing between threads. ``scales`` int32 [blocks/4, NP] holds four consecutive E8M0 bytes a word, lowest first.
 
 K is rounded up to KP, a multiple of 128 (8 bit) or 256 (4 bit); what is padded is zero with scale 1.
 """
@@ -24,7 +24,7 @@ STEP = 128
 
 
 class PackedWeight(NamedTuple):
-    """A weight as the kernels read it. `wide`: it needs the decoding that knows every scale and special value."""
+    """A weight as the kernels read it. ``wide``: it needs the decoding that knows every scale and special value."""
 
     elements: Tensor
     scales: Tensor
@@ -32,13 +32,13 @@ class PackedWeight(NamedTuple):
 
 
 def padded_inputs(in_features: int, fmt: ElementFormat) -> int:
-    """KP: `in_features` rounded up to whole steps of the kernels."""
+    """KP: ``in_features`` rounded up to whole steps of the kernels."""
     step = STEP * 8 // fmt.bits
     return -(-in_features // step) * step
 
 
 def pack(blocks: MXBlocks, fmt: ElementFormat, width: int) -> PackedWeight:
-    """Lay out `blocks` of a weight [N, K] in tiles of `width` (32, 64 or 128) bytes. Values are kept, bit for bit."""
+    """Lay out ``blocks`` of [N, K] in tiles of ``width`` (32, 64 or 128) bytes; values are kept, bit for bit."""
     n = blocks.scales.shape[0]
     k = blocks.scales.shape[1] * BLOCK
     kp, rows = padded_inputs(k, fmt), -n % ROWS
@@ -52,7 +52,7 @@ def pack(blocks: MXBlocks, fmt: ElementFormat, width: int) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight, fmt: ElementFormat, out_features: int, in_features: int) -> MXBlocks:
-    """The blocks that `pack` was given."""
+    """The blocks that ``pack`` was given."""
     rows = packed.elements.transpose(0, 1).flatten(1)[:out_features]
     scales = _compact(packed.scales.t()).view(torch.uint8)[:out_features, : in_features // BLOCK].contiguous()
     if fmt.bits == 8:
@@ -62,7 +62,7 @@ def unpack(packed: PackedWeight, fmt: ElementFormat, out_features: int, in_featu
 
 
 def _compact(x: Tensor) -> Tensor:
-    """A copy of `x` with row-major strides, also along dimensions of size 1, whose strides `contiguous` leaves."""
+    """A copy of ``x`` with row-major strides, also along dimensions of size 1, whose strides ``contiguous`` leaves."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 

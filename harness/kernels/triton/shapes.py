@@ -1,7 +1,7 @@
-"""Which shape of `kernel=triton` runs for which Linear: a table of measured winners, and a rule for the rest.
+"""Which shape of ``kernel=triton`` runs for which Linear: a table of measured winners, and a rule for the rest.
 
-`scripts/microbench.py --tune` measures and prints entries for files in `tuned/`
-(`harness.kernels.tuned`), of which there are none yet.
+``scripts/microbench.py --tune`` measures and prints entries for files in ``tuned/``
+(``harness.kernels.tuned``), of which there are none yet.
 """
 
 import functools
@@ -15,7 +15,7 @@ from harness.kernels import tuned as tuned_files
 Path = Literal["bf16", "fp8"]
 
 BUCKETS = (16, 64, 256, 1024)
-"""Rows M are rounded up to one of these for `tuned`; more rows count as the last."""
+"""Rows M are rounded up to one of these for ``tuned``; more rows count as the last."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GemmConfig:
 
     @classmethod
     def from_ints(cls, values: list[int]) -> "GemmConfig":
-        """Back from `as_ints`."""
+        """Back from ``as_ints``."""
         block_m, block_n, split_k, warps, stages, swap = values
         return cls(block_m, block_n, split_k, warps, stages, bool(swap))
 
@@ -52,13 +52,13 @@ class Shape:
 
     @property
     def bucket(self) -> int:
-        """M rounded up to one of `BUCKETS`."""
+        """M rounded up to one of ``BUCKETS``."""
         return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
 
 
 @functools.cache
 def tuned(gpu: str | None, capability: tuple[int, int]) -> dict[tuple[str, int, int, int, int], GemmConfig]:
-    """(path, bits, M bucket, N, K) to the fastest shape measured on `gpu`, or on another of its compute capability."""
+    """(path, bits, M bucket, N, K) to the fastest shape measured on ``gpu``, or on one of its compute capability."""
     found = tuned_files.shapes("harness.kernels.triton", gpu, 10 * capability[0] + capability[1])
     return {(s["path"], s["bits"], s["m"], s["n"], s["k"]): GemmConfig.from_ints(s["config"]) for s in found}
 
@@ -80,13 +80,13 @@ def machine(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def choose(shape: Shape, capability: tuple[int, int], multiprocessors: int, gpu: str | None = None) -> GemmConfig:
-    """The measured winner for `shape`, or what the rule says."""
+    """The measured winner for ``shape``, or what the rule says."""
     measured = tuned(gpu, capability).get((shape.path, shape.bits, shape.bucket, shape.n, shape.k))
     return measured or rule(shape, capability, multiprocessors)
 
 
 def rule(shape: Shape, capability: tuple[int, int], multiprocessors: int) -> GemmConfig:
-    """The candidate with the lowest `estimate`, as many pipeline stages as let two blocks share a multiprocessor.
+    """The candidate with the lowest ``estimate``, as many pipeline stages as let two blocks share a multiprocessor.
 
     The swapped form is left to small M, where it wastes no rows of the tensor cores, and to FP8, where it needs fewer
     instructions (compiled code, counted).
@@ -147,7 +147,7 @@ def shared_bytes(shape: Shape, config: GemmConfig) -> int:
 
 
 def candidates(shape: Shape, capability: tuple[int, int]) -> list[GemmConfig]:
-    """What `microbench --tune` tries for `shape`."""
+    """What ``microbench --tune`` tries for ``shape``."""
     block_m = [16] if shape.m <= 16 else [64] if shape.m <= 64 else [64, 128]
     room = _SHARED_KIB.get(capability, 99) * 1024
     every = [

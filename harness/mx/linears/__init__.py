@@ -1,1 +1,1 @@
-"""The modules that take the place of an `nn.Linear`, one file per kernel."""
+"""The modules that take the place of an ``nn.Linear``, one file per kernel."""

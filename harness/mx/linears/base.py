@@ -1,4 +1,4 @@
-"""What takes the place of an `nn.Linear`: the interface of every MX Linear, and the weight-only emulated one."""
+"""What takes the place of an ``nn.Linear``: the interface of every MX Linear, and the weight-only emulated one."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class LinearFormat:
 
     @classmethod
     def of(cls, conf: MXConf, category: str = "") -> "LinearFormat":
-        """The format that a valid `conf` describes for Linears of `category`."""
+        """The format that a valid ``conf`` describes for Linears of ``category``."""
         element = E2M1 if conf.bits_of(category) == 4 else FORMATS[conf.element_8bit]
         return cls(element, ScaleMode(conf.scale_mode), Activation(conf.activation))
 
@@ -33,11 +33,11 @@ class LinearFormat:
 
     @property
     def numeric_path(self) -> str:
-        """Such as `W4A16 E2M1 weights, floor scales`: of weights rounded to nearest."""
+        """Such as ``W4A16 E2M1 weights, floor scales``: of weights rounded to nearest."""
         return self.path_of("")
 
     def path_of(self, chosen_by: str) -> str:
-        """`numeric_path` of weights that `chosen_by` chose, with their scales: `W4A16 E2M1 weights by gptq`."""
+        """``numeric_path`` of weights that ``chosen_by`` chose, with their scales: ``W4A16 E2M1 weights by gptq``."""
         bits, name, other = self.element.bits, self.element.name.upper(), self.activation_element
         scales = f"{self.scale_mode} scales"
         if other is None:
@@ -51,9 +51,9 @@ class LinearFormat:
 
 
 class MXWeight(NamedTuple):
-    """All that an MX Linear is made of, whoever chose it: `blocks` of the weight [N, K], `bias` BF16 [N] or None.
+    """All that an MX Linear is made of, whoever chose it: ``blocks`` of the weight [N, K], ``bias`` BF16 [N] or None.
 
-    Sources of such weights are in `harness.mx.weights`. The module keeps the tensors, or packs them; it does not
+    Sources of such weights are in ``harness.mx.weights``. The module keeps the tensors, or packs them; it does not
     write to them.
     """
 
@@ -68,9 +68,9 @@ class MXWeight(NamedTuple):
 
 
 class MXModule(nn.Module, ABC):
-    """What every MX Linear offers beside `forward`: its sizes, its format `fmt`, and its weight.
+    """What every MX Linear offers beside ``forward``: its sizes, its format ``fmt``, and its weight.
 
-    `note`: what computes it, and why, where that is not the kernel that was asked for.
+    ``note``: what computes it, and why, where that is not the kernel that was asked for.
     """
 
     fmt: LinearFormat
@@ -80,11 +80,11 @@ class MXModule(nn.Module, ABC):
     note: str | None = None
 
     def absorb(self, activation: nn.Module) -> bool:
-        """Apply `activation` to the outputs of `forward` from now on, if the kernel can; whether it will."""
+        """Apply ``activation`` to the outputs of ``forward`` from now on, if the kernel can; whether it will."""
         return False
 
     def linear(self, x: Tensor) -> Tensor:
-        """`forward` without an activation that it has absorbed: what any other MX Linear of this format gives."""
+        """``forward`` without an activation that it has absorbed: what any other MX Linear of this format gives."""
         return self(x)
 
     @abstractmethod
@@ -108,14 +108,14 @@ class MXModule(nn.Module, ABC):
 
 
 class MXLinear(MXModule):
-    """Linear with MX weights, emulated: decodes its weight at every call, then `bf16.linear`.
+    """Linear with MX weights, emulated: decodes its weight at every call, then ``bf16.linear``.
 
     Activations that are not to stay BF16 are rounded to MX first. Decoding is exact, so this is what any kernel must
     match up to summation order. No BF16 copy of the weight outlives a call. For inference: the weight takes no
     gradient.
 
-    Buffers: `elements` uint8 [N, K] (8 bit) or [N, K/2] (4 bit), `scales` uint8 [N, K/32], `bias` BF16 [N] or None,
-    with N = out_features and K = in_features.
+    Buffers: ``elements`` uint8 [N, K] (8 bit) or [N, K/2] (4 bit), ``scales`` uint8 [N, K/32], ``bias`` BF16 [N] or
+    None, with N = out_features and K = in_features.
     """
 
     elements: Tensor

@@ -1,7 +1,7 @@
-"""`kernel=cuda`: an MX Linear whose packed weight our own CUDA C++ kernel reads directly.
+"""``kernel=cuda``: an MX Linear whose packed weight our own CUDA C++ kernel reads directly.
 
-For few rows (a frame's 64) on Hopper; for many it is unpacked (`cuda_config.MANY_ROWS`). Equal to the emulated kernels
-up to the order of float32 summation.
+For few rows (a frame's 64) on Hopper; for many it is unpacked (``cuda_config.MANY_ROWS``). Equal to the emulated
+kernels up to the order of float32 summation.
 """
 
 import torch
@@ -17,12 +17,12 @@ from harness.mx.linears.triton import TritonMXLinear
 
 
 def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
-    """Why the CUDA kernel cannot run `fmt` on `device`, or None. Every format is supported where any is."""
+    """Why the CUDA kernel cannot run ``fmt`` on ``device``, or None. Every format is supported where any is."""
     return kernel.unavailable(device)
 
 
 def build(weight: MXWeight) -> MXModule:
-    """A CudaMXLinear of `weight`, or a TritonMXLinear where the blocks do not suit (`note` says why)."""
+    """A CudaMXLinear of ``weight``, or a TritonMXLinear where the blocks do not suit (``note`` says why)."""
     reason = cuda_packing.unfit(weight.blocks, weight.fmt.element)
     if reason is None:
         return CudaMXLinear.from_weight(weight)
@@ -35,13 +35,13 @@ class CudaMXLinear(PackedLinear, MXModule):
     """A packed Linear over an MX weight; activations BF16, or rounded to MX at every call (exact in BF16)."""
 
     def __init__(self, weight: CudaWeight, sizes: tuple[int, int], bias: Tensor | None, fmt: LinearFormat) -> None:
-        """As `PackedLinear`, with the weight in `fmt`."""
+        """As ``PackedLinear``, with the weight in ``fmt``."""
         super().__init__(weight, sizes, bias)
         self.fmt, self.element, self.bits = fmt, fmt.element.name, fmt.element.bits
 
     @classmethod
     def from_weight(cls, weight: MXWeight) -> "CudaMXLinear":
-        """Pack `weight`. Raises ValueError when the kernel cannot hold it exactly (see `cuda_packing.unfit`)."""
+        """Pack ``weight``. Raises ValueError when the kernel cannot hold it exactly (see ``cuda_packing.unfit``)."""
         return cls(cuda_packing.pack(weight.blocks, weight.fmt.element), weight.sizes, weight.bias, weight.fmt)
 
     def _kind(self) -> tuple[LinearFormat, ...]:

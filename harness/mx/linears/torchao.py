@@ -1,4 +1,4 @@
-"""MX weights and activations through torchao: its `MXTensor`, emulated or on the GPU's native MX path.
+"""MX weights and activations through torchao: its ``MXTensor``, emulated or on the GPU's native MX path.
 
 torchao is imported where it is used: it takes seconds to load, and weight-only MX does without it.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class TorchaoMXLinear(MXModule):
-    """Linear with MX weights and activations: torchao's `MXTensor` weight, activations encoded at every call.
+    """Linear with MX weights and activations: torchao's ``MXTensor`` weight, activations encoded at every call.
 
-    `weight` is a parameter holding a torchao MXTensor [N, K] with swizzled scales, `bias` BF16 [N] or None. `native`
-    runs on the GPU's MX path; otherwise torchao decodes both operands to BF16 and multiplies those (emulated).
-    Activations are encoded by torchao 0.18, which differs from `formats.mx.encode` in blocks with infinity or below the
-    smallest scale (see there).
+    ``weight`` is a parameter holding a torchao MXTensor [N, K] with swizzled scales, ``bias`` BF16 [N] or None.
+    ``native`` runs on the GPU's MX path; otherwise torchao decodes both operands to BF16 and multiplies those
+    (emulated). Activations are encoded by torchao 0.18, which differs from ``formats.mx.encode`` in blocks with
+    infinity or below the smallest scale (see there).
     """
 
     weight: Any
@@ -39,7 +39,7 @@ class TorchaoMXLinear(MXModule):
 
     @classmethod
     def from_weight(cls, weight: MXWeight, native: bool) -> "TorchaoMXLinear":
-        """The blocks as the MXTensor that torchao's `quantize_` would have put there, had it chosen them."""
+        """The blocks as the MXTensor that torchao's ``quantize_`` would have put there, had it chosen them."""
         from torchao.prototype.mx_formats.utils import hp_data_dims_to_swizzled_scale_dims_mx, to_blocked
 
         blocks, bias, fmt = weight
@@ -88,7 +88,7 @@ def _(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, element: str
 
 
 def _mx_tensor(qdata: Tensor, scale: Tensor, fmt: LinearFormat, native: bool, dtype: torch.dtype) -> Any:
-    """The MXTensor of these bits (swizzled scales), as `quantize_` makes it of a weight of `dtype`."""
+    """The MXTensor of these bits (swizzled scales), as ``quantize_`` makes it of a weight of ``dtype``."""
     from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
 
     config = torchao_config(fmt, native)
@@ -98,7 +98,7 @@ def _mx_tensor(qdata: Tensor, scale: Tensor, fmt: LinearFormat, native: bool, dt
 
 
 def torchao_config(fmt: LinearFormat, native: bool) -> "MXDynamicActivationMXWeightConfig":
-    """The torchao `MXDynamicActivationMXWeightConfig` for `fmt`."""
+    """The torchao ``MXDynamicActivationMXWeightConfig`` for ``fmt``."""
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
     from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
     from torchao.quantization.quantize_.common.kernel_preference import KernelPreference

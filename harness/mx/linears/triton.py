@@ -1,4 +1,4 @@
-"""`kernel=triton`: an MX Linear whose packed weight our own Triton kernels read directly.
+"""``kernel=triton``: an MX Linear whose packed weight our own Triton kernels read directly.
 
 Runs on NVIDIA GPUs from compute capability 8.0 on; written for Hopper. Equal to the emulated kernels up to the order
 of float32 summation (on FP8 tensor cores also up to their rounding inside a block of 32: Hopper aligns the products
@@ -21,7 +21,7 @@ from harness.mx.linears.base import LinearFormat, MXModule, MXWeight
 
 
 def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
-    """Why the Triton kernels cannot run on `device`, or None. Every format is supported where any is."""
+    """Why the Triton kernels cannot run on ``device``, or None. Every format is supported where any is."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (torch's CUDA builds bring it)"
     if device.type != "cuda":
@@ -35,7 +35,7 @@ def unavailable(device: torch.device, fmt: LinearFormat) -> str | None:
 
 
 def paths(fmt: LinearFormat, capability: tuple[int, int]) -> tuple[Path, ...]:
-    """The tensor cores that can multiply `fmt`, fastest at a frame's rows first (docs/performance.md).
+    """The tensor cores that can multiply ``fmt``, fastest at a frame's rows first (docs/performance.md).
 
     FP8 ones take part where both operands are MX with elements that E4M3 holds and the GPU has them.
     """
@@ -46,10 +46,10 @@ def paths(fmt: LinearFormat, capability: tuple[int, int]) -> tuple[Path, ...]:
 class TritonMXLinear(MXModule):
     """Linear over a packed MX weight; activations BF16, or MX blocks encoded at every call.
 
-    Buffers: `elements` uint8 [tiles, NP, width] and `scales` int32 [blocks/4, NP] (see `packing`), `bias` BF16 [N] or
-    None, `arrived` int32, counters of split K's programs, zero between calls. `path` says which tensor cores multiply;
-    with "bf16" MX activations are rounded to MX and enter as BF16, which is exact. `config` overrides the launch shape
-    (see `triton_config.choose`) for every M.
+    Buffers: ``elements`` uint8 [tiles, NP, width] and ``scales`` int32 [blocks/4, NP] (see ``packing``), ``bias`` BF16
+    [N] or None, ``arrived`` int32, counters of split K's programs, zero between calls. ``path`` says which tensor cores
+    multiply; with "bf16" MX activations are rounded to MX and enter as BF16, which is exact. ``config`` overrides the
+    launch shape (see ``triton_config.choose``) for every M.
 
     Two streams must not run one module at the same time: they would share the counters.
     """
@@ -62,7 +62,7 @@ class TritonMXLinear(MXModule):
     def __init__(
         self, packed: packing.PackedWeight, sizes: tuple[int, int], bias: Tensor | None, fmt: LinearFormat, path: Path
     ) -> None:
-        """`sizes` are (out_features, in_features) of the weight that `packed` holds."""
+        """``sizes`` are (out_features, in_features) of the weight that ``packed`` holds."""
         super().__init__()
         self.fmt, self.path, self.wide = fmt, path, packed.wide
         self.out_features, self.in_features = sizes
@@ -76,9 +76,9 @@ class TritonMXLinear(MXModule):
 
     @classmethod
     def from_weight(cls, weight: MXWeight, path: Path | None = None) -> "TritonMXLinear":
-        """Pack `weight`. `path` None: the fastest one.
+        """Pack ``weight``. ``path`` None: the fastest one.
 
-        Raises ValueError when `path` is "fp8" and an operand is not MX with elements that E4M3 holds.
+        Raises ValueError when ``path`` is "fp8" and an operand is not MX with elements that E4M3 holds.
         """
         blocks, bias, fmt = weight
         path = path or paths(fmt, machine(blocks.scales.device)[0])[0]
@@ -88,7 +88,7 @@ class TritonMXLinear(MXModule):
         return cls(packed, weight.sizes, bias, fmt, path)
 
     def stacked(self, others: Sequence[nn.Module]) -> "TritonMXLinear | None":
-        """One Linear whose output is that of this one, then those of `others`, which read the same input.
+        """One Linear whose output is that of this one, then those of ``others``, which read the same input.
 
         Their packed weights become views of its own, so nothing is held twice; called again, it reuses them. None
         when they do not fit together: another format or K, padded outputs, or too large for 32-bit addresses.
@@ -112,14 +112,14 @@ class TritonMXLinear(MXModule):
         return self.product(*operands).view(*x.shape[:-1], self.out_features)
 
     def operands(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """BF16 rows [M, K] as the path's kernel takes them, for `product`: encoded if activations are to be MX."""
+        """BF16 rows [M, K] as the path's kernel takes them, for ``product``: encoded if activations are to be MX."""
         if self.padded > self.in_features:
             rows = F.pad(rows, (0, self.padded - self.in_features))
         rows = rows.contiguous()
         return self._encoded(rows) if self.path == "fp8" else (self._rounded(rows),)
 
     def product(self, *operands: Tensor) -> Tensor:
-        """BF16 [M, N] from what `operands` made of the rows."""
+        """BF16 [M, N] from what ``operands`` made of the rows."""
         from harness.kernels.triton import ops as triton_ops  # needs the package triton, which CPU builds of torch lack
 
         gemm = triton_ops.gemm_fp8 if self.path == "fp8" else triton_ops.gemm_bf16
@@ -141,7 +141,7 @@ class TritonMXLinear(MXModule):
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def shape(self, rows: int) -> Shape:
-        """The product of this weight and `rows` activation rows."""
+        """The product of this weight and ``rows`` activation rows."""
         return Shape(rows, self.out_features, self.padded, self.fmt.element.bits, self.path)
 
     def _most_tiles(self) -> int:
@@ -149,7 +149,7 @@ class TritonMXLinear(MXModule):
         return -(-self.out_features // 64) * 16
 
     def _encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [M, KP] as `gemm_fp8` reads them; in compiled code by operations that fuse with what made the rows."""
+        """Rows [M, KP] as ``gemm_fp8`` reads them; in compiled code by operations that fuse with what made the rows."""
         from harness.kernels.triton import ops as triton_ops
 
         element, mode = self._activation_element(), self.fmt.scale_mode
@@ -183,7 +183,7 @@ class TritonMXLinear(MXModule):
 
 
 def _joined(members: Sequence[TritonMXLinear], name: str, outputs: Sequence[int]) -> Tensor:
-    """Buffer `name` of all members side by side (dimension 1); theirs become views of it, unless they are already."""
+    """Buffer ``name`` of all members side by side (dimension 1); theirs become views of it, unless they are already."""
     parts = [getattr(m, name) for m in members]
     shape = (parts[0].shape[0], sum(outputs), *parts[0].shape[2:])
     stride = parts[0].stride()

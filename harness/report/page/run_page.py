@@ -308,7 +308,7 @@ def _single_clips(record: Record, tag: str, path: str, style: str) -> list[Serie
 
 
 def _looks(record: Record) -> list[dict[str, Any]]:
-    """What PSNR hides, over all clips; see `harness/measure/appearance.py`."""
+    """What PSNR hides, over all clips; see ``harness/measure/appearance.py``."""
     looks = pick(record, "quality.all.appearance") or {}
     rows = []
     for name, figure, scale, digits in (
