@@ -45,3 +45,9 @@ def test_a_script_starts_from_any_folder(words, tmp_path):
 def test_measuring_commands_of_mx_world_are_the_scripts_functions(name):
     where = COMMANDS[name][0].partition(":")[0]
     assert any(f"from {where} import main" in path.read_text() for path in SCRIPTS)
+
+
+def test_the_reference_names_every_script_and_command():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert [path.name for path in SCRIPTS if path.name not in text] == []
+    assert [name for name in COMMANDS if f"`{name}`" not in text] == []
