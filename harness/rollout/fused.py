@@ -40,8 +40,8 @@ MAX_COMBINERS = 8
 """Programs of a head that combine its splits' sums, a share of the queries each."""
 
 POLLS = 64
-"""Times a program asks for the others' sums, half a microsecond each, before it asks whether all others have begun:
-ten times what they differ by where all are at work."""
+"""Times, at least 1, a program asks for the others' sums, half a microsecond each, before it asks whether all others
+have begun: ten times what they differ by where all are at work."""
 
 MAX_QUERIES = 64
 """Queries of one program; 64 rows are what one warpgroup multiplies at a time."""

@@ -187,7 +187,7 @@ def test_who_combines_what_changes_no_bit(monkeypatch, frames, heads):
     qkv, rotary = projection(1, heads, 64, 64, torch.bfloat16)
     attend = FusedAttention(cache, store=False)
     waited = attend.projected(0, qkv, rotary)
-    for polls in (0, 1, 3):
+    for polls in (1, 3):
         monkeypatch.setattr(fused, "POLLS", polls)
         for _ in range(50):
             assert torch.equal(attend.projected(0, qkv, rotary), waited)

@@ -347,7 +347,7 @@ def combine(
     Asks for them at most ``most`` times, until none is ``EMPTY``, and returns whether that came about: then what was
     read is ``EMPTY`` again, for the next launch.
     """
-    PATIENT: tl.constexpr = DIM > 64
+    PATIENT: tl.constexpr = DIM <= 64  # where measured to be faster
     CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
     # As many copies of the totals as there are threads: so all of these must agree on what is missing.
     totals += rows[:, None] + tl.zeros((ROWS, 128 // ROWS), tl.int32)
@@ -360,7 +360,7 @@ def combine(
         total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
         result = tl.zeros((ROWS, CHUNK), tl.float32)
         while (missing != 0) & (asks < most):
-            if PATIENT:  # the totals come last: as long as one is missing, no traffic in the others' way
+            if PATIENT:  # totals come last: as long as one is missing, the sums are no traffic in the others' way
                 waiting = 1
                 while (waiting != 0) & (asks < most):
                     lacks = tl.zeros((ROWS, 128 // ROWS), tl.int32)
