@@ -80,6 +80,23 @@ def test_what_a_user_got_wrong_is_one_message_and_exit_code_2(command, words, sa
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("os.system", "there is no such class"),
+        ("pathlib.Path", "is no logger"),
+        ("nowhere.At", "there is no such class"),
+    ],
+)
+def test_a_config_calls_nothing_but_loggers(command, tmp_path, target, said):
+    (tmp_path / "mine" / "logger").mkdir(parents=True)
+    (tmp_path / "mine" / "logger" / "own.yaml").write_text(f"_target_: {target}\ncommand: touch owned\n")
+    code, err = command("model=smoke", "--config-dir", str(tmp_path / "mine"), "logger=own")
+    assert code == 2
+    assert err.startswith(f"error: logger._target_={target}: {said}")
+    assert not (tmp_path / "owned").exists()
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(command, game, overrides, tmp_path):
     import torch
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -296,9 +297,13 @@ def _logger_problems(logger: dict[str, Any]) -> Iterator[str]:
         return
     try:
         module, _, name = target.rpartition(".")
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        kind = getattr(importlib.import_module(module), name)
+        parameters = inspect.signature(kind).parameters
     except (ImportError, AttributeError, ValueError, TypeError):
         yield f"logger._target_={target}: no such class; choose one of the group: logger=csv"
+        return
+    if not (isinstance(kind, type) and issubclass(kind, Logger)):  # a config calls nothing else
+        yield f"logger._target_={target}: is no logger of Lightning's; choose one of the group: logger=csv"
         return
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return

@@ -10,6 +10,7 @@ import atexit
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -386,4 +387,7 @@ class SweepPage(Callback):
             page = write_sweep_page(self._folder)
         except SweepError:
             return  # not one job began: whatever ended the sweep has been said
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)  # at exit nobody is left to raise it to
+            return
         print(f"Comparison of the sweep: {page}")

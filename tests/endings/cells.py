@@ -1,6 +1,6 @@
 """What stays when a run ends early: the command a user types, in a process of its own, hit at one point by one thing.
 
-python tests/endings/cells.py [--only plain] [--out table.md]     (all: about an hour on one core)
+python tests/endings/cells.py [--only plain] [--out table.md]     (all: some three hours on a busy core)
 
 Each cell starts a run, has the fault happen, looks at what is there, starts the same command with resume=true and
 compares every figure with those of a run that nothing happened to. The table goes to standard output.

@@ -31,7 +31,7 @@ def undisturbed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kind", "point"), CELLS, ids="-".join)
+@pytest.mark.parametrize(("way", "kind", "point"), CELLS, ids=["-".join(cell) for cell in CELLS])
 def test_what_is_finished_stays_and_the_rest_is_made_up_for_to_the_bit(undisturbed, way, kind, point):
     cell = cells.measure(way, kind, point, undisturbed(way))
     assert cell.wrong == [], cell
