@@ -82,7 +82,7 @@ def test_what_nobody_can_have_meant_is_refused_with_what_to_write(words, said):
             "data.limits: no such field; did you mean data.limit",
         ),
         ("experiment", "# @package _global_\ndefaults:\n  - override /compile: off\n", "own.yaml: Unsupported item"),
-        ("quant", "bits: [\n", "quant/own.yaml, line 2: not YAML"),
+        ("quant", "bits: [\n", "quant/own.yaml: not a readable YAML file: line 2: "),
     ],
 )
 def test_files_are_held_to_the_same_as_words(tmp_path, group, text, said):

@@ -172,7 +172,7 @@ def test_a_video_per_clip_is_written(record, tmp_path):
     [
         ({"model.window": 8}, "has 10 frames, but start 0 + window 8 + 4 future frames need 12"),
         ({"data.paths": "[/no/such/folder]"}, "/no/such/folder"),
-        ({"+model.arch.d_model": 64}, "the checkpoint does not fit the GameRFT model"),
+        ({"+model.arch.n_layers": 3}, "the checkpoint does not fit the GameRFT model"),
     ],
 )
 def test_what_does_not_fit_is_named(composed, game, overrides, change, said):

@@ -156,7 +156,8 @@ def test_a_full_disk_ends_with_the_table_on_the_screen_and_the_file_named(monkey
     said = capfd.readouterr()
     assert stop.value.code == 2
     assert "FPS, pipeline (DiT)" in said.out
-    assert "record.json" in said.err.strip().splitlines()[-1]
+    error = next(line for line in said.err.splitlines() if line.startswith("error: "))
+    assert "record.json" in error
     assert "File too large" in said.err
     assert "Traceback" not in said.err
     assert (tmp_path / "run" / "frames.csv").is_file()

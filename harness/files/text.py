@@ -162,8 +162,10 @@ def _told(path: Path) -> Iterator[None]:
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileError(f"{path}: not a readable YAML file: {reason:.300}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        reason = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
+        raise FileError(f"{path}: not a readable YAML file: {line}{reason:.300}") from error
 
 
 def _check_events(text: str) -> None:

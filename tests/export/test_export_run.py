@@ -71,7 +71,7 @@ def test_weights_that_have_changed_since_are_not_exported(judged, tmp_path):
         (["kv=mx_kv"], "kv: .* holds other formats than these"),
         (["gates=a"], "give model.baseline=CHECKPOINT"),
         (["on_instability=fallback"], "give model.baseline, or use raise"),
-        (["+model.arch.d_model=64"], r"d_model=64 \(the file: 32\)"),
+        (["+model.arch.n_layers=3"], r"n_layers=3 \(the file: 2\)"),
     ],
 )
 def test_what_contradicts_the_file_is_an_error(judged, composed, more, message):
