@@ -187,8 +187,8 @@ def _fields(name: str, file: str | None, arch: dict[str, Any], kind: type) -> di
     if width is not None and given.get("d_model", width) != width:
         raise ConfigError(
             f"{name}.config_file={file} has d_model={str(given['d_model'])[:20]}, {name}.arch d_model={width}: a named "
-            f"model (model=smoke, dit_v4, …) brings its own shape; leave model= and {name}.arch.d_model out, or give "
-            f"no {name}.config_file"
+            f"model (model=smoke, dit_v4, …) brings its own shape; leave model= out, and {name}.arch.d_model, "
+            f"or give no {name}.config_file"
         )
     return {**given, **arch}
 
