@@ -70,6 +70,13 @@ def show(pair, kernel):
     )
 
 
+def variant(words):
+    """``k/v[/basis][/heads=…][/frames=…][/tokens=…][/dim=…]``."""
+    given = words.split("/")
+    sizes = dict(word.split("=") for word in given if "=" in word)
+    return window(*(word for word in given if "=" not in word), **{name: int(size) for name, size in sizes.items()})
+
+
 if __name__ == "__main__":
     for pair in sys.argv[1:]:
-        show(pair, window(*pair.split("/")))
+        show(pair, variant(pair))

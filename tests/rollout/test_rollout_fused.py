@@ -308,6 +308,8 @@ def test_compiles_for_hopper_without_a_gpu():
     root = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     products = {"plain/e4m3": (12, 1), "e5m2/e2m1": (12, 2), "e2m1/e2m1/hadamard": (20, 2)}
+    # A window that leaves a rest of rows beside tiles held in registers; heads of 128.
+    products |= {"e4m3/e2m1/heads=4/frames=2/tokens=80/dim=32": (12, 2), "plain/e2m1/dim=128": (12, 1)}
     command = [sys.executable, str(Path(__file__).with_name("rollout_aot.py")), *products]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -316,7 +318,7 @@ def test_compiles_for_hopper_without_a_gpu():
     for pair, (wgmma, quantised) in products.items():
         words = dict(zip(lines[pair][1::2], map(int, lines[pair][2::2]), strict=True))
         assert words["wgmma"] >= wgmma
-        assert words["shared"] < 64 * 1024
+        assert words["shared"] < (128 if "dim=128" in pair else 64) * 1024
         assert words["asynchronous"] >= 2 + quantised
         assert words["awaited"] == 0
 

@@ -594,11 +594,15 @@ def window_kernel(
     if latest:
         if REST > 0:
             past = TILES * BLOCK_N
-            k0, k1 = load_tile(k_data, k_factors, start, past, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
-            v0, v1 = load_tile(v_data, v_factors, start, past, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE)
+            rest_k0, rest_k1 = load_tile(
+                k_data, k_factors, start, past, K_FORMAT, K_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE
+            )
+            rest_v0, rest_v1 = load_tile(
+                v_data, v_factors, start, past, V_FORMAT, V_PER, REST, DIM, TOKENS, LENGTH, True, DTYPE
+            )
             known = past + tl.arange(0, REST) < PAST
             total, sum0, sum1 = attend_tile(
-                q0, q1, k0, k1, v0, v1, known, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
+                q0, q1, rest_k0, rest_k1, rest_v0, rest_v1, known, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
             )
         if V_PAIRED:
             total, own_sum = attend_own(
