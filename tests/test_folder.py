@@ -1,5 +1,6 @@
 """A run's folder is that run's alone, and what lies in it beside is neither shown nor removed."""
 
+import errno
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from harness.report.journal import FinishedBatch
 from harness.report.page.run_page import write_run_page
 from harness.report.record import load_record
 from harness.report.sections import BatchTimes, FrameTimes
+from harness.run import run
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.limit=1", "measure.parts_frames=0"]
 
@@ -130,6 +132,15 @@ def test_no_text_of_frames_csv_is_a_formula():
         cells = [text if cell is None else cell for cell in re.findall(r'(?:^|,)"?([^",]*)', rows, re.MULTILINE)]
         assert "'" + text.replace('"', '""') in rows
         assert not any(cell.lstrip().startswith(FORMULA[:4]) for cell in cells), rows
+
+
+def test_a_file_system_without_locks_is_said_in_the_log(composed, game, overrides, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("harness.ab.folder.fcntl.flock", no_locks)
+    run(composed(*overrides(game), "data.limit=1", "data.future_frames=1"))
+    assert "no lock keeps another run out of this folder (No locks available)" in (tmp_path / "run/run.log").read_text()
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):

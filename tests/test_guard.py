@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harness.ab.arm import Arm
+from harness.measure.pictures import Pictures
 from harness.measure.stability import InstabilityError
 from harness.report.record import load_record
 from harness.rollout import assembly
@@ -35,11 +36,12 @@ def black_candidate(monkeypatch):
     plain = Arm.roll
 
     def use(clip):
-        def roll(self, batch, *args):
-            rolled = plain(self, batch, *args)
+        def roll(self, batch, *args, **options):
+            rolled = plain(self, batch, *args, **options)
             if self.kv.enabled and clip in batch.clip_ids:
-                rolled = dataclasses.replace(rolled, rgb=rolled.rgb.clone())
-                rolled.rgb[batch.clip_ids.index(clip), 1:] = -1
+                rgb = rolled.pictures.rgb()
+                rgb[batch.clip_ids.index(clip), 1:] = -1
+                rolled = dataclasses.replace(rolled, pictures=Pictures.of(rgb))
             return rolled
 
         monkeypatch.setattr(Arm, "roll", roll)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from harness.export.write import weights_fingerprint
 from harness.kv import KVConf, KVStats
 from harness.kv.stats import KVSamples
 from harness.measure.memory import PeakProbe
+from harness.measure.pictures import Pictures, Shown
 from harness.measure.stability import finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
+from harness.models.dcae import to_frames
 from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.weights import WeightSource
@@ -37,19 +40,21 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rolled:
-    """What an arm made of a batch, on the CPU.
+    """What an arm made of a batch.
 
-    ``latents`` float32 ``[B, F, C, S, S]``; ``rgb`` ``[B, F, 3, h, w]`` in [-1, 1], in the decoder's dtype;
-    ``times``: of every frame. ``non_finite``: clips (index in the batch) with NaN or Inf, and the first frame of it; a
-    rollout that was not patient ends there. ``in_pictures``: those whose latents were finite in that frame: the decoder
-    made it.
+    ``pictures``: in [-1, 1], in the decoder's dtype, and ``times`` of every frame. ``non_finite``: clips (index in the
+    batch) with NaN or Inf, and the first frame of it; a rollout that was not patient ends there. ``in_pictures``: those
+    whose latents were finite in that frame: the decoder made it.
     """
 
-    latents: Tensor
-    rgb: Tensor
+    pictures: Pictures
     times: FrameTimes
     non_finite: dict[int, int]
     in_pictures: frozenset[int] = frozenset()
+
+    def frames(self, clip: int) -> Shown:
+        """Of one clip, in [0, 1]."""
+        return self.pictures.clip(clip, to_frames)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,12 @@ class Arm:
 
     @torch.inference_mode()
     def roll(
-        self, batch: ClipBatch, noise: tuple[Tensor, Tensor], on_frame: Callable[[], None], patient: bool = False
+        self,
+        batch: ClipBatch,
+        noise: tuple[Tensor, Tensor],
+        on_frame: Callable[[], None],
+        patient: bool = False,
+        folder: Path | None = None,
     ) -> Rolled:
         """Roll the clips out and time every frame.
 
@@ -121,11 +131,15 @@ class Arm:
             noise: of the context and of the new frames, see :func:`harness.data.noise.batch_noise`.
             on_frame: called after each frame, outside all timed spans.
             patient: go on after NaN or Inf, for the other clips' sake.
+            folder: where pictures go that are too many for memory.
+
+        Raises:
+            OSError: if its file system is full.
         """
         counted = CompileCounters()
         window = batch.latents_context.shape[1]
         context_noise, frame_noise = (part.to(self.device) for part in noise)
-        latents, rgb = [], []
+        pictures = Pictures(folder)
         non_finite: dict[int, int] = {}
         in_pictures: set[int] = set()
         with self.probe:
@@ -138,11 +152,11 @@ class Arm:
                 picture = self.decode(latent)
                 self.frame_timer.lap()
                 self.kv_stats.sample()
-                latents.append(latent.cpu())
-                rgb.append(picture.cpu())
+                picture = picture.cpu()
+                pictures.append(picture)
                 on_frame()
-                sound = finite_clips(latents[-1])
-                for clip in (~(sound & finite_clips(rgb[-1]))).nonzero().flatten().tolist():
+                sound = finite_clips(latent.cpu())
+                for clip in (~(sound & finite_clips(picture))).nonzero().flatten().tolist():
                     if clip not in non_finite and sound[clip]:
                         in_pictures.add(clip)
                     non_finite.setdefault(clip, index)
@@ -153,7 +167,7 @@ class Arm:
         rows = self.frame_timer.take()
         dit, decoder = ([round(row[span], DIGITS) for row in rows] for span in ("dit", "decoder"))
         times = FrameTimes(dit, decoder, prefill_ms)
-        return Rolled(torch.stack(latents, 1), torch.stack(rgb, 1), times, non_finite, frozenset(in_pictures))
+        return Rolled(pictures, times, non_finite, frozenset(in_pictures))
 
     def take(self) -> ArmFigures:
         """What was counted since the last call, which the arm's totals hold from now on."""

@@ -34,10 +34,13 @@ class RunFolder:
 
     Args:
         path: need not exist.
+
+    ``unlocked``: why no lock keeps others out of the claimed folder; None where one does.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.unlocked: str | None = None
         self._lock: int | None = None
         self._fresh = False
 
@@ -91,8 +94,8 @@ class RunFolder:
         except BlockingIOError:
             os.close(handle)
             raise FolderError(f"{self.path}: another run is writing to it right now; use another folder") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            self.unlocked = error.strerror or str(error)
         self._lock = handle
 
     def _remove(self, names: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,8 +14,8 @@ from harness.ab.fallback import Fallback, fallbacks
 from harness.config import RunPlan
 from harness.data.conf import BUTTON_NAMES
 from harness.data.datamodule import ClipBatch
+from harness.measure.pictures import Shown
 from harness.measure.stability import NON_FINITE, Incident, InstabilityError, OnInstability, detect
-from harness.models.dcae import to_frames
 from harness.report.sections import FallbackRecord, IncidentRecord
 
 MOVES = [BUTTON_NAMES.index(name) for name in "WASD"]
@@ -61,7 +62,7 @@ class Guard:
         if rolled.non_finite and (name == "bf16" or self.policy is OnInstability["raise"]):
             self._raise(self._non_finite(name, arm, rolled, batch, noise)[0])
 
-    def note_baseline(self, rolled: Rolled, batch: ClipBatch, clips: int, recording: Tensor | None) -> None:
+    def note_baseline(self, rolled: Rolled, batch: ClipBatch, clips: int, recording: Sequence[Shown] | None) -> None:
         """Record what the BF16 arm does that the recording does not."""
         for clip in range(clips):
             reference = None if recording is None else recording[clip]
@@ -74,7 +75,7 @@ class Guard:
         batch: ClipBatch,
         clips: int,
         noise: Noise,
-        recording: Tensor | None,
+        recording: Sequence[Shown] | None,
     ) -> Fallback | None:
         """Judge the candidate's rollout of the first ``clips`` clips of a batch against BF16's, or the recording's.
 
@@ -90,7 +91,7 @@ class Guard:
             if clip not in ours.non_finite:
                 reference = None if recording is None else recording[clip]
                 if "bf16" in rolled:
-                    reference = to_frames(rolled["bf16"].rgb[clip])
+                    reference = rolled["bf16"].frames(clip)
                 found += self._visible("candidate", ours, batch, clip, reference)
         if not found:
             return None
@@ -130,14 +131,13 @@ class Guard:
         return incidents
 
     def _visible(
-        self, name: str, rolled: Rolled, batch: ClipBatch, clip: int, reference: Tensor | None
+        self, name: str, rolled: Rolled, batch: ClipBatch, clip: int, reference: Shown | None
     ) -> list[Incident]:
         window = self.plan.conf.sampler.window
         mouse, btn = batch.mouse[clip, window:], batch.btn[clip, window:]
         moving = (mouse.ne(0).any(1) | btn[:, MOVES].ne(0).any(1)).cpu()
-        frames = to_frames(rolled.rgb[clip])
         found = detect(
-            frames,
+            rolled.frames(clip),
             moving,
             self.plan.conf.stability,
             reference,

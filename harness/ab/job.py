@@ -21,7 +21,7 @@ from harness.ab.conclude import conclude
 from harness.ab.context import RunContext
 from harness.ab.ending import Ending
 from harness.ab.folder import RunFolder
-from harness.ab.judged import header_of
+from harness.ab.judged import export_run, header_of
 from harness.ab.log import logged_to
 from harness.ab.module import RolloutModule
 from harness.ab.processes import Processes, check_clips, check_processes
@@ -33,6 +33,7 @@ from harness.calib.plan import make_encoder
 from harness.config import RunConf, RunPlan, plan_run
 from harness.data.datamodule import ClipDataModule
 from harness.export.layout import ExportError
+from harness.export.read import Export
 from harness.export.write import write_export
 from harness.report.files import LOG
 from harness.report.gates import check_comparable
@@ -77,10 +78,17 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
             if plan.conf.resume and (earlier := finished_before(context.folder, cfg)) is not None:
                 for problem in conclude(earlier, plan.conf, baseline, context.folder):
                     raise problem
+                if plan.conf.export is not None:
+                    make_up_export(earlier, Path(plan.conf.export))
                 remove_journals(context.folder)
                 return earlier
+            if plan.conf.export is not None and Path(plan.conf.export).exists():
+                raise ExportError(f"export={plan.conf.export}: exists, and this run has not come to its end; delete it")
             write_config(cfg, context)
         with logged_to(context.folder / LOG) if trainer.is_global_zero else nullcontext():
+            if folder.unlocked is not None:
+                told = "%s: no lock keeps another run out of this folder (%s); see that none is started in it"
+                log.warning(told, context.folder, folder.unlocked)
             log.info("run %s: %s", context.folder.name, " ".join(context.overrides) or "defaults")
             data = build_data(plan)
             if plan.conf.calib.enabled:
@@ -98,6 +106,24 @@ def execute(cfg: DictConfig, context: RunContext) -> RunRecord | None:
             with Ending(trainer, module, data, processes, recorder, signals, concluded) as ending:
                 trainer.predict(module, data, return_predictions=False)
     return ending.record
+
+
+def make_up_export(record: RunRecord, path: Path) -> None:
+    """Write the export of a finished run that was killed before it had, unless the file is there and holds it.
+
+    Raises:
+        ExportError: if the file is there and is another one, or the candidate cannot be set up as it was judged.
+        OSError: if it cannot be written.
+    """
+    candidate = record.candidate
+    if path.exists():
+        held = Export(path).header.fingerprint
+        if candidate is None or held != candidate.weights_sha256:
+            raise ExportError(f"export={path}: exists, and holds other weights than this run judged; delete it")
+        print(f"Exported: {path} is there (weights {held[:12]})")
+        return
+    header = export_run(record, path)
+    print(f"Exported: {path} ({bytes_text(path.stat().st_size)}, weights {header.fingerprint[:12]})")
 
 
 def export_judged(plan: RunPlan, module: RolloutModule, record: RunRecord, path: Path) -> list[Exception]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from harness.data.noise import batch_noise
 from harness.kv import KVConf
 from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance, FrameScores
+from harness.measure.pictures import Pictures, Shown
 from harness.measure.quality import score_frames
 from harness.measure.stability import frame_change
 from harness.models.dcae import to_frames
@@ -39,12 +41,12 @@ OVERLAP_FRAMES = 64
 class ClipOutcome:
     """One finished clip.
 
-    ``frames`` by arm, and ``recording`` where there is one: ``[F, 3, h, w]`` float in [0, 1] on the CPU.
+    ``frames`` by arm, and ``recording`` where there is one, in [0, 1] on the CPU.
     """
 
     record: ClipRecord
     fps: float
-    frames: dict[str, Tensor]
+    frames: dict[str, Shown]
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class RolloutModule(LightningModule):
         order = list(self.arms) if (self.batches_before + batch_idx) % 2 == 0 else list(self.arms)[::-1]
         rolled: dict[str, Rolled] = {}
         for name in order:
-            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient)
+            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient, self.folder)
             self.guard.check_finite(name, self.arms[name], rolled[name], batch, noise)
         recording = self._recording(batch)
         if "bf16" in rolled:
@@ -149,7 +151,7 @@ class RolloutModule(LightningModule):
         if "candidate" in self.arms:
             while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise, recording):
                 self.rebuild(fallback)
-                rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame)
+                rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame, folder=self.folder)
         # A clip with NaN (only if the run was told to go on) has no score to give.
         scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
         spans = {name: rolled[name].times for name in self.arms}
@@ -164,17 +166,26 @@ class RolloutModule(LightningModule):
             core = unpack(copy.deepcopy(self.arms["bf16"].core))
             self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode, calibrated)
 
-    def _recording(self, batch: ClipBatch) -> Tensor | None:
-        """What rollouts are compared with, ``[B, F, 3, h, w]`` in [0, 1]: recorded frames, or decoded latents."""
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.trainer.default_root_dir)
+
+    def _recording(self, batch: ClipBatch) -> list[Shown] | None:
+        """What the rollout of each clip is compared with: recorded frames, or decoded latents."""
         if batch.frames is not None:
-            return batch.frames.cpu()
+            return list(batch.frames.cpu())
         if batch.latents_future is None:
             return None
-        frames = [to_frames(self.decode(latent).cpu()) for latent in batch.latents_future.unbind(1)]
-        return torch.stack(frames, 1)
+        decoded = Pictures(self.folder)
+        for latent in batch.latents_future.unbind(1):
+            decoded.append(self.decode(latent).cpu())
+        return [decoded.clip(clip, to_frames) for clip in range(len(batch.clip_ids))]
 
-    def _outcome(self, batch: ClipBatch, clip: int, rolled: dict[str, Rolled], recording: Tensor | None) -> ClipOutcome:
-        frames = {name: to_frames(rolled[name].rgb[clip]) for name in self.arms}
+    def _outcome(
+        self, batch: ClipBatch, clip: int, rolled: dict[str, Rolled], recording: Sequence[Shown] | None
+    ) -> ClipOutcome:
+        frames = {name: rolled[name].frames(clip) for name in self.arms}
         scores: dict[str, FrameScores] = {}
         looks: dict[str, Appearance] = {}
         if recording is not None:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from harness.ab.arm import DIGITS
 from harness.ab.module import BatchOutcome, ClipOutcome, RolloutModule
 from harness.files.writing import append, write_text
 from harness.measure.figures import FrameScores
+from harness.measure.pictures import Shown
 from harness.report.files import FRAMES, VIDEOS, FileRecord
 from harness.report.journal import FinishedBatch, Journal, Line, in_order
 from harness.report.sections import BatchTimes, ClipRecord, FallbackRecord, IncidentRecord
-from harness.report.video import Frames, Panel, write_comparison
+from harness.report.video import Panel, Picture, write_comparison
 
 COLUMNS = (
     *("clip_id", "tag", "arm", "frame", "dit_ms", "decoder_ms", "total_ms"),
@@ -131,13 +131,25 @@ class Results(Callback):
             label = self.labels.get(name, name)
             if name == "candidate" and outcome.record.fallback:
                 label += f" ({outcome.record.fallback})"
-            panels.append(Panel(label, to_uint8(outcome.frames[name]), notes))
+            panels.append(Panel(label, _Uint8(outcome.frames[name]), notes))
         return panels
 
 
-def to_uint8(frames: Tensor) -> Frames:
-    """Float ``[N, 3, h, w]`` in [0, 1] to uint8 ``[N, h, w, 3]``."""
-    return (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
+class _Uint8:
+    """Pictures ``[F, 3, h, w]`` in [0, 1] as uint8 ``[F, h, w, 3]``, each made when it is asked for."""
+
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """F, h, w, 3."""
+        frames, channels, height, width = self._shown.shape
+        return frames, height, width, channels
+
+    def __getitem__(self, index: int) -> Picture:
+        (frame,) = self._shown[index : index + 1]
+        return (frame * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def log_clips(trainer: Trainer, clips: Sequence[ClipRecord], first: int = 0) -> None:

@@ -124,7 +124,7 @@ class Bench:
 
     def _roll(self, arm: Arm) -> list[Tensor]:
         """Frames of each clip, ``[F, 3, h, w]`` in [0, 1]."""
-        return [to_frames(rgb) for rgb in arm.roll(self.batch, self.noise, lambda: None, patient=True).rgb]
+        return [to_frames(rgb) for rgb in arm.roll(self.batch, self.noise, lambda: None, patient=True).pictures.rgb()]
 
     def measure(self, plan: RunPlan) -> Outcome:
         """A candidate of ``plan``."""

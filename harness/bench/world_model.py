@@ -124,7 +124,7 @@ def world_model_figures(overrides: list[str] | None = None, frames: int = 16) ->
     noise = module.noise(batch.clip_ids, frames)
 
     def roll(batch: ClipBatch) -> Tensor:
-        return to_frames(arm.roll(batch, noise, lambda: None).rgb)
+        return to_frames(arm.roll(batch, noise, lambda: None).pictures.rgb())
 
     recorded = pictures[:, window:]
     repeated = pictures[:, window - 1 : window].expand(-1, frames, -1, -1, -1)

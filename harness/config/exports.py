@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from harness.config.problems import collect
 from harness.config.schema import RunConf
 from harness.export.read import Export, is_export
+from harness.files.writing import why_unwritable
 from harness.measure.stability import OnInstability
 from harness.models.gamerft import GameRFTConfig
 
@@ -42,13 +42,12 @@ def read_export(conf: RunConf, problems: list[str]) -> Export | None:
 
 def _check_target(conf: RunConf, problems: list[str]) -> None:
     target = Path(conf.export or "")
-    above = next(part for part in target.absolute().parents if part.exists())
     if target.suffix != ".safetensors":
         problems.append(f"export={target}: name a .safetensors file")
-    elif target.exists():
+    elif target.exists() and not conf.resume:
         problems.append(f"export={target}: exists; name another file, or delete it")
-    elif not above.is_dir() or not os.access(above, os.W_OK):
-        problems.append(f"export={target}: its folder cannot be written to")
+    elif (why := why_unwritable(target)) is not None:
+        problems.append(f"export={target}: cannot be written ({why}); name another file")
     if not conf.quant.enabled:
         problems.append(f"export={target}: nothing is MX with quant=bf16; choose a quant, or copy the checkpoint")
 

@@ -34,6 +34,7 @@ from harness.config.values import at_once, value_problems
 from harness.data import conf as data_conf
 from harness.data.sources import ClipShape
 from harness.export.read import Export
+from harness.files.writing import why_unwritable
 from harness.measure import stability as stability_room
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
 from harness.models.dcae import DCAEConfig
@@ -256,6 +257,9 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         problems.append(f"calib={conf.calib.method} chooses MX weights, and quant=bf16 has none; use calib=none")
     with collect(problems):
         stability_room.validate(conf.stability)
+    log = conf.stability.incident_log
+    if log is not None and (why := why_unwritable(Path(log))) is not None:
+        problems.append(f"stability.incident_log={log}: cannot be written ({why}); name another file, or null")
     with collect(problems):
         drift_room.validate(conf.drift)
     with collect(problems):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,19 @@ def append(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise _unwritten(path, error) from error
+
+
+def why_unwritable(path: Path) -> str | None:
+    """Why the file ``path`` could not be written or added to now; ``None`` if it could. Tried out; leaves nothing."""
+    try:
+        if path.exists():
+            with path.open("ab"):
+                return None
+        above = next(part for part in path.absolute().parents if part.exists())
+        with tempfile.TemporaryFile(dir=above):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _unwritten(path: Path, error: OSError) -> OSError:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.measure.pictures import Shown, pieces
+
 LEVELS = (8, 4)
 """Sides are divided by these in turn, coarse first: shifts of several pixels are found at the coarse one."""
 ITERATIONS = 4
@@ -33,13 +35,17 @@ def _warped(pictures: Tensor, motion: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(pictures, grid + shift + zoom * grid, padding_mode="border", align_corners=False)
 
 
-def image_motion(frames: Tensor) -> Tensor:
+def image_motion(frames: Shown) -> Tensor:
     """Motion from each of ``frames [F, 3, h, w]`` (in [0, 1]) to the next, ``[F - 1, 3]`` in pixels.
 
     Per pair the shift to the right, the shift down, and the widening at the border of the picture (positive: what is
     seen comes nearer), found together by iterated least squares on the brightness constancy of Lucas and Kanade (1981),
     coarse to fine.
     """
+    return torch.cat([_image_motion(piece) for (piece,) in pieces(frames, before=1)])
+
+
+def _image_motion(frames: Tensor) -> Tensor:
     half = torch.tensor([frames.shape[-1] / 2, frames.shape[-2] / 2])
     motion = torch.zeros(max(len(frames) - 1, 0), 3)  # in half sides: shift x, shift y, zoom
     for factor in LEVELS:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from harness.measure.figures import FrameScores
+from harness.measure.pictures import Shown
 
 PSNR_CAP = 100.0
 """dB given to identical frames, whose PSNR is infinite and could be neither averaged nor written as JSON."""
@@ -36,7 +37,7 @@ def frame_psnr(frames: Tensor, reference: Tensor) -> list[float]:
     return psnr
 
 
-def score_frames(frames: Tensor, reference: Tensor, device: torch.device | None = None) -> FrameScores:
+def score_frames(frames: Shown, reference: Shown, device: torch.device | None = None) -> FrameScores:
     """PSNR and SSIM of ``frames [N, 3, h, w]`` against ``reference`` (same shape, both float in [0, 1]).
 
     Args:
@@ -51,7 +52,8 @@ def score_frames(frames: Tensor, reference: Tensor, device: torch.device | None 
     ssim: list[float] = []
     if frames.shape != reference.shape:
         raise ValueError(f"frames {list(frames.shape)} and reference {list(reference.shape)} differ in shape")
-    for pair in zip(frames.split(CHUNK), reference.split(CHUNK), strict=True):
+    for first in range(0, len(frames), CHUNK):
+        pair = (shown[first : first + CHUNK] for shown in (frames, reference))
         # SSIM's blur is a depthwise convolution, four times as fast on a CPU in this memory format.
         ours, theirs = (x.to(device).float().contiguous(memory_format=torch.channels_last) for x in pair)
         psnr += frame_psnr(ours, theirs)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.measure.pictures import Shown, pieces
+
 OnInstability = StrEnum("OnInstability", ["raise", "fallback", "record"])
 """What an instability of the candidate does: end the run, rebuild the candidate in safer formats, or be written down.
 
@@ -88,14 +90,18 @@ def validate(conf: StabilityConf) -> None:
         raise ValueError("stability config: " + "; ".join(problems))
 
 
-def frame_change(frames: Tensor) -> Tensor:
+def frame_change(frames: Shown) -> Tensor:
     """Mean absolute change of each frame from the one before: ``[F, 3, h, w]`` in [0, 1] to float32 ``[F - 1]``."""
-    frames = frames.float()
-    return (frames[1:] - frames[:-1]).abs().flatten(1).mean(1)
+    several = (piece.float() for (piece,) in pieces(frames, before=1))
+    return torch.cat([(piece[1:] - piece[:-1]).abs().flatten(1).mean(1) for piece in several])
 
 
-def gradient_energy(frames: Tensor) -> Tensor:
+def gradient_energy(frames: Shown) -> Tensor:
     """Mean squared difference of neighbouring pixels' luma: ``[F, 3, h, w]`` to float32 ``[F]``. Blur lowers it."""
+    return torch.cat([_gradient_energy(piece) for (piece,) in pieces(frames)])
+
+
+def _gradient_energy(frames: Tensor) -> Tensor:
     luma = torch.einsum("fchw,c->fhw", frames.float(), torch.tensor(LUMA))
     down, right = luma.diff(dim=1), luma.diff(dim=2)
     return down.square().flatten(1).mean(1) + right.square().flatten(1).mean(1)
@@ -110,7 +116,7 @@ def first_run(mask: Tensor, length: int) -> int | None:
 
 
 def detect(
-    frames: Tensor, moving: Tensor, conf: StabilityConf, reference: Tensor | None, same_model: bool
+    frames: Shown, moving: Tensor, conf: StabilityConf, reference: Shown | None, same_model: bool
 ) -> list[tuple[str, int, str]]:
     """Black frames, frozen frames and dropped structure of one finite rollout.
 
@@ -142,17 +148,17 @@ def detect(
     return found
 
 
-def _black(frames: Tensor | None, conf: StabilityConf) -> Tensor:
+def _black(frames: Shown | None, conf: StabilityConf) -> Tensor:
     if frames is None:
         return torch.tensor(False)
-    return frames.float().flatten(1).mean(1) < conf.black_level
+    return torch.cat([piece.float().flatten(1).mean(1) for (piece,) in pieces(frames)]) < conf.black_level
 
 
-def _frozen(frames: Tensor | None, conf: StabilityConf) -> Tensor:
+def _frozen(frames: Shown | None, conf: StabilityConf) -> Tensor:
     return torch.tensor(False) if frames is None else frame_change(frames) < conf.frozen_change
 
 
-def _dropped(frames: Tensor, reference: Tensor | None, conf: StabilityConf, same_model: bool) -> Tensor:
+def _dropped(frames: Shown, reference: Shown | None, conf: StabilityConf, same_model: bool) -> Tensor:
     ours = gradient_energy(frames)
     theirs = None if reference is None else gradient_energy(reference)
     if same_model and theirs is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
@@ -32,12 +33,22 @@ THREADS = min(8, os.cpu_count() or 1)
 AT_ONCE = 64
 """Pictures that wait for the encoder at most."""
 
-Frames = NDArray[np.uint8]
+Picture = NDArray[np.uint8]
+
+
+class Frames(Protocol):
+    """Uint8 RGB ``[N, h, w, 3]``, one of which is asked for at a time, from several threads; an array is that too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N, h, w, 3."""
+
+    def __getitem__(self, index: int, /) -> Picture: ...
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One column of the video: uint8 RGB ``frames [N, h, w, 3]`` under a caption, with a note per frame."""
+    """One column of the video: ``frames`` under a caption, with a note per frame."""
 
     caption: str
     frames: Frames
@@ -49,7 +60,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=13)
 
 
-def _caption(text: str, width: int) -> Frames:
+def _caption(text: str, width: int) -> Picture:
     strip = Image.new("L", (width, CAPTION_HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(strip)
     font = _font()
@@ -63,9 +74,9 @@ def _scale(height: int) -> int:
     return max(1, PANEL_HEIGHT // height)
 
 
-def compose_frame(panels: Sequence[Panel], index: int) -> Frames:
+def compose_frame(panels: Sequence[Panel], index: int) -> Picture:
     """Frame ``index`` of all panels side by side under their captions, uint8 RGB with even sides."""
-    columns: list[Frames] = []
+    columns: list[Picture] = []
     for panel in panels:
         image = panel.frames[index]
         scale = _scale(image.shape[0])
@@ -105,14 +116,15 @@ def _encode(path: Path, panels: Sequence[Panel], frames: int, fps: float) -> Non
         stream.codec_context.colorspace = CODE_BT601
         # One frame after another is noise to a codec: high quality, or its artefacts would pass for the
         # model's.
-        stream.options = {"crf": "17", "preset": "veryfast"}
+        # Without mb-tree, whose AVX-512 code gives small pictures now and then another stream for the same input.
+        stream.options = {"crf": "17", "preset": "veryfast", "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = THREADS
         for planes in _pictures(panels, frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
 
 
-def _pictures(panels: Sequence[Panel], frames: int) -> Iterator[Frames]:
+def _pictures(panels: Sequence[Panel], frames: int) -> Iterator[Picture]:
     """Each frame's planes, composed by several threads: a clip's verdict waits for its video."""
     with ThreadPoolExecutor(THREADS) as pool:
         for first in range(0, frames, AT_ONCE):

@@ -1,5 +1,7 @@
 """From a run to a file and back: the same frames, the same figures, and every contradiction an error at once."""
 
+import shutil
+
 import pytest
 
 from harness.ab.judged import export_run
@@ -8,6 +10,7 @@ from harness.config import ConfigError, plan_run
 from harness.export.layout import ExportError
 from harness.export.read import Export
 from harness.report.record import load_record
+from harness.run import run
 from harness.session import Engine
 
 
@@ -53,6 +56,29 @@ def test_a_finished_run_is_exported_from_its_folder(judged, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_resuming_writes_the_export_of_a_run_that_was_killed_before_it_had(judged, composed, game, overrides, capsys):
+    _, path, _ = judged
+    words = [*overrides(game, export=path), "quant=mxfp4_mlp", "kv=mx_v_only", "gates=none", "resume=true"]
+    written = path.read_bytes()
+    path.unlink()
+    run(composed(*words))
+    assert path.read_bytes() == written
+    run(composed(*words))
+    assert "is there" in capsys.readouterr().out
+    shutil.copy(game["model.checkpoint"], path)
+    with pytest.raises(ExportError, match="not an exported checkpoint"):
+        run(composed(*words))
+
+
+def test_an_export_that_is_there_before_its_run_has_ended_is_not_replaced(judged, composed, game, overrides, tmp_path):
+    _, path, _ = judged
+    written = path.read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ExportError, match="exists, and this run has not come to its end"):
+        run(composed(*overrides(game, export=path), "quant=mxfp8_all", "resume=true"))
+    assert path.read_bytes() == written
+
+
 def test_weights_that_have_changed_since_are_not_exported(judged, tmp_path):
     record = load_record(tmp_path / "run" / "record.json")
     record.arms["candidate"].weights_sha256 = "0" * 64
@@ -90,7 +116,7 @@ def test_the_same_formats_may_be_typed(judged, composed):
     [
         (["export=away.bin", "quant=mxfp8_all"], "name a .safetensors file"),
         (["export=away.safetensors"], "nothing is MX with quant=bf16"),
-        ([f"export={__file__}/away.safetensors", "quant=mxfp8_all"], "cannot be written to"),
+        ([f"export={__file__}/away.safetensors", "quant=mxfp8_all"], r"cannot be written \(Not a directory\)"),
         (["model.baseline=${model.checkpoint}"], "model.checkpoint is none"),
     ],
 )

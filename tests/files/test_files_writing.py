@@ -4,12 +4,14 @@ import errno
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from harness.config import ConfigError, plan_run
 from harness.files.tensors import read_safetensors, write_tensors
-from harness.files.writing import append, remove_parts, replacing, write_text
+from harness.files.writing import append, remove_parts, replacing, why_unwritable, write_text
 
 
 @pytest.fixture
@@ -80,3 +82,20 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     with pytest.raises(OSError, match="cannot write") as caught:
         write_text(tmp_path / "file" / "record.json", "x")
     assert caught.value.errno in (errno.ENOTDIR, errno.EEXIST)
+
+
+def test_what_cannot_be_written_is_told_before_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for good in ("file", "new", "some/new/folder/log.txt"):
+        assert why_unwritable(tmp_path / good) is None
+    assert why_unwritable(tmp_path) == "Is a directory"
+    assert why_unwritable(tmp_path / "file" / "log.txt") == "Not a directory"
+    assert why_unwritable(Path("/proc/nowhere/log.txt")) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_incident_log_that_cannot_be_written_is_refused_before_the_run(composed, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"stability.incident_log=.*/file/log.txt: cannot be written \(Not a dir"):
+        plan_run(composed("model=smoke", f"stability.incident_log={tmp_path}/file/log.txt"))

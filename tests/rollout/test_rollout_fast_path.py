@@ -57,7 +57,7 @@ def demo_frames(*overrides):
     run = plan(list(overrides), 16, 2)
     batch, _ = clip_batch(run, find_clips(run.conf.data.paths)[:2], 16)
     module, arm = bf16_arm(run)
-    return to_frames(arm.roll(batch, module.noise(batch.clip_ids, 16), lambda: None).rgb).cpu()
+    return to_frames(arm.roll(batch, module.noise(batch.clip_ids, 16), lambda: None).pictures.rgb())
 
 
 @needs_gpu

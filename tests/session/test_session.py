@@ -37,6 +37,16 @@ def walk(session, frames, start=0):
     return [session.step(moves[(start + i) % 3]).clone() for i in range(frames)]
 
 
+def watched(decode, latents):
+    """``decode``, which also keeps what it is given."""
+
+    def decoded(latent):
+        latents.append(latent.cpu())
+        return decode(latent)
+
+    return decoded
+
+
 def run_and_session(composed, words, frames):
     """Latents and pictures of each arm: of the module of a run over its first clip, and of a session fed the same."""
     plan = plan_run(composed(*words))
@@ -50,6 +60,8 @@ def run_and_session(composed, words, frames):
     engine = Engine(plan)
     window = plan.conf.sampler.window
     for arm, side in module.arms.items():
+        run_latents = []
+        side.decode = watched(side.decode, run_latents)
         rolled = side.roll(batch, noise, lambda: None)
         session = Session(engine, arm)
         session.reset(batch.clip_ids if len(batch.clip_ids) > 1 else batch.clip_ids[0])
@@ -62,8 +74,8 @@ def run_and_session(composed, words, frames):
             frame = session.step(actions if len(actions) > 1 else actions[0])
             pictures.append(frame if frame.ndim == 4 else frame[None])
             latents.append(session.latent.cpu())
-        theirs = torch.stack([to_pictures(rgb) for rgb in rolled.rgb.unbind(1)], 1)
-        yield arm, rolled.latents, torch.stack(latents, 1), theirs, torch.stack(pictures, 1)
+        theirs = torch.stack([to_pictures(rgb) for rgb in rolled.pictures.rgb().unbind(1)], 1)
+        yield arm, torch.stack(run_latents, 1), torch.stack(latents, 1), theirs, torch.stack(pictures, 1)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
