@@ -106,6 +106,25 @@ def test_a_second_tab_too_many_is_told_and_can_connect_later(open_game, browser)
     browser.switch_to.window(first)
 
 
+def test_a_tab_that_is_hidden_pauses_and_plays_on_when_it_is_seen_again(open_game, browser):
+    open_game()
+    browser.find_element("id", "begin").click()
+    wait_for(browser, "return game.state.playing")
+    browser.execute_script(
+        "window.seen = []; document.addEventListener('visibilitychange',"
+        " () => seen.push([document.hidden, game.state.playing, game.last.frame]))"
+    )
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")  # in front of the game's, which the browser then hides
+    time.sleep(2)  # 20 frames and more, were they made
+    browser.close()
+    browser.switch_to.window(first)
+    (hidden, _, then), (shown, playing, now) = wait_for(browser, "return seen.length === 2 && seen")
+    assert (hidden, shown, playing) == (True, False, False)
+    assert now - then <= 5  # those on their way when the pause came
+    wait_for(browser, f"return game.state.playing && game.last.frame > {now}")
+
+
 @pytest.mark.parametrize("width", [390, 1400])
 def test_the_page_fits_phone_and_desktop(open_game, browser, width):
     touch = width < 600
