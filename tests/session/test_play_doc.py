@@ -1,4 +1,4 @@
-"""The example of docs/play.md runs as it is printed."""
+"""The examples of docs/play.md and README.md run as they are printed."""
 
 import re
 
@@ -6,18 +6,24 @@ import pytest
 
 from harness.config import ROOT
 
-DOC = ROOT / "docs" / "play.md"
+EXAMPLES = {
+    "docs/play.md": "torch.Size([128, 128, 3]) bf16 33",
+    "README.md": "torch.Size([128, 128, 3]) bf16",
+}
+"""What each prints."""
 
 
-def example():
-    return re.search(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.S).group(1)
+def example(page):
+    return re.search(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S).group(1)
 
 
-def test_the_example_is_short():
-    assert len(example().strip().splitlines()) <= 15
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_an_example_is_short(page):
+    assert len(example(page).strip().splitlines()) <= 15
 
 
 @pytest.mark.slow
-def test_the_example_runs(capsys):
-    exec(compile(example(), str(DOC), "exec"), {})
-    assert capsys.readouterr().out.strip() == "torch.Size([128, 128, 3]) bf16 33"
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_an_example_runs(page, capsys):
+    exec(compile(example(page), page, "exec"), {})
+    assert capsys.readouterr().out.strip() == EXAMPLES[page]
