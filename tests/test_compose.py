@@ -156,6 +156,11 @@ def test_labels_say_what_ran(words, called):
     assert folder.endswith(f"_smoke_{called.replace(' ', '_')}_bf16")
 
 
+def test_a_folder_is_named_after_what_chose_the_weights():
+    named = compose("model=doom", "quant=mxfp4_all", "calib=gptq").__dict__["hydra_part"].runtime.output_dir
+    assert named.endswith("_doom_mxfp4_all_gptq_bf16")
+
+
 def test_a_config_composed_is_a_config_like_any_other():
     cfg = compose("model=smoke", "data.limit=3")
     cfg.data.limit = 1

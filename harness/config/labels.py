@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from harness.calib.conf import CalibMethod
 from harness.config.places import CONF
 from harness.kv import KVConf
 from harness.mx.conf import MXConf
@@ -77,11 +78,16 @@ def _shown(value: Any) -> str:
 
 
 def register_label() -> None:
-    """Register ``${label:group}``, the label as part of a folder's name. May be called again."""
+    """Register ``${label:group}``, the label as part of a folder's name. May be called again.
+
+    That of ``quant`` ends in what chose the weights, unless they are rounded to nearest: ``mxfp4_all_gptq``.
+    """
 
     def folder_name(group: str, _root_: DictConfig) -> str:
         section = OmegaConf.to_object(_root_[group])
         text = label(group, section, str(_root_.hydra.runtime.choices.get(group)))
+        if group == "quant" and (method := str(_root_.calib.method)) != CalibMethod.none:
+            text += f" {method}"
         return re.sub(r"[^A-Za-z0-9_.=-]+", "_", text).strip("_")[:80]
 
     OmegaConf.register_new_resolver("label", folder_name, replace=True)
