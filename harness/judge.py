@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from harness.config import CONF
+from harness.entries import spelt
 from harness.files.writing import write_text
 from harness.report.gates import EXIT_CODES, GateError, GatesConf, build_table, evaluate, next_lines, verdict_line
 from harness.report.gates.advice import changed
@@ -93,7 +94,7 @@ def show(found: Verdict) -> None:
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="a run's record.json")
     parser.add_argument("--gates", help="a gate of conf/gates; without it, the run's own")
     parser.add_argument("changes", nargs="*", help="fields of the gate to change, as field=value")

@@ -24,7 +24,10 @@ Play a world model live in a browser, in BF16 and in the candidate formats side 
 
   python harness/play.py model=doom quant=mxfp4_mlp
 
-Words are those of a run (harness/run.py --help): model, quant, kv, attention, compile, data, trainer and their fields.
+Words are those of a run: model, quant, kv, attention, compile, data, trainer and their fields. They are listed by
+
+  python harness/run.py --help
+
 And those of play, with their defaults (harness/config/play.py says what each is):
 
 {fields}
@@ -45,9 +48,10 @@ def describe() -> str:
     from dataclasses import fields
 
     from harness.config.play import PlayConf
+    from harness.entries import spelt
 
     rows = [f"  play.{item.name}={_word(getattr(PlayConf(), item.name))}" for item in fields(PlayConf)]
-    return HELP.format(fields="\n".join(rows))
+    return spelt(HELP.format(fields="\n".join(rows)))
 
 
 def _word(value: object) -> str:

@@ -71,6 +71,9 @@ def test_an_installed_wheel_runs_in_an_empty_folder(wheel, tmp_path):
         if module == "harness":
             assert done.returncode == 0, done.stderr
             assert (there / "out" / "report.html").is_file()
+            told = done.stdout + (there / "out" / "record.json").read_text(encoding="utf-8")
+            assert "mx-world run" in told  # the next command, as it can be typed here
+            assert "python harness/run.py" not in told
         else:
             assert done.returncode == 2
             assert done.stderr.startswith("error: the demo model is not part of the installed package")

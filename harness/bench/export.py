@@ -24,6 +24,7 @@ from harness.ab.arms import load_arms
 from harness.bench.child import child
 from harness.config import ConfigError, plan_run
 from harness.config.compose import compose
+from harness.entries import spelt
 from harness.export.layout import ExportHeader
 from harness.export.read import Export
 from harness.export.write import write_export
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*peak_of_loading(Path(words[1])))
         return 0
     if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
+        print(spelt(__doc__))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

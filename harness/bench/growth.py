@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from harness.config.places import PACKAGE
+from harness.entries import spelt
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.limit=null", "measure.parts_frames=0"]
 MX = ["quant=mxfp8_mlp", "kv=mx_v_only"]
@@ -59,7 +60,7 @@ def watch(words: list[str], folder: Path) -> tuple[list[tuple[float, float]], li
 
 def main() -> int:
     """Run, and print what clips or frames cost at its beginning and at its end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=0)
     parser.add_argument("--frames", type=int, default=0)
     parser.add_argument("words", nargs="*")

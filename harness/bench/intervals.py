@@ -16,6 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from harness.entries import spelt
 from harness.report.gates.intervals import mean_interval, t_quantile
 from harness.streams import patient
 
@@ -92,7 +93,7 @@ def misses(shape: str, count: int, samples: int) -> dict[str, tuple[float, float
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0, or 2 where an argument makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000, help="samples of each kind (default 2000)")
     parser.add_argument("--clips", type=int, nargs="+", default=[4, 8, 12, 24], help="sizes of a sample")
     args = parser.parse_args(argv)

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness.bench.inputs import build, compose_plan, random_inputs
 from harness.config import RunPlan, register
+from harness.entries import spelt
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import assemble
@@ -133,7 +134,7 @@ def report(now: dict[str, Any], before: dict[str, Any] | None, top: int) -> str:
 @patient
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=int, default=10)
     parser.add_argument("--top", type=int, default=15)

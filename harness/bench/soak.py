@@ -30,6 +30,7 @@ import websocket
 
 import harness
 from harness.bench.play_client import Client
+from harness.entries import spelt
 
 SAMPLE_S, ROW_S = 10.0, 300.0
 SETTLE_S = 600.0
@@ -224,7 +225,7 @@ def slope(rows: list[tuple[float, float, int, int, int]]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("soak.csv"))
     parser.add_argument("--seed", type=int, default=0)

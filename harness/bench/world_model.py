@@ -29,6 +29,7 @@ from harness.config import RunPlan, plan_run, register
 from harness.config.compose import compose
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
+from harness.entries import spelt
 from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance
 from harness.measure.quality import frame_psnr
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables; 0 if it is a world model, 1 if not, 2 on bad input."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(spelt(__doc__))
         return 0
     counts = [arg.removeprefix("future_frames=") for arg in argv if arg.startswith("future_frames=")]
     overrides = [arg for arg in argv if not arg.startswith("future_frames=")]

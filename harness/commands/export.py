@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.ab.judged import export_run
+from harness.entries import spelt
 from harness.report.record import load_record
 from harness.report.table import bytes_text
 from harness.streams import patient
@@ -22,7 +23,7 @@ from harness.streams import patient
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run, or its record.json")
     parser.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
     args = parser.parse_args(argv)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from harness.entries import spelt
 from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RecordError
@@ -21,7 +22,7 @@ from harness.streams import patient
 @patient
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code is 0, or 2 where there is nothing to write a page from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+", help="folder with a record.json, or of a sweep")
     parser.add_argument("--sweep", action="store_true", help="the folders are sweeps: rebuild their runs' pages too")
     options = parser.parse_args(arguments)

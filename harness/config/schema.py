@@ -18,6 +18,7 @@ from harness.config.flags import register_flags
 from harness.config.labels import register_label
 from harness.config.places import asset
 from harness.data.conf import DataConf
+from harness.entries import entry
 from harness.kv import KVConf
 from harness.measure.stability import OnInstability, StabilityConf
 from harness.models.bf16 import has_fast_bf16
@@ -219,6 +220,7 @@ def started() -> str:
 def register() -> None:
     """Put the schema and the resolvers where Hydra finds them. May be called again."""
     OmegaConf.register_new_resolver("repo", asset, replace=True)
+    OmegaConf.register_new_resolver("entry", entry, replace=True)
     OmegaConf.register_new_resolver("started", started, replace=True)
     register_flags()
     register_label()

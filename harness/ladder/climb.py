@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from harness.config import RunPlan, plan_run
 from harness.config.compose import compose
+from harness.entries import entry
 from harness.ladder import rungs
 from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_process, quoted
 from harness.ladder.rungs import BASELINE, Candidate, Rung, Variant
@@ -324,4 +325,4 @@ def line(result: Result) -> str:
 def recommendation(best: Result, common: Sequence[str]) -> str:
     """The command to paste."""
     words = [*common, *best.quant, *best.kv]
-    return " ".join(["python harness/run.py", *(f'"{word}"' if "'" in word else word for word in words)])
+    return " ".join([entry("run"), *(f'"{word}"' if "'" in word else word for word in words)])

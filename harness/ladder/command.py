@@ -26,6 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.config import register
+from harness.entries import spelt
 from harness.ladder.climb import BrokenOff, Ladder
 from harness.ladder.show import show
 from harness.ladder.state import LadderError, locked
@@ -41,7 +42,7 @@ FILE_WIDTH = 160
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder of the ladder; same = resume")
     parser.add_argument("--kv", default="mx_kv_e4m3", help="KV config of step 4 (default mx_kv_e4m3)")
     parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")

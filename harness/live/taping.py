@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
 
 from torch import Tensor
 
+from harness.entries import entry
 from harness.live.outbox import Outbox
 from harness.live.process import give_memory_back
 from harness.live.shelf import Shelf
@@ -124,8 +123,7 @@ class Tape:
             return
         words = [word for word in self._words if not word.startswith(("play.", "data.paths=", "data.future_frames="))]
         more = ["data.source=clips", f"data.paths=[{video}]", f"data.future_frames={recorder.frames}"]
-        installed = Path(sys.argv[0]).name == "mx-world"
-        command = shlex.join([*(("mx-world", "run") if installed else ("python", "harness/run.py")), *words, *more])
+        command = f"{entry('run')} {shlex.join([*words, *more])}"
         text = f"saved {recorder.frames} frames as {video}"
         self._outbox.put_notice("good", text, saved=name, frames=recorder.frames, command=command)
         self._changed()

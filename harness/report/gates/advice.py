@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from harness.entries import entry
 from harness.report.gates.reading import finite, setting
 from harness.report.record import RunRecord
 from harness.report.verdict import Advice, Check, Verdict
 
-RUN = "python harness/run.py"
-LADDER = "python scripts/ladder.py"
 CHOSEN = ("quant", "kv", "gates", "experiment", "hydra", "attention")
 """Groups whose words the ladder sets itself, or that say how one run ran."""
 ENOUGH = 0.8
@@ -39,9 +38,9 @@ def advise(record: RunRecord, found: Verdict) -> Advice:
     return _after_doubt(record, still[0], clips, found.baseline is not None)
 
 
-def command(words: Sequence[str], program: str = RUN) -> str:
-    """The command a user would paste."""
-    return " ".join([program, *(shlex.quote(word) for word in words)])
+def command(words: Sequence[str], name: str = "run") -> str:
+    """The command a user would paste; ``name`` of :data:`harness.entries.SCRIPTS`."""
+    return " ".join([entry(name), *(shlex.quote(word) for word in words)])
 
 
 ONCE = {"export", "resume", "overwrite", "hydra.run.dir"}
@@ -66,7 +65,7 @@ def _after_ship(record: RunRecord, found: Verdict) -> Advice:
         words = words if any(_key(word) in ("gates", "experiment") for word in words) else [*words, "gates=a"]
         return Advice("measure its speed on the GPU it is for", command(words))
     common = [word for word in words if _key(word).split(".")[0] not in CHOSEN]
-    return Advice("look for a smaller configuration that ships", command(common, LADDER))
+    return Advice("look for a smaller configuration that ships", command(common, "ladder"))
 
 
 def _after_failure(record: RunRecord, check: Check) -> Advice:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from harness.entries import entry
 from harness.report.page.figures import number, shown, significant, size, times
 
 T = TypeVar("T")
@@ -116,6 +117,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "significant": significant, "size": size, "times": times, "shown": shown}
+    environment.globals["entry"] = entry
     return environment
 
 

@@ -88,7 +88,6 @@ VERDICTS = {
 
 
 UNASKED = "No gate was asked for"
-JUDGE = "python scripts/gates.py"
 
 
 def verdict(record: Record, folder: str | Path = "outputs/run") -> dict[str, Any]:
@@ -111,7 +110,7 @@ def verdict(record: Record, folder: str | Path = "outputs/run") -> dict[str, Any
     kind, title, gate, sentence, text, new = _unjudged(record)
     again = command(changed(record["overrides"], *new))
     if title == UNASKED:
-        again = command([f"{folder}/record.json", "--gates", "default"], JUDGE)
+        again = command([f"{folder}/record.json", "--gates", "default"], "gates")
     return {
         "kind": kind,
         "title": title,

@@ -1,0 +1,47 @@
+"""How a user calls a command: ``python scripts/ladder.py`` in a clone, ``mx-world ladder`` once installed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+SCRIPTS = {
+    "run": "harness/run.py",
+    "play": "harness/play.py",
+    "ladder": "scripts/ladder.py",
+    "gates": "scripts/gates.py",
+    "report": "scripts/report.py",
+    "export": "scripts/export.py",
+    "bench": "scripts/bench_rollout.py",
+    "microbench": "scripts/microbench.py",
+    "profile": "scripts/profile_frame.py",
+    "tune": "scripts/tune_layer.py",
+    "parity": "scripts/check_parity.py",
+    "world-model": "scripts/check_world_model.py",
+}
+"""The file that a clone has for each sub-command."""
+
+_CALLS = re.compile("python (" + "|".join(re.escape(path) for path in SCRIPTS.values()) + r")\b")
+
+
+def installed() -> bool:
+    """Whether the user called ``mx-world``, or has no clone whose files could be called."""
+    clone = Path(__file__).resolve().parents[1]
+    return Path(sys.argv[0]).name.startswith("mx-world") or not (clone / SCRIPTS["ladder"]).is_file()
+
+
+def entry(name: str) -> str:
+    """What to type for a sub-command, up to its arguments.
+
+    Raises:
+        KeyError: For a name that is none.
+    """
+    path = SCRIPTS[name]
+    return f"mx-world {name}" if installed() else f"python {path}"
+
+
+def spelt(text: str | None) -> str:
+    """``text``, written for a clone, with its commands as this user types them."""
+    names = {path: name for name, path in SCRIPTS.items()}
+    return _CALLS.sub(lambda call: entry(names[call[1]]), text or "")
