@@ -238,3 +238,26 @@ def test_words_may_stand_before_and_behind_options():
     ordered = in_hydras_order(arguments, read_command(arguments))
     assert ordered == ["-m", "--config-dir", "mine", "model=smoke", "quant=bf16,mxfp8_all", "kv=bf16"]
     get_args_parser().parse_args(ordered)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("seed=" + "9" * 5000, "seed: a number of 5000 digits; whole numbers have at most 64 bits"),
+        ("+quant.late_layers=" + "9" * 200, "+quant.late_layers: a number of 200 digits"),
+        ("data.paths=" + "[" * 5000 + "]" * 5000, "data.paths: 5000 brackets within brackets; at most 16"),
+        ("compile.options=" + "{a:" * 900 + "1" + "}" * 900, "compile.options: 900 brackets within brackets"),
+    ],
+)
+def test_words_without_end_are_told_before_they_are_parsed(word, told):
+    with pytest.raises(ConfigError) as raised:
+        compose("model=smoke", word)
+    assert str(raised.value).startswith(told)
+    assert len(str(raised.value)) < 200
+
+
+def test_digits_without_end_in_a_file_are_told_in_this_products_words(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "own.yaml").write_text("limit: " + "9" * 5000)
+    with pytest.raises(ConfigError, match=r"data/own.yaml: .*a number of thousands of digits"):
+        compose("model=smoke", "data=own", config_dir=tmp_path)

@@ -138,7 +138,7 @@ def test_a_file_system_without_locks_is_said_in_the_log(composed, game, override
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("harness.ab.folder.fcntl.flock", no_locks)
+    monkeypatch.setattr("harness.files.locks.fcntl.flock", no_locks)
     run(composed(*overrides(game), "data.limit=1", "data.future_frames=1"))
     assert "no lock keeps another run out of this folder (No locks available)" in (tmp_path / "run/run.log").read_text()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.files.locks import lock
 from harness.files.writing import remove_parts
 from harness.report.files import CONFIG, ERROR, FRAMES, JOURNAL, LOCK, LOG, LOGGED, PAGE, RECORD, TABLE, VIDEOS
 from harness.signals import Stopped
@@ -90,12 +90,10 @@ class RunFolder:
     def _take_lock(self) -> None:
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.unlocked = lock(handle)
         except BlockingIOError:
             os.close(handle)
             raise FolderError(f"{self.path}: another run is writing to it right now; use another folder") from None
-        except OSError as error:
-            self.unlocked = error.strerror or str(error)
         self._lock = handle
 
     def _remove(self, names: tuple[str, ...]) -> None:

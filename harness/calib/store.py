@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,10 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from harness.files.tensors import read_safetensors, write_tensors
-from harness.files.text import FileError
+from harness.files.locks import lock
+from harness.files.tensors import check_header, read_safetensors, write_tensors
+from harness.files.text import FileError, check_file
 from harness.formats.mx import BLOCK, MXBlocks
 from harness.mx.linears.base import LinearFormat, MXWeight
+from harness.report.codec import decode, read
+
+log = logging.getLogger(__name__)
 
 ROOMS = ("calib", "formats", "kv", "models", "mx", "rollout")
 """Rooms of this package whose code decides what a calibration gives."""
@@ -80,8 +84,9 @@ def locked(path: Path) -> Iterator[None]:
         OSError: if its folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.with_suffix(".lock").open("w") as file:
+        if (unlocked := lock(file.fileno(), wait=True)) is not None:
+            log.warning("%s: no lock here (%s); runs side by side may calibrate the same weights", path, unlocked)
         yield
 
 
@@ -111,12 +116,12 @@ def load(path: Path, model: nn.Module, formats: Mapping[str, LinearFormat]) -> t
         for name, tensor in _expected(path_, model.get_submodule(path_), fmt).items()
     }
     try:
-        if path.stat().st_size > sum(tensor.nbytes for tensor in expected.values()) + SLACK_BYTES:
-            raise StaleError("it is too large")
+        check_file(path, "a stored calibration", sum(tensor.nbytes for tensor in expected.values()) + SLACK_BYTES)
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         tensors = read_safetensors(path)
-        facts = Facts(**json.loads(metadata["facts"]))
+        facts = read(Facts, decode(metadata["facts"]))
     except (FileError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StaleError(f"{path}: {error}") from error
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -252,4 +252,7 @@ def one_line(error: BaseException) -> str:
         if first and first not in texts:
             texts.append(first)
         inner = inner.__cause__
-    return ": ".join(texts) or type(error).__name__
+    told = ": ".join(texts) or type(error).__name__
+    if "integer string conversion" in told:  # Python's own words, with advice to a programmer
+        return "a number of thousands of digits; whole numbers have at most 64 bits"
+    return told

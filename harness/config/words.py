@@ -7,9 +7,11 @@ and what it would refuse in its own terms is refused here before, wherever it co
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,6 +24,11 @@ from harness.config.problems import nearest, unknown
 
 OPEN = ("logger", "compile.options", "flags")
 """Mappings that take any key here; what they are passed to checks them."""
+
+DIGITS = re.compile(r"[0-9]+")
+MOST_DIGITS = 100
+"""Of a number; a SHA-256 in a path has 64."""
+MOST_BRACKETS = 16
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,20 @@ def _quoted(name: str, value: str) -> str:
     return shlex.quote(f"{name}={inner}")
 
 
+def _endless(word: str) -> str | None:
+    """What the grammar's parser would stumble over: digits or brackets without end."""
+    name = word.partition("=")[0][:80]
+    if (digits := max(map(len, DIGITS.findall(word)), default=0)) > MOST_DIGITS:
+        return f"{name}: a number of {digits} digits; whole numbers have at most 64 bits"
+    if (depth := max(accumulate(map(_opened, word)), default=0)) > MOST_BRACKETS:
+        return f"{name}: {depth} brackets within brackets; at most {MOST_BRACKETS}"
+    return None
+
+
 def _one_word(word: str, parser: OverridesParser, vocabulary: Vocabulary, sweep: bool) -> Iterator[str]:
+    if (problem := _endless(word)) is not None:
+        yield problem
+        return
     try:
         override = parser.parse_override(word)
     except HydraException:

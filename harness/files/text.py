@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,8 @@ MAX_JSON_BYTES = 64 * 2**20
 """A clip of a million frames and a record of thousands of clips stay below this."""
 MAX_YAML_BYTES = 2**20
 MAX_DEPTH = 32
-"""Brackets within brackets in YAML; JSON is bounded by Python's own recursion limit."""
+"""Brackets within brackets in YAML."""
+MAX_JSON_DEPTH = 64
 MAX_NODES = 100_000
 """Values that a YAML file may stand for once its aliases are written out."""
 MAX_CHAIN = 16
@@ -79,13 +80,29 @@ def read_json(path: Path, what: str = "a JSON file", limit: int = MAX_JSON_BYTES
 def parse_json(text: str) -> Any:
     """:func:`read_json` of text at hand, whose length is already bounded. Raises :class:`FileError` without a file."""
     try:
-        return json.loads(
+        content = json.loads(
             text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
         )
     except RecursionError as error:
         raise FileError("nested too deeply") from error
     except ValueError as error:
         raise FileError(f"not readable JSON: {error}") from error
+    _check_depth(content)
+    return content
+
+
+def _check_depth(content: Any) -> None:
+    """So that what walks through it later does not meet the recursion limit, which is another in each Python."""
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [one for value in level for one in _within(value) if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise FileError(f"nested deeper than {MAX_JSON_DEPTH}")
+
+
+def _within(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

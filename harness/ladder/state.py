@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.files.locks import lock
+from harness.files.text import read_text
 from harness.files.writing import write_text
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.sections import Calibration
@@ -85,9 +86,7 @@ def load(path: Path) -> State:
     if not path.exists():
         return State()
     try:
-        if path.stat().st_size > LARGEST:
-            raise CodecError(f"more than {LARGEST} bytes")
-        content = decode(path.read_text(encoding="utf-8"))
+        content = decode(read_text(path, "a ladder's state", LARGEST))
         version = content.get("state_version") if isinstance(content, dict) else None
         if version != STATE_VERSION:
             raise CodecError(f"state_version {str(version)[:40]}; this version reads {STATE_VERSION}")
@@ -114,9 +113,11 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ladder.lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            unlocked = lock(file.fileno())
+        except BlockingIOError as error:
             raise LadderError(
                 f"{folder}: another ladder is at work here; wait for it, or choose another --out"
             ) from error
+        if unlocked is not None:
+            print(f"note: no lock keeps another ladder out of {folder} ({unlocked}); see that none is started in it")
         yield

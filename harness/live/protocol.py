@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.files.text import FileError, parse_json
+
 PROTOCOL = 1
 LARGEST_MESSAGE = 2048
 """Bytes of a message to the server."""
@@ -115,8 +117,8 @@ def parse(text: str) -> Message:
     if len(text.encode("utf-8", "replace")) > LARGEST_MESSAGE:
         raise ProtocolError(f"a message of more than {LARGEST_MESSAGE} bytes")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except FileError as error:
         raise ProtocolError("a message that is no JSON") from error
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
         raise ProtocolError("a message that is no JSON object with a type")

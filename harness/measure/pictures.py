@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IN_MEMORY = 2**25
+IN_MEMORY = 2**23
 """Bytes of a rollout's pictures that are held in memory; beyond, all of them go to the file."""
 PIECE = 64
 """Pictures that are looked at together."""

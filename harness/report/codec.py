@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from harness.files.text import FileError, parse_json
+
 T = TypeVar("T")
 WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -44,17 +46,11 @@ def decode(text: str) -> Any:
     """Strict JSON as plain data.
 
     Raises:
-        CodecError: for anything else: bare ``NaN``, numbers of thousands of digits, nesting without end.
+        CodecError: for anything else: bare ``NaN``, numbers beyond 64 bits, keys given twice, nesting without end.
     """
-
-    def refuse(word: str) -> Any:
-        raise CodecError(f"{word} is no JSON; a record writes it as a string")
-
     try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError as error:
-        raise CodecError("nested too deeply") from error
-    except ValueError as error:
+        return parse_json(text)
+    except FileError as error:
         raise CodecError(str(error)) from error
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.files.text import check_file
 from harness.files.writing import append
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.drift import DriftConf, summarise_drift
 from harness.report.files import JOURNAL, RECORD, FileRecord
 from harness.report.quality import summarise_quality
-from harness.report.record import RUNNING, RunRecord, load_record
+from harness.report.record import LARGEST, RUNNING, RunRecord, load_record
 from harness.report.sections import BatchTimes, ClipRecord, Data, FallbackRecord, IncidentRecord
 
 
@@ -102,6 +103,9 @@ class Journal:
             ValueError: naming the file and the line, if one is no line of a journal.
         """
         try:
+            if not self.path.exists():
+                return []
+            check_file(self.path, "a run's journal", LARGEST)
             with self.path.open("rb") as file:
                 file.seek(self._read_to)
                 text = file.read()

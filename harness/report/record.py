@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.files.text import FileError, read_text
 from harness.files.writing import write_text
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.files import FileRecord
@@ -33,8 +34,8 @@ COMPLETE, FAILED, INTERRUPTED, RUNNING = "complete", "failed", "interrupted", "r
 """What a record's ``status`` may be."""
 
 
-LARGEST = 1 << 30
-"""Bytes of a record that is read at all: thousands of clips stay far below."""
+LARGEST = 1 << 27
+"""Bytes of a record that is read at all: eight thousand clips of 64 frames stay below."""
 
 
 class RecordError(ValueError):
@@ -105,12 +106,10 @@ def load_record(path: Path) -> RunRecord:
             version, a field that is missing, unknown or of another type.
     """
     try:
-        if (size := path.stat().st_size) > LARGEST:
-            raise RecordError(f"{path}: {size} bytes; a run record has at most {LARGEST}")
-        content = decode(path.read_text(encoding="utf-8"))
-    except RecordError:
-        raise
-    except (OSError, ValueError) as error:
+        content = decode(read_text(path, "a run's record.json", LARGEST))
+    except FileError as error:
+        raise RecordError(str(error)) from error
+    except CodecError as error:
         raise RecordError(f"{path}: not a readable run record: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

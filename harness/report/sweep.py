@@ -25,6 +25,7 @@ from hydra.experimental.callback import Callback
 from markupsafe import Markup
 from omegaconf import DictConfig, OmegaConf
 
+from harness.files.text import FileError, check_yaml
 from harness.files.writing import write_text
 from harness.report.files import CONFIG, ERROR, PAGE, RECORD, is_running
 from harness.report.journal import load_run
@@ -123,7 +124,12 @@ def _job_number(path: Path) -> tuple[int, str]:
 
 def _overrides(path: Path) -> list[str]:
     file = path / CONFIG / "overrides.yaml"
-    return [str(override) for override in yaml.safe_load(file.read_text()) or []] if file.is_file() else []
+    try:
+        check_yaml(file, "what was typed")
+        words = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileError, OSError, yaml.YAMLError, ValueError):
+        return []  # it is for the caption alone
+    return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def _outcome(path: Path) -> tuple[Record | None, str]:

@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.files.tensors import check_header
+from harness.files.text import FileError, check_file, parse_json
+
 FORMAT = "mx-world-harness session state"
 VERSION = 1
 LARGEST_FILE = 16 << 30
@@ -74,10 +77,14 @@ class SessionState:
         try:
             arms = sorted({name.partition(".")[0] for name in tensors})
             worlds = {arm: _world(tensors, arm) for arm in arms}
-            names = tuple(str(name) for name in counters["names"])
-            state = cls(str(counters["arm"]), worlds, int(counters["frame"]), int(counters["seed"]), names)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"not a whole state: {error!r}") from error
+            arm, frame, seed, names = (counters[name] for name in ("arm", "frame", "seed", "names"))
+        except KeyError as error:
+            raise StateError(f"not a whole state: it lacks {error}") from error
+        whole = all(type(one) is int and 0 <= one < 2**63 for one in (frame, seed))
+        if not (whole and isinstance(arm, str) and _texts(names)):
+            told = f"arm {arm!r:.40}, frame {frame!r:.40}, seed {seed!r:.40}, names {names!r:.80}"
+            raise StateError(f"not a whole state: {told}")
+        state = cls(arm, worlds, frame, seed, tuple(names))
         if state.arm not in worlds:
             raise StateError(f"a state of arm {state.arm} that holds no world of it")
         return state
@@ -94,6 +101,10 @@ class SessionState:
             StateError: if it is no such file.
         """
         return cls.of(*read_tensors(path, FORMAT, VERSION))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _world(tensors: Mapping[str, Tensor], arm: str) -> WorldState:
@@ -124,16 +135,17 @@ def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, T
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise StateError(f"{path}: {size} bytes; at most {LARGEST_FILE} are read")
+        check_file(path, f"a {kind}", LARGEST_FILE)
+        check_header(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind or metadata.get("version") != str(version):
                 raise StateError(f'{path}: is no "{kind}" of version {version}')
-            header = json.loads(metadata["header"])
+            header = parse_json(metadata["header"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except FileError as error:
+        raise StateError(str(error) if str(path) in str(error) else f"{path}: header: {error}") from error
+    except (OSError, SafetensorError, KeyError) as error:
         raise StateError(f"{path}: not readable: {error}") from error
     if not isinstance(header, dict):
         raise StateError(f"{path}: its header is no JSON object")

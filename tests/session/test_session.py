@@ -172,7 +172,7 @@ def test_a_state_that_does_not_fit_is_refused(session, clip, words, tmp_path):
     with open_session(*words, "quant=mxfp4_all", "kv=i8_scale") as other, pytest.raises(StateError, match="KV format"):
         other.restore(state)
     (tmp_path / "broken.safetensors").write_bytes(b"not tensors at all")
-    with pytest.raises(StateError, match="not readable"):
+    with pytest.raises(StateError, match="not a readable"):
         SessionState.load(tmp_path / "broken.safetensors")
 
 
