@@ -119,7 +119,7 @@ def parse(text: str) -> Message:
     try:
         content = parse_json(text)
     except FileError as error:
-        raise ProtocolError("a message that is no JSON") from error
+        raise ProtocolError(f"a message that is no JSON: {error}"[:200]) from error
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
         raise ProtocolError("a message that is no JSON object with a type")
     kind = content.pop("type")
