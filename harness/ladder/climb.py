@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ class Ladder:
             if stand is not before and not rungs.keeps_attention(stand.quant):
                 stand = self._linears(6, "MXFP4 all", "mxfp4_all", "d", stand)
             if self.kv != rungs.FOUR_BIT_CACHE:
-                self._try(rungs.cache(7, rungs.FOUR_BIT_CACHE, "d", tuple(stand.quant), self.four_bit_plan), stand)
+                last = rungs.cache(7, rungs.FOUR_BIT_CACHE, "d", tuple(stand.quant), self.four_bit_plan)
+                self._try(self._smaller(last, stand), stand)
         best = min((result for result in self.results if result.verdict == SHIP), key=lambda result: result.bytes)
         self._save(best)
         return best
@@ -157,6 +159,15 @@ class Ladder:
             if result is not None and result.verdict == UNDECIDED and result.needs_clips is None:
                 break
         return stand
+
+    def _smaller(self, rung: Rung, stand: Result) -> Rung:
+        """``rung`` without ways back from its cache that hold no fewer bytes than the cache that already ships."""
+        held = self._cache_bits(stand.kv)
+        return replace(rung, candidates=tuple(c for c in rung.candidates if self._cache_bits(c.kv) < held))
+
+    def _cache_bits(self, kv: Sequence[str]) -> float:
+        _, plan = compose_run([*self.common, *kv])
+        return rungs.cache_bits(plan.conf.kv, plan.arch.n_layers)
 
     def _run(self, rung: Rung, candidate: Candidate, stand: Result | None) -> Result | None:
         """The candidate's result, known from before or from a run now; ``None`` if its run broke."""

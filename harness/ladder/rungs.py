@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.config import RunPlan
-from harness.kv import KVStorage
+from harness.kv import KVConf, KVStorage
 from harness.kv.conf import TENSORS, KVScales
 
 Words = tuple[str, ...]
@@ -49,6 +49,8 @@ FOUR_BIT_CACHE = "mxfp4_kv"
 """The cache of the last rung."""
 RECENT_FRAMES = 2
 """Of a 4-bit cache that loses too much, so many of the newest are kept in 8 bits as well."""
+SCALE_BITS = 0.25
+"""An E8M0 byte for 32 numbers; what 8-bit integers take for theirs is no less."""
 BASELINE = Rung(1, "none", (Candidate("BF16", ("quant=bf16",), ("kv=bf16",)),))
 QUANTS = ("mxfp8_mlp", "mxfp8_all", "mxfp4_mlp", "mxfp4_all_late8", "mxfp4_all")
 """Choices of Linears that rungs start from."""
@@ -94,6 +96,15 @@ def narrower_kv(name: str, plan: RunPlan) -> list[tuple[str, Words]]:
         if late:
             narrowed.append((f"last {late} layers only", (*words, f"kv.late_layers={late}")))
     return narrowed
+
+
+def cache_bits(kv: KVConf, layers: int) -> float:
+    """About so many bits a layer's pair of cached numbers takes, in the mean: 32 for BF16. Newest frames count once."""
+    bits = 0.0
+    for layer in range(layers):
+        for name in TENSORS:
+            bits += 16 if not kv.quantises(name, layer, layers) else (4 if kv.is_4_bit(name) else 8) + SCALE_BITS
+    return bits / layers
 
 
 def narrower_quant(name: str, layers: int) -> list[tuple[str, Words]]:

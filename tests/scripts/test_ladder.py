@@ -494,3 +494,13 @@ def test_a_4_bit_cache_keeps_its_newest_frames_in_8_bits_before_it_gives_up_k():
     for words in (["kv=mx_kv_e4m3"], ["kv=mxfp4_kv", "kv.recent_frames=1"]):
         _, plan = compose_run(["model=smoke", *words])
         assert all("newest" not in name for name, _ in rungs.narrower_kv("mxfp4_kv", plan))
+
+
+def test_a_4_bit_cache_that_does_not_ship_is_not_narrowed_to_more_bytes_than_already_ship(climb):
+    world = World(late_factor=0.5)
+    lossy = world.drop
+    world.drop = lambda conf: 9.0 if conf.kv.is_4_bit("v") else lossy(conf)
+    ladder, best = climb(world, kv="mx_kv_e4m3")
+    tried = [name for name in trials(ladder) if "mxfp4_kv" in name]
+    assert tried == ["+ KV mxfp4_kv", "+ KV mxfp4_kv, newest 2 frames in 8 bits too"]
+    assert best.kv == ["kv=mx_kv_e4m3"]
