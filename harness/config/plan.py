@@ -214,7 +214,8 @@ def _read_model(conf: RunConf, problems: list[str]) -> tuple[GameRFTConfig | Non
         ("decoder.encoder", decoder.encoder),
     ):
         if path is not None and not Path(path).is_file():
-            problems.append(f"{name}={path}: {'no such file' if not Path(path).exists() else 'a folder, not a file'}")
+            kind = "a folder, not a file" if Path(path).is_dir() else "not a regular file"
+            problems.append(f"{name}={path}: {kind if Path(path).exists() else 'no such file'}")
     if arch and dcae and (arch.channels, arch.sample_size) != (dcae.latent_channels, dcae.latent_size):
         problems.append(
             f"the model's latents are {arch.channels}×{arch.sample_size}×{arch.sample_size}, the decoder takes "

@@ -79,6 +79,8 @@ class DCAEConfig:
         problems = self._small()
         if problems:
             raise ValueError("DCAE config: " + "; ".join(problems))
+        if self.channels != 3:
+            problems.append(f"channels={self.channels}: a frame has 3, red, green and blue")
         if self.ch_max % self.latent_channels:
             problems.append(f"ch_max={self.ch_max} is not a multiple of latent_channels={self.latent_channels}")
         widths = [self.ch_max, *self.widths(len(self.decoder_blocks_per_stage))]

@@ -89,3 +89,5 @@ def test_dcae_configs_that_do_not_add_up_are_named(tmp_path):
         read_dcae_config(write(tmp_path, good.replace("latent_channels: 4", "latent_channels: 5")))
     with pytest.raises(ConfigFileError, match="must halve"):
         read_dcae_config(write(tmp_path, good.replace("ch_max: 32", "ch_max: 24")))
+    with pytest.raises(ValueError, match="channels=1: a frame has 3"):
+        read_dcae_config(write(tmp_path, good + "\nchannels: 1\n"))
