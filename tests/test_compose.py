@@ -246,6 +246,7 @@ def test_words_may_stand_before_and_behind_options():
         ("seed=" + "9" * 5000, "seed: a number of 5000 digits; whole numbers have at most 64 bits"),
         ("+quant.late_layers=" + "9" * 200, "+quant.late_layers: a number of 200 digits"),
         ("data.paths=" + "[" * 5000 + "]" * 5000, "data.paths: 5000 brackets within brackets; at most 16"),
+        ("data.paths=[" + "x," * 20_000 + "x]", "data.paths: a list of 20001; at most 4000 on the command line"),
         ("compile.options=" + "{a:" * 900 + "1" + "}" * 900, "compile.options: 900 brackets within brackets"),
     ],
 )

@@ -29,6 +29,7 @@ DIGITS = re.compile(r"[0-9]+")
 MOST_DIGITS = 100
 """Of a number; a SHA-256 in a path has 64."""
 MOST_BRACKETS = 16
+MOST_LISTED = 4000
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ def _endless(word: str) -> str | None:
         return f"{name}: a number of {digits} digits; whole numbers have at most 64 bits"
     if (depth := max(accumulate(map(_opened, word)), default=0)) > MOST_BRACKETS:
         return f"{name}: {depth} brackets within brackets; at most {MOST_BRACKETS}"
+    if (listed := word.count(",") + 1) > MOST_LISTED:
+        return (
+            f"{name}: a list of {listed}; at most {MOST_LISTED} on the command line: name a folder, or use a YAML file"
+        )
     return None
 
 

@@ -73,6 +73,8 @@ def append(path: Path, data: bytes) -> None:
 def why_unwritable(path: Path) -> str | None:
     """Why the file ``path`` could not be written or added to now; ``None`` if it could. Tried out; leaves nothing."""
     try:
+        if path.is_fifo():
+            return "a named pipe, which waits for a reader"
         if path.exists():
             with path.open("ab"):
                 return None

@@ -93,6 +93,8 @@ def test_what_cannot_be_written_is_told_before_and_leaves_nothing(tmp_path):
     assert why_unwritable(Path("/proc/nowhere/log.txt")) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "kept"
+    os.mkfifo(tmp_path / "pipe")
+    assert "named pipe" in why_unwritable(tmp_path / "pipe")
 
 
 def test_an_incident_log_that_cannot_be_written_is_refused_before_the_run(composed, tmp_path):
