@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from harness.config import ROOT, ConfigError, plan_run
 from harness.config import sizes as sizes_room
 from harness.config.command import in_hydras_order, read_command
-from harness.config.compose import compose, load
+from harness.config.compose import compose, load, without_effect
 from harness.config.labels import label
 from harness.config.slurm import slurm_problems
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
@@ -262,3 +262,18 @@ def test_digits_without_end_in_a_file_are_told_in_this_products_words(tmp_path):
     (tmp_path / "data" / "own.yaml").write_text("limit: " + "9" * 5000)
     with pytest.raises(ConfigError, match=r"data/own.yaml: .*a number of thousands of digits"):
         compose("model=smoke", "data=own", config_dir=tmp_path)
+
+
+def test_a_field_typed_of_a_section_that_is_off_is_told():
+    def told(*words):
+        return list(without_effect(words, load(["model=smoke", *words], "run")))
+
+    assert told("quant.bits=4") == ["quant.bits: without effect, as quant=bf16; choose an option of quant too"]
+    assert told("kv.late_layers=2", "quant=mxfp8_all")[0].startswith("kv.late_layers: without effect")
+    for words in (
+        ["quant=mxfp8_all", "quant.bits=4"],
+        ["quant.enabled=true", "quant.bits=4"],
+        ["quant.kernel=emulated"],
+    ):
+        assert told(*words) == []
+    assert told("quant=bf16", "quant.bits=4") == [], "said by name, as the ladder does"

@@ -156,3 +156,8 @@ def test_a_file_beside_a_named_model_of_another_width_is_refused(composed, tmp_p
     file.write_text("model: {d_model: 192}")
     with pytest.raises(ConfigError, match=r"has d_model=192, model.arch d_model=64: .*leave model= out"):
         plan_run(composed("model=smoke", f"model.config_file={file}"))
+
+
+def test_a_set_of_weights_is_not_chosen_of_nothing(composed):
+    with pytest.raises(ConfigError, match="model.weights=ema chooses a set of model.checkpoint, and there is none"):
+        plan_run(composed("model=smoke", "model.weights=ema"))

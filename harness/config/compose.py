@@ -149,6 +149,27 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
     return cfg
 
 
+OFF = {"quant": "bf16", "kv": "bf16"}
+"""Options that leave a section without effect."""
+STILL = ("quant.kernel", "quant.list")
+"""Fields that an exported checkpoint, whose formats hold, still asks for."""
+
+
+def without_effect(words: Sequence[str], cfg: DictConfig) -> Iterator[str]:
+    """Fields typed of a section that is off, and is not by a word of its own: what was meant would not run."""
+    names = [word.partition("=")[0].lstrip("+") for word in words]
+    for group, off in OFF.items():
+        typed = [name for name in names if name.startswith(f"{group}.") and name not in STILL]
+        if not typed or group in names or cfg.hydra.runtime.choices.get(group) != off:
+            continue
+        try:
+            enabled = OmegaConf.to_object(cfg[group]).enabled  # type: ignore[union-attr]
+        except OmegaConfBaseException:
+            continue  # whoever plans the run says what is wrong with it
+        if not enabled:
+            yield f"{', '.join(typed)}: without effect, as {group}={off}; choose an option of {group} too"
+
+
 def _check_files(folder: Path) -> None:
     """Bound each YAML file of a folder of configs, of which Hydra would build whatever it stands for."""
     problems = []

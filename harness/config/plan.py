@@ -286,6 +286,8 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         )
         if value < least
     ]
+    if conf.model.weights is not None and conf.model.checkpoint is None:
+        problems.append(f"model.weights={conf.model.weights} chooses a set of model.checkpoint, and there is none")
     if conf.resume and conf.overwrite:
         problems.append("resume=true goes on with what is in the folder and overwrite=true removes it: use one of them")
     problems += at_once("threads", conf.threads, null=", or null for torch's own choice")
