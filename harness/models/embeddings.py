@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +56,13 @@ class MouseEmbedding(nn.Module):
 
     def forward(self, mouse: Tensor) -> Tensor:
         """Map ``mouse [B, N, 2]`` (dx, dy; any unit, kept as trained) to ``[B, N, D]``."""
-        return self.mlp(self.features(mouse, self.angle_proj))
-
-    def features(self, mouse: Tensor, angle_proj: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the MLP reads, ``[..., 512]``, of ``mouse [..., 2]``, with ``angle_proj`` or what computes the same."""
         mouse = mouse.float()
         mouse = mouse.sign() * mouse.abs().log1p()
         angle = torch.atan2(mouse[..., 1], mouse[..., 0])
         dtype = self.angle_proj.weight.dtype
-        direction = angle_proj(torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype))
+        direction = self.angle_proj(torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype))
         magnitude = sincos(mouse.norm(dim=-1), 256).to(dtype)
-        return torch.cat((direction, magnitude), dim=-1)
+        return self.mlp(torch.cat((direction, magnitude), dim=-1))
 
 
 class ButtonEmbedding(nn.Module):

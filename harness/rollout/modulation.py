@@ -111,8 +111,4 @@ class StackedModulation:
 
     def __call__(self, cond: Tensor) -> FrameModulation:
         """Every block's and the output's conditioning vectors from ``cond [B, N, D]``."""
-        return self.of_activated(F.silu(cond))
-
-    def of_activated(self, activated: Tensor) -> FrameModulation:
-        """The same from SiLU of ``cond``."""
-        return self.core.modulation_of(self.linears(activated))
+        return self.core.modulation_of(self.linears(F.silu(cond)))

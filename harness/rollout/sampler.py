@@ -24,7 +24,6 @@ from harness.rollout.compile import (
     without_grad,
 )
 from harness.rollout.compile import validate as validate_compile
-from harness.rollout.conditioning import fused_conditioning
 from harness.rollout.linears import compile_ahead
 from harness.rollout.modulation import StackedModulation
 from harness.rollout.prefill import fits as prefill_fits
@@ -163,18 +162,11 @@ class Rollout:
     def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[FrameModulation], Rotary]]:
         core, cache, embedded, steps = self.core, self.cache, self._embedded_times, len(self._drops)
         modulate = self._modulate
-        ours = isinstance(modulate, StackedModulation) and self.attention is AttentionKind.fused
-        activated = fused_conditioning(core, embedded) if ours else None
-
-        def modulation_of(mouse: Tensor, btn: Tensor) -> FrameModulation:
-            if activated is not None and isinstance(modulate, StackedModulation):
-                return modulate.of_activated(activated(mouse, btn))
-            mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
-            return modulate(core.add_controls(embedded, mouse, btn))
 
         def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[FrameModulation], Rotary]:
             cache.advance()
-            modulation = modulation_of(mouse, btn)
+            mouse, btn = (x[:, None].expand(-1, steps, -1) for x in (mouse, btn))
+            modulation = modulate(core.add_controls(embedded, mouse, btn))
             return [modulation.frames(i, i + 1) for i in range(steps)], core.rotary(cache.frame)
 
         return prepare

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +18,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from harness.kernels import launch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rollout"))
 
 BF16 = torch.bfloat16
 TARGET = GPUTarget("cuda", 90, 32)
@@ -57,20 +54,6 @@ def compile_instead_of_launching() -> list[Any]:
     triton.runtime.driver.set_active(_Hopper())
     launch.dependent = lambda device: True
     return compiled
-
-
-def conditioning() -> None:
-    """Of `dit_v4`'s sizes, for one clip and for the most."""
-    from rollout_cases import make_core
-
-    from harness.rollout.conditioning import MOST_CLIPS, fused_conditioning
-
-    core = make_core(d_model=1536, n_heads=24, n_layers=1).to(BF16).requires_grad_(False)
-    for clips in (1, MOST_CLIPS):
-        controls = torch.zeros(clips, 2), torch.zeros(clips, core.cfg.n_buttons)
-        activated = fused_conditioning(core, torch.zeros(clips, 2, 1536, dtype=BF16))
-        assert activated is not None
-        activated(*controls)
 
 
 def residual_norm() -> None:
@@ -122,7 +105,7 @@ def linears() -> None:
         ops.round_to_mx(torch.zeros(64, 512, dtype=BF16), element, "rceil")
 
 
-CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in (conditioning, residual_norm, prefill, linears)}
+CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in (residual_norm, prefill, linears)}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
