@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def rewrite(record: RunRecord, folder: Path) -> None:
         OSError: naming the file that cannot be written.
     """
     try:
-        table, _ = render(record), run_page(asdict(record), folder)
+        table, _ = render(record), run_page(record, folder)
     except Exception as error:  # a broken record can break its table anywhere
         said = f"{type(error).__name__}: {error}"
         raise RecordError(f"{folder / RECORD}: judged, but too broken to be shown ({said}); use --print") from error

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,16 @@ from harness.report.journal import load_run
 from harness.report.page.charts import Point, pareto, scatter
 from harness.report.page.drawing import Section, attempt, draw_page, each
 from harness.report.page.figures import (
+    ABSENT,
     EMULATED,
-    Record,
+    drop_of,
     emulated,
+    fidelity_of,
     held_bytes,
+    last_arm,
+    means_of,
     number,
-    pick,
+    over_all,
     ratio,
     size,
     speed_ratio,
@@ -46,7 +50,7 @@ from harness.report.page.figures import (
 )
 from harness.report.page.run_page import write_run_page
 from harness.report.page.sweep_verdict import Judged, sweep_verdict
-from harness.report.record import COMPLETE, RUNNING
+from harness.report.record import COMPLETE, RUNNING, RunRecord
 
 REJECTED = "rejected: "
 """Begins what ended a job that never ran: its command, config or files were wrong."""
@@ -80,15 +84,14 @@ class Run:
 
     folder: Path
     overrides: list[str]
-    record: Record | None
+    record: RunRecord | None
     reason: str
 
     @property
     def name(self) -> str:
         """What a person calls it: the candidate, or the folder."""
-        arms = self.record["arms"] if self.record else {}
-        arm = arms.get("candidate") or arms.get("bf16")
-        return arm["label"] if arm else self.folder.name
+        arm = self.record.arms.get(last_arm(self.record)) if self.record else None
+        return arm.label if arm else self.folder.name
 
     @property
     def page(self) -> str | None:
@@ -132,7 +135,7 @@ def _overrides(path: Path) -> list[str]:
     return [str(word) for word in words] if isinstance(words, list) else []
 
 
-def _outcome(path: Path) -> tuple[Record | None, str]:
+def _outcome(path: Path) -> tuple[RunRecord | None, str]:
     """A run's record, if it left one, and why it failed, if it did."""
     error_file = path / ERROR
     error = error_file.read_text(encoding="utf-8").strip() if error_file.is_file() else ""
@@ -140,16 +143,16 @@ def _outcome(path: Path) -> tuple[Record | None, str]:
     if not (path / RECORD).is_file():
         return None, error or ("still runs" if running else "was killed before its first clip was finished")
     try:
-        record = asdict(load_run(path))
+        record = load_run(path)
     except ValueError as unreadable:
         return None, str(unreadable)
-    if record["status"] == COMPLETE:
+    if record.status == COMPLETE:
         return record, error
-    if record["status"] == RUNNING:
+    if record.status == RUNNING:
         found = "still runs" if running else "was killed"
         return record, error or f"{found}: these are the clips finished until then"
-    incidents = "; ".join(str(incident.get("message", "")) for incident in record["incidents"])
-    return record, error or incidents or record["status"]
+    incidents = "; ".join(incident.message for incident in record.incidents)
+    return record, error or incidents or record.status
 
 
 def write_sweep_page(folder: Path, rebuild_runs: bool = False) -> Path:
@@ -190,7 +193,7 @@ def sweep_page(name: str, runs: Sequence[Run]) -> str:
 
 
 def _judged(runs: Sequence[Run]) -> list[Judged]:
-    return [(run.name, run.page, run.record) for run in runs if run.record is not None and run.record.get("gates")]
+    return [(run.name, run.page, run.record, run.record.gates) for run in runs if run.record and run.record.gates]
 
 
 def _emulated(runs: Sequence[Run]) -> str:
@@ -198,7 +201,7 @@ def _emulated(runs: Sequence[Run]) -> str:
 
 
 def _all_plots(runs: Sequence[Run]) -> list[Markup]:
-    compared = [run for run in runs if run.record is not None and run.record["quality"]]
+    compared = [run for run in runs if run.record is not None and run.record.quality]
     return [plot for name, group in _alike(compared).items() for plot in _plots(group, name)]
 
 
@@ -209,7 +212,7 @@ def _table(runs: Sequence[Run]) -> dict[str, Any]:
         "columns": [COLUMNS[number] for number in used],
         "rows": [{**row, "cells": [row["cells"][number] for number in used]} for row in rows],
         "unread": unread,
-        "notes": list(dict.fromkeys(note for run in runs if run.record for note in run.record["notes"])),
+        "notes": list(dict.fromkeys(note for run in runs if run.record for note in run.record.notes)),
         "emulated": _emulated(runs),
         "judged": bool(_judged(runs)),
     }
@@ -221,36 +224,44 @@ def _cell(value: float | None, text: str) -> dict[str, str]:
 
 
 def _row(run: Run) -> dict[str, Any]:
-    record = run.record or {"arms": {}, "status": "failed"}
-    arm = record["arms"].get("candidate") or record["arms"].get("bf16")
-    drop, fidelity = pick(record, "quality.all.drop.psnr"), pick(record, "quality.all.fidelity.psnr")
-    held, speed = _held_ratio(record), speed_ratio(record)
-    fps, peak = pick(arm, "speed.total_fps"), pick(arm, "memory.peak_allocated")
-    psnr = pick(record, f"quality.all.{'candidate' if 'candidate' in record['arms'] else 'bf16'}.psnr")
-    mark = " *" if emulated(record) else ""
+    record = run.record
     return {
         "name": run.name,
         "page": run.page,
         "overrides": run.overrides,
-        "status": record["status"] if not run.reason else "failed",
-        "verdict": verdict(record) if record.get("gates") else None,
-        "cells": [
-            _cell(psnr, number(psnr)),
-            _cell(drop, number(drop, 3, sign=True)),
-            _cell(fidelity, number(fidelity)),
-            _cell(speed, times(speed) + (mark if speed is not None else "")),
-            _cell(fps, number(fps, 2) + (mark if fps is not None else "")),
-            _cell(held, times(held)),
-            _cell(pick(arm, "memory.weight_bytes"), size(pick(arm, "memory.weight_bytes"))),
-            _cell(pick(arm, "memory.kv_window_bytes"), size(pick(arm, "memory.kv_window_bytes"))),
-            _cell(peak, size(peak)),
-        ],
+        "status": record.status if record and not run.reason else "failed",
+        "verdict": verdict(record) if record and record.gates else None,
+        "cells": _cells(record) if record and record.arms else [_cell(None, ABSENT) for _ in COLUMNS],
     }
 
 
-def _held_ratio(record: Record) -> float | None:
-    arms = record["arms"]
-    return ratio(held_bytes(arms.get("candidate")), held_bytes(arms.get("bf16")))
+def _cells(record: RunRecord) -> list[dict[str, str]]:
+    """The figures of :data:`COLUMNS`."""
+    arm, scores = record.arms[last_arm(record)], means_of(over_all(record), last_arm(record))
+    psnr = scores.psnr if scores else None
+    drop, fidelity, fps = drop_of(record), fidelity_of(record), arm.speed.total_fps
+    held, speed = _held_ratio(record), speed_ratio(record)
+    mark = " *" if emulated(record) else ""
+    return [
+        _cell(psnr, number(psnr)),
+        _cell(drop, number(drop, 3, sign=True)),
+        _cell(fidelity, number(fidelity)),
+        _cell(speed, times(speed) + (mark if speed is not None else "")),
+        _cell(fps, number(fps, 2) + (mark if fps is not None else "")),
+        _cell(held, times(held)),
+        _cell(arm.memory.weight_bytes, size(arm.memory.weight_bytes)),
+        _cell(arm.memory.kv_window_bytes, size(arm.memory.kv_window_bytes)),
+        _cell(arm.memory.peak_allocated, size(arm.memory.peak_allocated)),
+    ]
+
+
+def _held_ratio(record: RunRecord) -> float | None:
+    return ratio(held_bytes(record.candidate), held_bytes(record.arms.get("bf16")))
+
+
+def _compared(runs: Sequence[Run]) -> list[tuple[Run, RunRecord]]:
+    """Those runs that left a record."""
+    return [(run, run.record) for run in runs if run.record is not None]
 
 
 def _alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -259,21 +270,18 @@ def _alike(runs: Sequence[Run]) -> dict[str, list[Run]]:
     The name is empty where all are alike.
     """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        record = run.record or {}
-        model = [pick(record, f"model.{name}") for name in ("checkpoint", "arch", "decoder_checkpoint")]
-        clips = sorted(str(clip.get("clip_id")) for clip in record.get("clips") or [])
-        frames = [pick(record, f"data.{name}") for name in ("context_frames", "future_frames")]
+    for run, record in _compared(runs):
+        model = [record.model.checkpoint, record.model.arch, record.model.decoder_checkpoint]
+        clips = sorted(clip.clip_id for clip in record.clips)
+        frames = [record.data.context_frames, record.data.future_frames]
         groups.setdefault(json.dumps([model, clips, frames], sort_keys=True, default=str), []).append(run)
     if len(groups) == 1:
         return {"": list(runs)}
     named: dict[str, list[Run]] = {}
     for group in groups.values():
-        record = group[0].record or {}
-        count = len(record.get("clips") or [])
-        name = (
-            f"{pick(record, 'choices.model') or 'model'}, {count} clips × {pick(record, 'data.future_frames')} frames"
-        )
+        record = _compared(group)[0][1]
+        what = f"{len(record.clips)} clips × {record.data.future_frames} frames"
+        name = f"{record.choices.get('model', 'model')}, {what}"
         named[name if name not in named else f"{name} ({len(named) + 1})"] = group
     return named
 
@@ -321,9 +329,8 @@ def _short(override: str) -> str:
 def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: int) -> list[Point]:
     """Points of one plot. An emulated kernel's speed is no speed, so it competes in no front over speed."""
     found: list[tuple[Run, float, float, bool]] = []
-    for run in runs:
-        record: Record = run.record or {}
-        y = pick(record, f"quality.all.{quality}.psnr")
+    for run, record in _compared(runs):
+        y = drop_of(record) if quality == "drop" else fidelity_of(record)
         x = speed_ratio(record) if cost == "speed" else _held_ratio(record)
         if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
             found.append((run, x, y, cost == "held" or not emulated(record)))
@@ -336,7 +343,7 @@ def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: in
             x,
             y,
             "s-cand" if competes else "s-cand hollow",
-            _details(run),
+            _details(run.record) if run.record else [],
             run.page,
             next(fronts) if competes else False,
         )
@@ -347,15 +354,13 @@ def _points(runs: Sequence[Run], quality: str, better: int, cost: str, sense: in
     return points
 
 
-def _details(run: Run) -> list[str]:
-    record: Record = run.record or {}
-    every = pick(record, "quality.all")
+def _details(record: RunRecord) -> list[str]:
     speed = f"speed {times(speed_ratio(record))}" + (f" ({EMULATED})" if emulated(record) else "")
     return [
-        f"drop {number(pick(every, 'drop.psnr'), 3, sign=True)} dB, fidelity {number(pick(every, 'fidelity.psnr'))} dB",
+        f"drop {number(drop_of(record), 3, sign=True)} dB, fidelity {number(fidelity_of(record))} dB",
         speed,
-        f"held {times(_held_ratio(record))}: {size(held_bytes(record['arms'].get('candidate')))}",
-        *([f"verdict: {record['gates']['verdict']}"] if record.get("gates") else []),
+        f"held {times(_held_ratio(record))}: {size(held_bytes(record.candidate))}",
+        *([f"verdict: {record.gates.verdict}"] if record.gates else []),
     ]
 
 

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-from dataclasses import asdict
 
 from report_cases import NASTY, clip, record, write
 
@@ -14,7 +13,7 @@ from harness.report.table import render
 
 
 def compared(folder, first, second):
-    return compare_page((asdict(first), folder / "a"), (asdict(second), folder / "b"), folder / "b")
+    return compare_page((first, folder / "a"), (second, folder / "b"), folder / "b")
 
 
 def test_the_command_puts_two_runs_side_by_side(tmp_path, capsys):
@@ -71,6 +70,6 @@ def test_incidents_that_say_the_same_are_one_line_of_the_table():
 
 def test_incidents_that_say_the_same_are_one_line_of_the_page(tmp_path):
     same = [{"kind": "clip", "message": "is cut off"}] * 1200
-    text = run_page(asdict(record(incidents=[*same, {"kind": "clip", "message": "is empty"}])), tmp_path)
+    text = run_page(record(incidents=[*same, {"kind": "clip", "message": "is empty"}]), tmp_path)
     assert text.count("is cut off") == 1
     assert "1200 times" in text

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-from dataclasses import asdict
 
 import pytest
 from report_cases import NASTY, arm, clip, quality, record, write
@@ -16,7 +15,7 @@ from harness.report.record import RecordError
 
 
 def page(run_record, folder, **options):
-    return run_page(asdict(run_record), folder, **options)
+    return run_page(run_record, folder, **options)
 
 
 def test_a_run_without_gates_says_so_and_shows_its_figures(tmp_path):
@@ -162,14 +161,19 @@ def test_errors_of_linears_and_kv_statistics_are_shown_where_the_record_has_them
     text = page(record(arms={"bf16": arm("BF16"), "candidate": candidate}), tmp_path)
     assert "Saturated elements, share by layer" in text
     assert "layer 2 V" in text
-    plain = asdict(record())
-    errors = {"category": "mlp", "rows": 64, "mae": 0.001, "rel": 0.02, "max": 0.1, "bf16": {"rel": 0.002}}
-    plain["arms"]["candidate"]["numerics"] = {
+    error = {"mae": 0.001, "rel": 0.02, "max": 0.1, "sqnr_db": 34.0}
+    used = {"saturated": 0, "saturated_fraction": 0.0, "scale_min": 1.0, "scale_mean": 1.0, "scale_max": 1.0}
+    used |= {"nan_blocks": 0, "clipped": 0}
+    errors = {**error, "category": "mlp", "rows": 64, "in_features": 64, "out_features": 64, "weight": used}
+    errors["bf16"] = {**error, "rel": 0.002}
+    numerics = {
         "method": "64 rows, against float64",
         "layers": {"blocks.0.mlp.fc1": errors, "blocks.0.mlp.fc2": {**errors, "rel": None}},
         "categories": {"mlp": {"layers": 2, "rel_mean": None, "rel_max": None}},
+        "clip": "walk",
+        "worst": "blocks.0.mlp.fc1",
     }
-    text = run_page(plain, tmp_path)
+    text = page(record(arms={"bf16": arm("BF16"), "candidate": arm("mxfp8_all") | {"numerics": numerics}}), tmp_path)
     assert "64 rows, against float64" in text
     assert text.count('class="column c-mlp"') == 1, "an error that is not finite has no column"
     assert "Relative error of each Linear" in text

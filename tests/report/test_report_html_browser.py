@@ -1,6 +1,6 @@
 """The pages in headless Chromium: no errors, curves drawn, read-outs, sorting, players in step."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from chromium import wait_for
@@ -227,7 +227,7 @@ def test_a_click_in_a_curve_takes_the_videos_to_that_frame(browser, run_folder):
 
 def test_videos_beside_the_page_play_too(browser, tmp_path):
     folder = write(tmp_path, record(), videos=True)
-    (folder / "report.html").write_text(run_page(asdict(record()), folder, embed_limit=0))
+    (folder / "report.html").write_text(run_page(record(), folder, embed_limit=0))
     open_page(browser, folder)
     videos_ready(browser)
     press(browser, "ahead")

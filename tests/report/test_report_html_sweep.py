@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ from report_cases import NASTY, quality, record, write
 
 from harness.commands.report import main
 from harness.report.page.sweep_verdict import sweep_verdict
+from harness.report.sections import Memory
 from harness.report.sweep import SweepError, read_sweep, write_sweep_page
+from harness.report.verdict import Advice, Verdict
 
 # A job script with the hook of conf/run.yaml, quick because it has no model: job 1 fails, job 2 kills its process.
 JOB = """
@@ -169,18 +170,18 @@ def test_other_clips_or_another_model_have_a_front_of_their_own(tmp_path):
 
 
 def judged(name, verdict, drop, held):
-    found = asdict(record(candidate=name))
-    found["arms"]["candidate"]["memory"] |= {"weight_bytes": held, "kv_window_bytes": 0, "kv_peak_bytes": 0}
-    found["quality"]["all"]["drop"]["psnr"] = drop
-    found["gates"] = {"verdict": verdict, "reason": f"why {name}", "next": {"text": f"do {name}", "command": ""}}
-    return name, f"{name}/report.html", found
+    ruling = Verdict("Gate", "BF16", None, verdict, reason=f"why {name}", next=Advice(f"do {name}"))
+    found = record(candidate=name)
+    found.arms["candidate"].memory = Memory(held, 0, kv_peak_bytes=0)
+    found.quality.all.drop.psnr = drop
+    return name, f"{name}/report.html", found, ruling
 
 
 def test_a_sweep_names_the_smallest_that_ships_or_what_is_nearest_to_it():
     small, large = judged("small", "ship", 0.2, 100), judged("large", "ship", 0.1, 200)
     open_, wrong = judged("open", "undecided", 0.3, 50), judged("wrong", "do not ship", 0.01, 10)
     found = sweep_verdict([large, small, open_, wrong], 5)
-    assert (found["kind"], found["title"], found["next"]["text"]) == ("pass", "small may ship", "do small")
+    assert (found["kind"], found["title"], found["next"].text) == ("pass", "small may ship", "do small")
     assert found["sentence"].startswith("Of 5 configurations 2 may ship.")
     found = sweep_verdict([open_, wrong], 2)
     assert (found["kind"], found["page"]) == ("open", "open/report.html")

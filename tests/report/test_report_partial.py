@@ -5,13 +5,15 @@ import itertools
 import json
 import math
 import re
-from dataclasses import asdict
 
 import pytest
 from report_cases import record, write
 
+from harness.report.codec import read
 from harness.report.page.compare_page import compare_page
 from harness.report.page.run_page import NAV, run_page, write_run_page
+from harness.report.record import RunRecord
+from harness.report.sections import Memory
 from harness.report.sweep import Run, sweep_page
 from harness.report.table import render
 
@@ -27,22 +29,33 @@ KV_ROW = {
     "log2_scale_min": -9.0,
     "log2_scale_mean": -8.0,
     "log2_scale_max": -7.0,
-    "over_time": {"saturated_share": [0.01, 0.02], "log2_scale_mean": [-8.0, -8.1]},
+    "over_time": {
+        "saturated_share": [0.01, 0.02],
+        "log2_scale_min": [-9.0, -9.0],
+        "log2_scale_mean": [-8.0, -8.1],
+        "log2_scale_max": [-7.0, -7.0],
+    },
 }
+ERROR = {"rel": 0.02, "mae": 0.01, "max": 0.1, "sqnr_db": 30.0}
+USED = {"saturated": 0, "saturated_fraction": 0.0, "scale_min": 1.0, "scale_mean": 1.0, "scale_max": 1.0}
+LINEAR = {"category": "mlp", "rows": 8, "in_features": 64, "out_features": 64, "bf16": ERROR, **ERROR}
 
 
 def full():
-    """A record with every section, as plain data."""
-    content = json.loads(json.dumps(asdict(record())))  # no two sections share a list
+    """A record with every section."""
+    content = json.loads(json.dumps(dataclasses.asdict(record())))  # no two sections share a list
     candidate = content["arms"]["candidate"]
-    error = {"category": "mlp", "rel": 0.02, "mae": 0.01, "max": 0.1, "sqnr_db": 30.0, "bf16": {"rel": 0.001}}
+    error = LINEAR | {"weight": USED | {"nan_blocks": 0, "clipped": 0}}
     means = {"mlp": {"layers": 1, "rel_mean": 0.02, "rel_max": 0.02}}
     candidate["numerics"] = {"method": "sampled", "layers": {"blocks.0.mlp.fc1": error}, "categories": means}
-    candidate["kv_stats"] = {"frames": [3, 4], "layers": [json.loads(json.dumps(KV_ROW))], "nonfinite": []}
-    return content
+    candidate["numerics"] |= {"clip": "walk", "worst": "blocks.0.mlp.fc1"}
+    candidate["kv_stats"] = {"frames": [3, 4], "layers": [KV_ROW], "nonfinite": []}
+    return read(RunRecord, content)
 
 
 def leaves(value, path=()):
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = [leaf for key, one in inner for leaf in leaves(one, (*path, key))]
     return [path, *found] if path else found
@@ -51,8 +64,11 @@ def leaves(value, path=()):
 def put(content, path, value):
     *way, last = path
     for key in way:
-        content = content[key]
-    content[last] = value
+        content = getattr(content, key) if dataclasses.is_dataclass(content) else content[key]
+    if dataclasses.is_dataclass(content):
+        object.__setattr__(content, last, value)  # frozen or not
+    else:
+        content[last] = value
 
 
 def undrawn(page):
@@ -72,8 +88,8 @@ def test_whatever_a_record_holds_in_one_place_its_page_has_the_other_parts(tmp_p
     for path in leaves(full()):
         content = full()
         put(content, path, next(values))
-        if path == ("arms",):
-            continue  # what a run is about
+        if path[0] == "arms" and len(path) < 3:
+            continue  # the arms are what a run is about
         page = run_page(content, tmp_path)
         assert all(f'id="{section}"' in page for section in NAV), path
         lost[path] = undrawn(page)
@@ -85,7 +101,7 @@ def test_whatever_a_record_holds_in_one_place_its_page_has_the_other_parts(tmp_p
 @pytest.mark.parametrize(
     ("path", "value", "said", "still"),
     [
-        (("arms", "candidate", "kv_stats", "layers"), [{}], "KeyError: ", "Relative error of each Linear"),
+        (("arms", "candidate", "kv_stats", "layers"), [{}], "AttributeError: ", "Relative error of each Linear"),
         (("quality", "by_tag", "motion", "bf16", "curve", "psnr"), [math.nan] * 3, "", "SSIM against the recording"),
         (("config",), {"a": object()}, "RepresenterError", "Relative error of each Linear"),
         (("data", "future_frames"), {}, "", "Relative error of each Linear"),
@@ -101,10 +117,10 @@ def test_what_cannot_be_drawn_says_why_in_its_place(tmp_path, path, value, said,
 
 def test_a_curve_without_a_finite_figure_says_so_and_nan_within_one_is_a_gap(tmp_path):
     content = full()
-    quality = content["quality"]["by_tag"]["motion"]
-    quality["fidelity"]["curve"]["psnr"] = [math.nan] * 8
-    content["clips"] = content["clips"][:1]
-    quality["bf16"]["curve"]["psnr"][2] = math.nan
+    quality = content.quality.by_tag["motion"]
+    quality.fidelity.curve.psnr = [math.nan] * 8
+    content.clips = content.clips[:1]
+    quality.bf16.curve.psnr[2] = math.nan
     page = run_page(content, tmp_path)
     assert undrawn(page) == [
         "Fidelity: PSNR of candidate against BF16 could not be drawn: ValueError: none of its figures is a finite "
@@ -118,9 +134,9 @@ def test_a_curve_without_a_finite_figure_says_so_and_nan_within_one_is_a_gap(tmp
 def test_one_clip_and_no_clip_are_drawn(tmp_path):
     for count in (0, 1):
         content = full()
-        content["clips"] = content["clips"][:count]
+        content.clips = content.clips[:count]
         if not count:
-            content["quality"] = content["drift"] = None
+            content.quality = content.drift = None
         assert undrawn(run_page(content, tmp_path)) == []
 
 
@@ -134,7 +150,7 @@ def test_a_video_that_cannot_be_shown_leaves_the_others(tmp_path):
 
 def test_two_runs_are_compared_as_far_as_they_can_be(tmp_path):
     content = full()
-    content["config"] = None
+    content.config = None
     page = compare_page((full(), tmp_path), (content, tmp_path), tmp_path)
     assert len(undrawn(page)) == 1
     assert "PSNR drop, dB" in page
@@ -142,7 +158,7 @@ def test_two_runs_are_compared_as_far_as_they_can_be(tmp_path):
 
 def test_a_sweep_with_one_broken_record_shows_the_others(tmp_path):
     content = full()
-    content["arms"]["candidate"]["memory"] = {"weight_bytes": "many", "kv_window_bytes": 1, "kv_peak_bytes": 1}
+    content.arms["candidate"].memory = Memory("many", 1, kv_peak_bytes=1)
     runs = [Run(tmp_path / "0_good", [], full(), ""), Run(tmp_path / "1_bad", [], content, "")]
     page = sweep_page("sweep", runs)
     assert any(text.startswith("Not in the table: 1_bad (TypeError") for text in undrawn(page))

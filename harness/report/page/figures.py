@@ -1,4 +1,4 @@
-"""Reads figures out of a record and words them: what both pages, a run's and a sweep's, have in common."""
+"""Reads figures out of a record and words them: what all pages, a run's, a sweep's and two runs', have in common."""
 
 from __future__ import annotations
 
@@ -6,27 +6,55 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report.codec import read
 from harness.report.gates import terms
 from harness.report.gates.advice import changed, command
+from harness.report.record import COMPLETE, RunRecord
+from harness.report.sections import ArmRecord, MeanScores, QualitySection
 from harness.report.table import bytes_text
-from harness.report.verdict import Verdict
 
 ABSENT = "–"
 ARMS = (("bf16", "bf16"), ("candidate", "cand"))
 """Arms and their CSS class."""
 EMULATED = "emulated kernel: its speed says nothing about MX"
 
-Record = Mapping[str, Any]
+
+def last_arm(record: RunRecord) -> str:
+    """The arm that a run is about: its candidate, or the baseline that ran alone."""
+    return "candidate" if "candidate" in record.arms else "bf16"
 
 
-def pick(section: Any, path: str) -> Any:
-    """The value at a dotted ``path``; ``None`` where a step of it is missing."""
-    for key in path.split("."):
-        if not isinstance(section, Mapping) or key not in section:
-            return None
-        section = section[key]
-    return section
+def over_all(record: RunRecord) -> QualitySection:
+    """Quality over all clips; without a figure where nothing was scored."""
+    return record.quality.all if record.quality else QualitySection(0)
+
+
+def drop_of(record: RunRecord) -> float | None:
+    """PSNR that the candidate loses against BF16 over all clips, dB."""
+    drop = over_all(record).drop
+    return drop.psnr if drop else None
+
+
+def fidelity_of(record: RunRecord) -> float | None:
+    """PSNR of the candidate against BF16 over all clips, dB."""
+    fidelity = over_all(record).fidelity
+    return fidelity.psnr if fidelity else None
+
+
+def means_of(section: QualitySection, name: str) -> MeanScores | None:
+    """Of ``bf16``, ``candidate`` or ``fidelity``."""
+    return {"bf16": section.bf16, "candidate": section.candidate, "fidelity": section.fidelity}[name]
+
+
+def tags_of(record: RunRecord) -> Mapping[str, QualitySection]:
+    """Quality over the clips of each tag; empty where nothing was scored."""
+    return record.quality.by_tag if record.quality else {}
+
+
+def curve_of(section: QualitySection, name: str, metric: str) -> list[float]:
+    """``metric`` of ``name``, frame by frame; empty where it was not scored. Names as for :func:`means_of`."""
+    means = means_of(section, name)
+    curve = means.curve if means else None
+    return [] if curve is None else {"psnr": curve.psnr, "ssim": curve.ssim}[metric]
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
@@ -57,27 +85,28 @@ def times(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.2f}×"
 
 
-def speed_ratio(record: Record) -> float | None:
-    """FPS of the candidate's DiT / BF16's, also where the kernel is emulated."""
-    return ratio(pick(record, "arms.candidate.speed.pipeline_fps"), pick(record, "arms.bf16.speed.pipeline_fps"))
+def speed_ratio(record: RunRecord) -> float | None:
+    """FPS of the candidate's DiT / BF16's, also where the kernel is emulated; ``None`` where one arm ran alone."""
+    if len(record.arms) < len(ARMS):
+        return None
+    return ratio(record.arms["candidate"].speed.pipeline_fps, record.arms["bf16"].speed.pipeline_fps)
 
 
-def held_bytes(arm: Any) -> float | None:
+def held_bytes(arm: ArmRecord | None) -> int | None:
     """Bytes an arm needs while it runs: weights, KV window, and the room the window is dequantised into.
 
-    ``None`` without an arm or a figure.
+    ``None`` without an arm.
     """
-    weights, window, peak = (
-        pick(arm, f"memory.{name}") for name in ("weight_bytes", "kv_window_bytes", "kv_peak_bytes")
-    )
-    if peak is None and window is not None:
-        peak = window + (pick(arm, "memory.kv_scratch_bytes") or 0)
-    return None if weights is None or peak is None else weights + peak
+    if arm is None:
+        return None
+    held = arm.memory
+    peak = held.kv_window_bytes + held.kv_scratch_bytes if held.kv_peak_bytes is None else held.kv_peak_bytes
+    return held.weight_bytes + peak
 
 
-def emulated(record: Record) -> bool:
+def emulated(record: RunRecord) -> bool:
     """Whether the candidate's speed says nothing about its format."""
-    return pick(record, "arms.candidate.speed_is_meaningful") is False
+    return record.candidate is not None and not record.candidate.speed_is_meaningful
 
 
 VERDICTS = {
@@ -90,25 +119,25 @@ VERDICTS = {
 UNASKED = "No gate was asked for"
 
 
-def verdict(record: Record, folder: str | Path = "outputs/run") -> dict[str, Any]:
+def verdict(record: RunRecord, folder: str | Path = "outputs/run") -> dict[str, Any]:
     """The verdict as ``kind`` (pass, fail, open, none), ``title``, ``gate``, ``sentence``, ``next`` and ``notes``.
 
     ``sentence`` is what the verdict rests on (may be empty), ``next`` has ``text`` and ``command``.
     """
-    gates = record.get("gates")
+    gates = record.gates
     if gates:
-        kind, title = VERDICTS.get(gates["verdict"], ("open", str(gates["verdict"]).capitalize()))
-        reason = str(gates.get("reason") or "")
+        kind, title = VERDICTS.get(gates.verdict, ("open", gates.verdict.capitalize()))
+        reason = gates.reason
         return {
             "kind": kind,
             "title": title,
-            "gate": ", ".join(terms(read(Verdict, gates))),
+            "gate": ", ".join(terms(gates)),
             "sentence": f"{reason[:1].upper()}{reason[1:]}." if reason else "",
-            "next": gates.get("next"),
-            "notes": list(gates.get("notes", [])),
+            "next": gates.next,
+            "notes": list(gates.notes),
         }
     kind, title, gate, sentence, text, new = _unjudged(record)
-    again = command(changed(record["overrides"], *new))
+    again = command(changed(record.overrides, *new))
     if title == UNASKED:
         again = command([f"{folder}/record.json", "--gates", "default"], "gates")
     return {
@@ -121,20 +150,20 @@ def verdict(record: Record, folder: str | Path = "outputs/run") -> dict[str, Any
     }
 
 
-def _unjudged(record: Record) -> tuple[str, str, str, str, str, tuple[str, ...]]:
+def _unjudged(record: RunRecord) -> tuple[str, str, str, str, str, tuple[str, ...]]:
     """Of a run that no gate judged: kind, title, gate, sentence, what to do next and the words to run it with."""
-    if record["status"] != "complete":
-        said = [str(incident.get("message") or "").strip() for incident in record["incidents"]]
+    if record.status != COMPLETE:
+        said = [incident.message.strip() for incident in record.incidents]
         why = said[-1].partition("\n")[0] if said else ""
-        title = f"Run {record['status']}"
+        title = f"Run {record.status}"
         return "fail", title, "no gate was judged", why, "mend what the incidents name, then run it again", ()
-    if "candidate" not in record["arms"]:
+    if "candidate" not in record.arms:
         gate = "BF16 alone ran: there is nothing to judge"
         return "none", "Baseline", gate, "", "run a candidate beside it", ("quant=mxfp8_all",)
-    if "bf16" not in record["arms"]:
+    if "bf16" not in record.arms:
         gate = "it ran alone: there is no BF16 beside it to judge it against"
         return "none", "Candidate alone", gate, "", "run it again", ()
-    drop, fidelity = pick(record, "quality.all.drop.psnr"), pick(record, "quality.all.fidelity.psnr")
+    drop, fidelity = drop_of(record), fidelity_of(record)
     found = [f"loses {number(drop)} dB PSNR against BF16"] if drop is not None else []
     found += [f"matches it to {number(fidelity, 1)} dB"] if fidelity is not None else []
     sentence = f"The candidate {' and '.join(found)}; nobody asked whether that is enough." if found else ""

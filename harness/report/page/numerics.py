@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from markupsafe import Markup
 
 from harness.report.page.charts import Series, column_chart, line_chart
 from harness.report.page.drawing import attempt, undrawn
-from harness.report.page.figures import Record, flatten, pick, significant
+from harness.report.page.figures import flatten, significant
+from harness.report.record import RunRecord
+from harness.report.sections import KVStored, Numerics, RingStored, ScaleSeries
 
 READ_OUT = ("rel", "mae", "max", "sqnr_db", "bf16.rel")
 """Figures of a Linear's error that its column shows under the pointer."""
@@ -20,12 +23,12 @@ TENSORS = {"k": "s-bf16", "v": "s-cand"}
 """CSS class of K's and V's curves."""
 
 
-def numerics_blocks(record: Record) -> list[dict[str, Any]]:
+def numerics_blocks(record: RunRecord) -> list[dict[str, Any]]:
     """Blocks of ``heading``, ``lead``, ``charts``, ``columns`` and ``rows``; none where nothing was sampled."""
-    candidate = record["arms"].get("candidate")
+    candidate = record.candidate
     blocks = [
-        _attempted(LINEARS, lambda: _linears(pick(candidate, "numerics"))),
-        _attempted(CACHE, lambda: _kv(pick(candidate, "kv_stats"))),
+        _attempted(LINEARS, lambda: _linears(candidate.numerics if candidate else None)),
+        _attempted(CACHE, lambda: _kv(candidate.kv_stats if candidate else None)),
     ]
     return [block for block in blocks if block is not None]
 
@@ -44,46 +47,39 @@ def _block(heading: str, lead: str, rows: Sequence[Mapping[str, Any]], charts: S
     return {"heading": heading, "lead": lead, "columns": columns, "rows": table, "charts": charts}
 
 
-def _linears(section: Any) -> dict[str, Any] | None:
-    layers: Mapping[str, Any] = pick(section, "layers") or {}
-    if not layers:
+def _linears(section: Numerics | None) -> dict[str, Any] | None:
+    if section is None or not section.layers:
         return None
-    rows = [{"name": name, **flatten(layer)} for name, layer in layers.items()]
+    layers = section.layers
+    rows = [{"name": name, **flatten(asdict(layer))} for name, layer in layers.items()]
     figures = {figure: [row.get(figure) for row in rows] for figure in READ_OUT}
-    styles = [CATEGORIES.get(row.get("category", ""), "c-other") for row in rows]
+    styles = [CATEGORIES.get(layer.category, "c-other") for layer in layers.values()]
     title = "Relative error of each Linear's output"
     chart = attempt(title, lambda: column_chart(title, list(layers), figures, "rel", styles))
-    kinds = pick(section, "categories") or {}
     means = [
-        f"{kind} {significant(found['rel_mean'])} (largest {significant(found['rel_max'])})"
-        for kind, found in kinds.items()
+        f"{kind} {significant(found.rel_mean)} (largest {significant(found.rel_max)})"
+        for kind, found in section.categories.items()
     ]
-    lead = f"{pick(section, 'method') or ''}. Mean relative error: {', '.join(means)}." if means else ""
+    lead = f"{section.method}. Mean relative error: {', '.join(means)}." if means else ""
     return _block(LINEARS, lead, rows, [chart])
 
 
-def _kv(stats: Any) -> dict[str, Any] | None:
-    layers = pick(stats, "layers")
-    if not layers:
+def _kv(stats: KVStored | None) -> dict[str, Any] | None:
+    if stats is None or not stats.layers:
         return None
+    layers = stats.layers
     charts = [
-        _chart("Saturated elements, share by layer", _by_layer(layers, "saturated_share"), "layer"),
+        _chart("Saturated elements, share by layer", _by_layer(layers, lambda ring: ring.saturated_share), "layer"),
         _chart("log2 of the scale by layer: mean, and extremes", _scales(layers), "layer"),
     ]
-    frames = pick(stats, "frames") or []
-    if len(frames) > 1:
-        labels = [f"frame {frame}" for frame in frames]
-        for key, title in (
-            ("saturated_share", "Saturated elements over time, mean of layers"),
-            ("log2_scale_mean", "log2 of the scale over time, mean of layers"),
-        ):
-            lines = _over_time(layers, key)
+    if len(stats.frames) > 1:
+        labels = [f"frame {frame}" for frame in stats.frames]
+        for title, curve in OVER_TIME.items():
+            lines = _over_time(layers, curve)
             if lines:
                 charts.append(_chart(title, lines, "sampled frame", labels))
-    rows = [{"name": f"layer {row['layer']} {row['tensor'].upper()}", **_plain(row)} for row in layers]
-    broken = [
-        f"layer {one['layer']} {one['tensor'].upper()} frame {one['frame']}" for one in stats.get("nonfinite") or []
-    ]
+    rows = [{"name": f"layer {ring.layer} {ring.tensor.upper()}", **_plain(ring)} for ring in layers]
+    broken = [f"layer {one.layer} {one.tensor.upper()} frame {one.frame}" for one in stats.nonfinite]
     lead = f"NaN or Inf stored: {', '.join(broken)}." if broken else ""
     return _block(CACHE, lead, rows, charts)
 
@@ -92,34 +88,45 @@ def _chart(title: str, lines: Sequence[Series], x_label: str, labels: Sequence[s
     return attempt(title, lambda: line_chart(title, lines, "", x_label, labels=labels, synced=False))
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("layer", "tensor", "over_time")}
+OVER_TIME: Mapping[str, Callable[[ScaleSeries], Sequence[float | None]]] = {
+    "Saturated elements over time, mean of layers": lambda series: series.saturated_share,
+    "log2 of the scale over time, mean of layers": lambda series: series.log2_scale_mean,
+}
+"""Charts over sampled frames."""
 
 
-def _by_layer(layers: Sequence[Mapping[str, Any]], key: str, name: str = "", faint: bool = False) -> list[Series]:
+def _plain(ring: RingStored) -> dict[str, Any]:
+    return {key: value for key, value in asdict(ring).items() if key not in ("layer", "tensor", "over_time")}
+
+
+def _by_layer(
+    layers: Sequence[RingStored], figure: Callable[[RingStored], float | None], faint: bool = False
+) -> list[Series]:
     """A line over all layers for K and for V; layers that are not quantised leave a gap."""
-    count = max(row["layer"] for row in layers) + 1
+    count = max(ring.layer for ring in layers) + 1
     series = []
     for tensor, style in TENSORS.items():
         values: list[float | None] = [None] * count
-        for row in layers:
-            if row["tensor"] == tensor:
-                values[row["layer"]] = row.get(key)
+        for ring in layers:
+            if ring.tensor == tensor:
+                values[ring.layer] = figure(ring)
         if any(value is not None for value in values):
-            series.append(Series(f"{tensor.upper()}{name}", values, style, faint))
+            series.append(Series(tensor.upper(), values, style, faint))
     return series
 
 
-def _scales(layers: Sequence[Mapping[str, Any]]) -> list[Series]:
-    extremes = [line for end in ("min", "max") for line in _by_layer(layers, f"log2_scale_{end}", faint=True)]
-    return [*extremes, *_by_layer(layers, "log2_scale_mean")]
+def _scales(layers: Sequence[RingStored]) -> list[Series]:
+    lowest = _by_layer(layers, lambda ring: ring.log2_scale_min, faint=True)
+    highest = _by_layer(layers, lambda ring: ring.log2_scale_max, faint=True)
+    return [*lowest, *highest, *_by_layer(layers, lambda ring: ring.log2_scale_mean)]
 
 
-def _over_time(layers: Sequence[Mapping[str, Any]], key: str) -> list[Series]:
+def _over_time(layers: Sequence[RingStored], curve: Callable[[ScaleSeries], Sequence[float | None]]) -> list[Series]:
     """Per tensor the mean over layers; each layer faint behind it."""
     series = []
     for tensor, style in TENSORS.items():
-        curves = [curve for row in layers if row["tensor"] == tensor and (curve := pick(row, f"over_time.{key}"))]
+        found = [curve(ring.over_time) for ring in layers if ring.tensor == tensor and ring.over_time is not None]
+        curves = [values for values in found if values]
         if not curves:
             continue
         means: list[float | None] = []

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.report.files import FileRecord
-from harness.report.page.figures import ARMS, Record, pick
+from harness.report.page.figures import ARMS
+from harness.report.record import RunRecord
+from harness.report.sections import ClipRecord
 from harness.report.video import CAPTION_HEIGHT, GAP
 
 GAIN = 8
@@ -20,17 +21,17 @@ GAIN = 8
 Panels = list[dict[str, Any]]
 
 
-def video_path(record: Record, folder: Path, clip: Mapping[str, Any]) -> Path | None:
+def video_path(record: RunRecord, folder: Path, clip: ClipRecord) -> Path | None:
     """A clip's video; ``None`` where it is missing or not the record's own.
 
     A record may come from anywhere: nothing outside its folder gets into the page, nor another run's file that has
     taken the place of its own; older records name no files.
     """
-    root, name, files = folder.resolve(), str(clip["video"]), record.get("files") or {}
+    root, name, files = folder.resolve(), str(clip.video), record.files
     path = (root / name).resolve()
     if not path.is_relative_to(root):
         return None
-    same = FileRecord(**files[name]).fits(path) if name in files else not files and path.is_file()
+    same = files[name].fits(path) if name in files else not files and path.is_file()
     return path if same else None
 
 
@@ -46,15 +47,15 @@ def source(path: Path, folder: Path, embedded: bool) -> dict[str, str]:
     return {"data": "", "link": quote(Path(os.path.relpath(path, folder.resolve())).as_posix())}
 
 
-def panels(record: Record, clip: Mapping[str, Any], video: int = 0) -> Panels:
+def panels(record: RunRecord, clip: ClipRecord, video: int = 0) -> Panels:
     """What a clip's video shows from left to right, as :mod:`harness.ab.callbacks` composes it.
 
     Each panel has ``label``, the ``video`` it is in, its ``column`` of ``columns`` and ``psnr`` of its frames against
     the recording (empty without one).
     """
-    arms = [(name, record["arms"][name]["label"]) for name, _ in ARMS if name in record["arms"]]
+    arms = [(name, record.arms[name].label) for name, _ in ARMS if name in record.arms]
     # An arm was scored against the recording, so the video has that as well.
-    scored = any(pick(clip, f"scores.{name}") is not None for name, _ in arms)
+    scored = any(name in clip.scores for name, _ in arms)
     names = [*([("recording", "recording")] if scored else []), *arms]
     return [
         {
@@ -62,7 +63,7 @@ def panels(record: Record, clip: Mapping[str, Any], video: int = 0) -> Panels:
             "video": video,
             "column": column,
             "columns": len(names),
-            "psnr": _rounded(pick(clip, f"scores.{name}.frames.psnr") or []),
+            "psnr": _rounded(clip.scores[name].frames.psnr if name in clip.scores else []),
         }
         for column, (name, label) in enumerate(names)
     ]
