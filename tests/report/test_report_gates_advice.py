@@ -171,7 +171,10 @@ def test_what_ships_is_followed_by_its_speed_on_a_gpu_or_by_the_ladder():
 def test_missing_weights_and_missing_runs_are_asked_for():
     random = record()
     random["model"]["weights"] = "random"
-    assert "model.checkpoint=FILE" in words_of(advised(random, gate("a"))[1])
+    random["overrides"] = ["model=smoke", "model.arch.n_layers=2", "data.synthetic_clips=4", "quant=mxfp8_mlp"]
+    words = words_of(advised(random, gate("a"))[1])
+    assert {"quant=mxfp8_mlp", "model.checkpoint=FILE", "data=clips", "data.paths=[FOLDER]"} <= set(words)
+    assert not any(word.startswith(("model=", "model.arch", "data.synthetic")) for word in words)
     text, command, _ = advised(record(status="running"), gate("a"))
     assert (text, words_of(command)) == ("run it again", ["quant=mxfp8_mlp", "gates=a"])
 

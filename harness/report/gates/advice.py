@@ -18,6 +18,8 @@ CHOSEN = ("quant", "kv", "gates", "experiment", "hydra", "attention")
 """Groups whose words the ladder sets itself, or that say how one run ran."""
 ENOUGH = 0.8
 """Share of the threshold that a narrowed configuration should be expected to lose."""
+OF_RANDOM = ("model", "decoder", "data.synthetic")
+"""Begins words that say what a model without weights is and sees: a named model brings its own shape and clips."""
 NEW_SEED = 1_001_000
 """Of the first clip to record for the demo: beyond the clips that are there."""
 
@@ -195,7 +197,8 @@ def _after_doubt(record: RunRecord, check: Check, clips: int, on_record: bool) -
     if "random weights" in check.note:
         text = "give the model's weights: speed is real on random ones, quality is not"
         files = [f"{part}.{file}=FILE" for part in ("model", "decoder") for file in ("config_file", "checkpoint")]
-        return Advice(text, command(changed(words, *files)))
+        kept = [word for word in words if not _key(word).startswith(OF_RANDOM)]
+        return Advice(text, command(changed(kept, *files, "data=clips", "data.paths=[FOLDER]")))
     if "no number of clips" in check.note:
         return Advice("the drop is what is allowed, to within noise: narrow the formats, or allow more")
     if "fell back" in check.note:
