@@ -70,7 +70,9 @@ def command(way: str, folder: Path, resume: bool) -> list[str]:
         return [*run, *MX, "trainer=ddp_cpu", f"hydra.run.dir={folder}", *again]
     if way == "sweep":
         return [*run, *SWEEP, f"hydra.sweep.dir={folder}", *again]
-    return [sys.executable, str(REPO / "scripts" / "ladder.py"), "--out", str(folder), *SMOKE]
+    # In more layers a quantised cache is smaller than BF16's: its step is not narrowed, which is three runs less.
+    words = [word.replace("n_layers=2", "n_layers=6") for word in SMOKE]
+    return [sys.executable, str(REPO / "scripts" / "ladder.py"), "--out", str(folder), *words]
 
 
 def fault(way: str, kind: str, point: str, once: Path, disk: Path) -> dict[str, Any]:
