@@ -10,6 +10,7 @@ import signal
 import sys
 
 from harness import __version__
+from harness.streams import patient
 
 COMMANDS = {
     "run": (
@@ -61,7 +62,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: no traceback
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        patient(print)(usage())
         return
     if "--version" in arguments:
         print(f"mx-world {__version__}")

@@ -58,7 +58,9 @@ def test_an_installed_wheel_runs_in_an_empty_folder(wheel, tmp_path):
     there.mkdir()
     words = ["model=smoke", "model.arch.n_layers=2", "data.limit=1", "data.future_frames=2", "quant=mxfp8_mlp"]
     words += ["measure.videos=false", "measure.parts_frames=0", "hydra.run.dir=out"]
-    for module, more in (("harness", words), ("harness.run", ["quant=mxfp8_mlp"])):
+    own = [f"model.{name}={there}" for name in ("config_file", "checkpoint")]
+    own += [f"decoder.{name}={there}" for name in ("config_file", "checkpoint")] + [f"data.paths=[{there}]"]
+    for module, more in (("harness", words), ("harness.run", ["quant=mxfp8_mlp"]), ("harness.run", own)):
         done = subprocess.run(
             [sys.executable, "-m", module, *more],
             cwd=there,
@@ -77,3 +79,5 @@ def test_an_installed_wheel_runs_in_an_empty_folder(wheel, tmp_path):
         else:
             assert done.returncode == 2
             assert done.stderr.startswith("error: the demo model is not part of the installed package")
+            assert "decoder.encoder (null: decoder.checkpoint has it)" in done.stderr
+            assert ("model.checkpoint" in done.stderr) == (more is not own), "what was given is not asked for again"

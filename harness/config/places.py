@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -23,13 +23,21 @@ def asset(path: str) -> str:
     return str(ROOT / path)
 
 
-NO_DEMO = (
-    "the demo model is not part of the installed package: run in a clone of the repository, or choose model=smoke, or "
-    "your own model.config_file, model.checkpoint, decoder.config_file, decoder.checkpoint, data=owl_cache or clips "
-    "and data.paths"
-)
+HINTS = {
+    "decoder.encoder": " (null: decoder.checkpoint has it)",
+    "data.paths": " (data=owl_cache or clips)",
+}
+"""What to know about a field of one's own files."""
 
 
-def lacks_demo(paths: Iterable[str | None]) -> bool:
-    """Whether any of ``paths`` is of the demo, which is not here."""
-    return not ASSETS.is_dir() and any(Path(path).is_relative_to(ASSETS) for path in paths if path is not None)
+def without_demo(paths: Mapping[str, str | None]) -> str | None:
+    """What to do about ``paths``, by field, of the demo, which is not here; ``None`` where nothing has to be done."""
+    if ASSETS.is_dir():
+        return None
+    missing = [field for field, path in paths.items() if path is not None and Path(path).is_relative_to(ASSETS)]
+    if not missing:
+        return None
+    return (
+        "the demo model is not part of the installed package: run in a clone of the repository, or choose model=smoke, "
+        f"or your own {', '.join(field + HINTS.get(field, '') for field in missing)}"
+    )

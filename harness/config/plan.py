@@ -25,7 +25,7 @@ from harness.calib import conf as calib_conf
 from harness.config.exports import differences, read_export
 from harness.config.extras import missing_logger
 from harness.config.flags import FlagError
-from harness.config.places import NO_DEMO, lacks_demo
+from harness.config.places import without_demo
 from harness.config.problems import ConfigError, collect, unknown
 from harness.config.schema import RunConf, TrainerConf
 from harness.config.sizes import needs_of, size_problems
@@ -109,9 +109,17 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         raise ConfigError(f"config: {_root(error)}") from error
     assert isinstance(conf, RunConf)
     model, decoder = conf.model, conf.decoder
-    files = (model.config_file, model.checkpoint, decoder.config_file, decoder.checkpoint, decoder.encoder)
-    if lacks_demo((*files, *conf.data.paths)):
-        raise ConfigError(NO_DEMO)
+    files = {
+        "model.config_file": model.config_file,
+        "model.checkpoint": model.checkpoint,
+        "decoder.config_file": decoder.config_file,
+        "decoder.checkpoint": decoder.checkpoint,
+        "decoder.encoder": decoder.encoder,
+        "data.paths": next(iter(conf.data.paths), None),
+    }
+    lacking = without_demo(files)
+    if lacking:
+        raise ConfigError(lacking)
     problems = list(value_problems(conf))
     device = _device(conf.trainer, problems)
     export = read_export(conf, problems)

@@ -1,6 +1,7 @@
 """Scripts are entries: what they do is in the package, and none touches where Python looks for modules."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,15 @@ def test_a_script_starts_from_any_folder(words, tmp_path):
     )
     assert done.returncode == 2
     assert f"usage: {words[0]}" in done.stderr
+
+
+def test_a_reader_who_leaves_after_the_first_line_of_help_sees_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "harness", "--help"]
+    done = subprocess.run(words, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", [name for name, (where, _) in COMMANDS.items() if ".bench." in where])
