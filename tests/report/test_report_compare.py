@@ -46,6 +46,15 @@ def test_an_emulated_speed_is_no_figure_of_a_comparison(tmp_path):
     assert "Frames/s over" not in text
 
 
+def test_an_emulated_time_is_marked_and_its_difference_left_out(tmp_path):
+    text = compared(tmp_path, record(), record(emulated=True))
+    rows = dict(re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", html.unescape(text)))
+    first, second, change = re.findall(r">([^<]+)<", rows["DiT, ms a frame, median"])
+    assert (first.endswith("*"), second.endswith("*"), change) == (False, True, "–")
+    assert "* emulated kernel: its speed says nothing about MX." in text
+    assert "emulated kernel" not in compared(tmp_path, record(), record())
+
+
 def test_runs_of_one_arm_failed_runs_and_hostile_text_compare(tmp_path):
     bare = record(status="failed", clips=[], quality=None, incidents=[{"kind": NASTY, "message": NASTY}])
     for first, second in ((bare, record(candidate=None)), (record(candidate=None), record(candidate=NASTY))):

@@ -13,6 +13,8 @@ from harness.report.journal import load_run
 from harness.report.page.charts import Series, line_chart
 from harness.report.page.drawing import Section, attempt, draw_page
 from harness.report.page.figures import (
+    ABSENT,
+    EMULATED,
     curve_of,
     drop_of,
     emulated,
@@ -81,7 +83,11 @@ def compare_page(first: Run, second: Run, folder: Path, embed_limit: int = EMBED
     sections = [
         Section("verdicts", "Verdicts", verdicts),
         Section("doubts", "Not alike in both runs", lambda: {"doubts": _doubts(one, other)}),
-        Section("figures", "Figures", lambda: {"runs": runs, "figures": _figures(one, other)}),
+        Section(
+            "figures",
+            "Figures",
+            lambda: {"runs": runs, "figures": _figures(one, other), "emulated": _emulated(one, other)},
+        ),
         Section("videos", "Side by side", lambda: {"videos": _videos(first, second, folder, embed_limit)}),
         Section("quality", "Quality over the rollout", lambda: {"curves": _curves(one, other)}),
         Section("setup", "Configs", lambda: {"runs": runs, "differences": _differences(one, other)}),
@@ -109,6 +115,7 @@ def _doubts(first: RunRecord, second: RunRecord) -> list[str]:
 def _figures(first: RunRecord, second: RunRecord) -> list[dict[str, str]]:
     """Rows of name, both runs' figures and the change from the first to the second."""
     one, other = _Figures.of(first), _Figures.of(second)
+    marks = tuple(" *" if emulated(record) else "" for record in (first, second))
     rows = [
         _row("PSNR drop, dB", one.drop, other.drop, 3),
         _row("SSIM drop", one.ssim_drop, other.ssim_drop, 4),
@@ -116,8 +123,8 @@ def _figures(first: RunRecord, second: RunRecord) -> list[dict[str, str]]:
         _row("PSNR against the recording, dB", one.psnr, other.psnr, 2),
         _row("SSIM against the recording", one.ssim, other.ssim, 4),
         _row("Frames/s over BF16's, DiT", one.ratio, other.ratio, 2),
-        _row("DiT, ms a frame, median", one.dit_ms, other.dit_ms, 2),
-        _row("Total, ms a frame, median", one.total_ms, other.total_ms, 2),
+        _marked(_row("DiT, ms a frame, median", one.dit_ms, other.dit_ms, 2), marks),
+        _marked(_row("Total, ms a frame, median", one.total_ms, other.total_ms, 2), marks),
         _row("Weights", one.weights, other.weights, None),
         _row("KV window", one.window, other.window, None),
         _row("Weights and KV window, at its peak", one.held, other.held, None),
@@ -170,6 +177,18 @@ def _row(name: str, one: float | None, other: float | None, digits: int | None) 
         return {"name": name, "first": size(one), "second": size(other), "change": change}
     change = number(other - one, digits, sign=True) if one is not None and other is not None else ""
     return {"name": name, "first": number(one, digits), "second": number(other, digits), "change": change}
+
+
+def _marked(row: dict[str, str] | None, marks: tuple[str, ...]) -> dict[str, str] | None:
+    """A row of times, those of emulated kernels marked; where one is, the difference says nothing and is left out."""
+    if row is None or not any(marks):
+        return row
+    first, second = (f"{row[name]}{mark}" for name, mark in zip(("first", "second"), marks, strict=True))
+    return row | {"first": first, "second": second, "change": ABSENT}
+
+
+def _emulated(*records: RunRecord) -> str:
+    return EMULATED if any(map(emulated, records)) else ""
 
 
 def _curves(first: RunRecord, second: RunRecord) -> list[dict[str, Any]]:
