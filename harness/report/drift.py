@@ -94,4 +94,5 @@ def sentences(drift: Drift) -> Iterator[str]:
     still = drift.stand_still
     if still:
         changes = ", ".join(f"{name} {value:.4f}" for name, value in still.change.items())
-        yield f"Change per frame while standing still ({still.clips} clips, scale 0 to 1): {changes}."
+        clips_of = f"{still.clips} clip{'s' * (still.clips != 1)}"
+        yield f"Change per frame while standing still ({clips_of}, scale 0 to 1): {changes}."

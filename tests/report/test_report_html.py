@@ -29,6 +29,14 @@ def test_a_run_without_gates_says_so_and_shows_its_figures(tmp_path):
     assert "run.py quant=mxfp8_all" in text
 
 
+def test_the_command_of_a_run_can_be_typed_again(tmp_path):
+    words = ["harness/run.py", "quant=mxfp8_all", "data.paths=[my clips/a.mp4]"]
+    text = html.unescape(page(record(command=words), tmp_path))
+    assert "<pre class=\"command\">python harness/run.py quant=mxfp8_all 'data.paths=[my clips/a.mp4]'</pre>" in text
+    installed = page(record(command=["/usr/bin/mx-world", "run"]), tmp_path)
+    assert '<pre class="command">/usr/bin/mx-world run</pre>' in installed
+
+
 def test_what_psnr_hides_stands_beside_the_curves(tmp_path):
     looks = {"sharpness": 0.8123, "texture": 4.5, "action_fidelity": None}
     lost = {"sharpness": 0.2, "texture": 1.5, "action_fidelity": None}

@@ -6,11 +6,14 @@ import pytest
 from chromium import wait_for
 from report_cases import FRAMES, NASTY, clip, record, write
 
+from harness.report.gates import GatesConf, evaluate
 from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import run_page, write_run_page
 from harness.report.sweep import write_sweep_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra [pages])")
+
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +104,7 @@ def pixel(driver, share):
 
 
 def test_a_phone_shows_the_page_without_sideways_scrolling(browser, run_folder):
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     try:
         open_page(browser, run_folder)
         videos_ready(browser)
@@ -112,6 +114,69 @@ def test_a_phone_shows_the_page_without_sideways_scrolling(browser, run_folder):
         assert browser.execute_script(outside) == [], "every control within the screen"
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_phone_shows_no_line_for_an_interval_that_a_gate_has_not(browser, tmp_path):
+    judged = record()
+    judged.gates = evaluate(judged, GatesConf(enabled=True, max_psnr_drop=1.0, min_clips=2))
+    write_run_page(write(tmp_path, judged))
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    try:
+        open_page(browser, tmp_path)
+        found = browser.execute_script("""return [...document.querySelectorAll('.checks [data-label=interval]')]
+          .map(cell => [cell.textContent, cell.offsetParent !== null])""")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert {seen for text, seen in found if "…" in text} == {True}
+    assert {seen for text, seen in found if "…" not in text} == {False}
+
+
+def test_a_run_of_one_arm_has_nothing_to_swipe_between(browser, tmp_path):
+    walk = clip("walk", "motion", one_arm=True) | {"scores": {}}
+    folder = write(tmp_path, record(candidate=None, quality=None, clips=[walk]), videos=True)
+    write_run_page(folder)
+    open_page(browser, folder)
+    videos_ready(browser)
+    wait_for(browser, "return document.getElementById('canvas').width !== 480")
+    seen = (
+        "return [...document.querySelectorAll('.stage-bar label, .divider, #stage .tag')].filter(e => e.offsetParent)"
+    )
+    assert browser.execute_script(seen + ".map(e => e.innerText.trim().split(/\\s/)[0])") == ["Clip", "BF16"]
+    assert "Drag across" not in browser.execute_script("return document.getElementById('videos').innerText")
+
+
+# How many names of points are drawn, and which of them touch another name or any point; a line of text is taller than
+# its letters by a third.
+NAMES = """
+const drawn = [...document.querySelectorAll('figure.scatter')].map(figure => {
+  const boxes = (query, spare) => [...figure.querySelectorAll(query)].map(node => {
+    const { left, right, top, bottom } = node.getBoundingClientRect();
+    const room = spare * (bottom - top);
+    return { text: node.textContent, left, right, top: top + room, bottom: bottom - room };
+  });
+  const [names, dots] = [boxes('.name', 1 / 6), boxes('.dot', 0)];
+  const touch = (a, b) => a !== b && a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  return { count: names.length, touching: names.filter(name => [...names, ...dots].some(other => touch(name, other))) };
+});
+return [drawn.map(plot => plot.count), drawn.flatMap(plot => plot.touching.map(name => name.text))];
+"""
+
+
+def test_names_of_a_sweeps_points_touch_no_other_name_or_point(browser, tmp_path):
+    for number, name in enumerate(("mxfp4_mlp + mx_v_only", "mxfp4_mlp", "mxfp8_all", "mxfp8_all + mx_v_only")):
+        write(tmp_path / f"{number}", record(candidate=name, factor=1 / (0.8 + 0.03 * number)))
+    write_sweep_page(tmp_path)
+    for screen in (PHONE | {"width": 1400, "mobile": False}, PHONE):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        try:
+            open_page(browser, tmp_path)
+            counts, touching = browser.execute_script(NAMES)
+            assert touching == []
+            assert all(count >= 3 for count in counts), "names are drawn at all"
+            sideways = browser.execute_script("return document.documentElement.scrollWidth > innerWidth")
+            assert not sideways, "a plot that is wider than the screen moves within its own frame"
+        finally:
+            browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_swipe_moves_the_border_between_the_arms(browser, run_folder):
@@ -285,3 +350,16 @@ def test_a_chart_is_exported_with_its_colours_and_figures(browser, run_folder):
     assert "stroke: rgb(" in drawing
     assert 'xmlns="http://www.w3.org/2000/svg"' in drawing
     assert figures.splitlines()[:2] == ['"","BF16","mxfp8_all","drop"', '"frame 0",25,24.5,0.5']
+
+
+def test_a_sweeps_plot_is_exported_point_by_point(browser, tmp_path):
+    write(tmp_path / "0", record(candidate="mxfp8_all", factor=0.5))
+    write_sweep_page(tmp_path)
+    open_page(browser, tmp_path)
+    figures = browser.execute_script("return table(scatters[0].data)").splitlines()
+    assert figures[0].startswith('"","DiT frames/s, × BF16')
+    assert figures[1:] == ['"mxfp8_all",2,0.5', '"BF16",1,0']
+    names = (
+        "return [...document.querySelectorAll('figure.scatter')[0].querySelectorAll('.export')].map(e => e.textContent)"
+    )
+    assert browser.execute_script(names) == ["SVG", "CSV", "copy"]

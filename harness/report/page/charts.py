@@ -323,10 +323,21 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, fli
         if point.href is not None:
             circle = Markup('<a href="{}">{}</a>').format(point.href, circle)
         drawing.append(circle)
+    data = {
+        "labels": [point.name for point in points],
+        "series": [
+            {"name": name, "values": values}
+            for name, values in ((x_label, [point.x for point in points]), (y_label, [point.y for point in points]))
+        ],
+    }
     return Markup(
-        '<figure class="chart scatter"><figcaption><span>{}</span></figcaption>'
+        '<figure class="chart scatter" data-points="{}"><figcaption><span>{}</span></figcaption>'
         '<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg></figure>'
-    ).format(title, WIDTH, HEIGHT, escape(title), Markup("").join(drawing))
+    ).format(json.dumps(data, allow_nan=False), title, WIDTH, HEIGHT, escape(title), Markup("").join(drawing))
+
+
+LETTER = 7.2
+"""Room for a letter of a name, in the drawing's units: what most fonts take at its size, and a little air."""
 
 
 def _names(points: Sequence[tuple[str, float, float]]) -> list[Markup]:
@@ -334,8 +345,14 @@ def _names(points: Sequence[tuple[str, float, float]]) -> list[Markup]:
     taken = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
     drawn = []
     for name, x, y in points:
-        width = 6.5 * len(name)
-        for left, middle in ((x + 11, y), (x - 11 - width, y), (x - width / 2, y - 14), (x - width / 2, y + 15)):
+        width = LETTER * len(name)
+        beside = ((x + 11, y), (x - 11 - width, y))
+        starts = (
+            x - width / 2,
+            x - 7,
+            x + 7 - width,
+        )  # above and below
+        for left, middle in (*beside, *((start, at) for start in starts for at in (y - 14, y + 15))):
             box = (left, middle - 6, left + width, middle + 6)
             inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):

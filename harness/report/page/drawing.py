@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness.entries import entry
-from harness.report.page.figures import number, shown, significant, size, times
+from harness.report.page.figures import number, sentence, shown, significant, size, times, typed
 
 T = TypeVar("T")
 SAID = 300
@@ -117,6 +117,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "significant": significant, "size": size, "times": times, "shown": shown}
+    environment.filters |= {"sentence": sentence, "typed": typed}
     environment.globals["entry"] = entry
     return environment
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,18 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def sentence(text: str) -> str:
+    """A phrase of a record as a sentence of a page."""
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith(".") or not text else f"{text}."
+
+
+def typed(command: Sequence[str]) -> str:
+    """A command as it can be typed again: each word quoted where a shell needs it, a script called by ``python``."""
+    by_python = command[:1] and command[0].endswith(".py")
+    return shlex.join(["python", *command] if by_python else command)
 
 
 def shown(value: Any) -> str:

@@ -74,12 +74,16 @@ def _rounded(values: Sequence[float | None]) -> list[float | None]:
 
 
 def stage(players: Sequence[Mapping[str, Any]], frames: int, total: int, embedded: bool) -> dict[str, Any]:
-    """What the template's stage needs: ``players`` of clips with ``frames`` frames, ``total`` bytes of videos."""
+    """What the template's stage needs: ``players`` of clips with ``frames`` frames, ``total`` bytes of videos.
+
+    ``compares``: whether a clip shows two panels; a run of one arm without a recording has nothing to swipe between.
+    """
     return {
         "players": players,
         "frames": frames,
         "total": total,
         "embedded": embedded,
+        "compares": any(len(player["panels"]) > 1 for player in players),
         "caption": CAPTION_HEIGHT,
         "gap": GAP,
         "gain": GAIN,

@@ -152,7 +152,8 @@ function save(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-for (const chart of charts) {
+const scatters = [...document.querySelectorAll("[data-points]")].map((figure) => ({ data: JSON.parse(figure.dataset.points), svg: figure.querySelector("svg") }));
+for (const chart of [...charts, ...scatters]) {
   const caption = chart.svg.closest("figure").querySelector("figcaption");
   const name = caption.querySelector("span").textContent;
   const button = (text, title, act) => {

@@ -39,6 +39,7 @@ class Stage {
     this.clip = clip;
     fill(this.left, first < 0 || first > last ? Math.max(0, last - 1) : first);
     fill(this.right, second < 0 || second > last ? last : second);
+    this.changeMode();
   }
 
   // Where a panel lies within its video: captions above, gaps between.
@@ -105,13 +106,13 @@ class Stage {
   label(frame, first, second) {
     const tell = (node, panel) => {
       node.hidden = this.mode.value === "all" || !panel;
-      if (!panel) return;
+      if (node.hidden) return;
       const score = panel.psnr[frame];
       node.textContent = panel.label + (score === undefined || score === null ? "" : `  ${score.toFixed(1)} dB`);
     };
     const difference = this.mode.value === "difference";
     tell(this.leftTag, difference ? null : first);
-    tell(this.rightTag, second);
+    tell(this.rightTag, this.clip.panels.length > 1 ? second : null); // a lone panel is told once
     if (difference) this.rightTag.textContent = `|${first.label} − ${second.label}| × ${this.gain}`;
   }
 
@@ -121,8 +122,12 @@ class Stage {
     this.node.setAttribute("aria-valuenow", Math.round(100 * this.share));
   }
 
+  swipes() {
+    return this.mode.value === "swipe" && this.clip.panels.length > 1;
+  }
+
   changeMode() {
-    const swipes = this.mode.value === "swipe";
+    const swipes = this.swipes();
     this.divider.hidden = !swipes;
     this.node.classList.toggle("swipes", swipes);
     for (const choice of [this.left, this.right]) choice.disabled = this.mode.value === "all";
@@ -248,13 +253,13 @@ function swipe(stage, playback) {
   const moved = (to) => { stage.split(to); stage.paint(playback.frame()); };
   const drag = (event) => {
     const box = stage.node.getBoundingClientRect();
-    if (stage.mode.value === "swipe") moved((event.clientX - box.left) / box.width);
+    if (stage.swipes()) moved((event.clientX - box.left) / box.width);
   };
   stage.node.addEventListener("pointerdown", (event) => { stage.node.setPointerCapture(event.pointerId); drag(event); });
   stage.node.addEventListener("pointermove", (event) => { if (stage.node.hasPointerCapture(event.pointerId)) drag(event); });
   stage.node.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -0.02, ArrowRight: 0.02 }[event.key];
-    if (step && stage.mode.value === "swipe") moved(stage.share + step);
+    if (step && stage.swipes()) moved(stage.share + step);
     else if (event.key === " ") playback.play.click();
     else return;
     event.preventDefault();
@@ -283,7 +288,6 @@ function startPlayer(transport) {
   playback.listen();
   swipe(stage, playback);
   stage.split(0.5);
-  stage.changeMode();
   show(0);
 }
 
