@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -45,3 +46,8 @@ def spelt(text: str | None) -> str:
     """``text``, written for a clone, with its commands as this user types them."""
     names = {path: name for name, path in SCRIPTS.items()}
     return _CALLS.sub(lambda call: entry(names[call[1]]), text or "")
+
+
+def command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` begins with ``doc``, a module's docstring, laid out as it stands and :func:`spelt`."""
+    return argparse.ArgumentParser(description=spelt(doc), formatter_class=argparse.RawDescriptionHelpFormatter)

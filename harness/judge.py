@@ -9,7 +9,6 @@ Without --gates the run's own gate is used. Exit code: 0 ship, 3 do not ship, 4 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from harness.config import CONF
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.files.writing import write_text
 from harness.report.gates import EXIT_CODES, GateError, GatesConf, build_table, evaluate, next_lines, verdict_line
 from harness.report.gates.advice import changed
@@ -94,7 +93,7 @@ def show(found: Verdict) -> None:
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("record", type=Path, help="a run's record.json")
     parser.add_argument("--gates", help="a gate of conf/gates; without it, the run's own")
     parser.add_argument("changes", nargs="*", help="fields of the gate to change, as field=value")

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.measure.environment import environment
 from harness.measure.timing import samples_ms
@@ -136,7 +136,7 @@ def measure(
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's arguments; BF16 on a GPU, float32 on a CPU."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     sizes = (("batch", 1), ("heads", 24), ("dim", 64), ("tokens", 64), ("replays", 50))
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -38,7 +38,7 @@ from harness.config import RunPlan
 from harness.config.problems import ConfigError
 from harness.data.datamodule import ClipBatch, ClipDataModule
 from harness.data.noise import batch_noise
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.kv import KVConf
 from harness.measure.quality import frame_psnr
 from harness.models.dcae import to_frames
@@ -174,7 +174,7 @@ def line(row: Row, calibrated: bool, out: Outcome) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--clips", type=int, default=12, help="clips that are judged, all at once (default 12)")
     parser.add_argument("--frames", type=int, default=48, help="frames rolled out of each (default 48)")
     parser.add_argument("--match", default="", help="only rows whose name has this regular expression")

@@ -8,7 +8,6 @@ Needs the extra [play].
 
 from __future__ import annotations
 
-import argparse
 import io
 import statistics
 import sys
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.live.pictures import compress, psnr
 from harness.session import Action, open_session
 
@@ -49,7 +48,7 @@ def measured(frames: list[Tensor], codec: str, quality: int) -> tuple[float, flo
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--frames", type=int, default=60)
     parser.add_argument("words", nargs="*", help="as for harness/play.py")
     given = parser.parse_args(argv)

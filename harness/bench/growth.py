@@ -8,7 +8,6 @@ Other words go to the run. CPU time is what the process used, so that a shared m
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 from harness.config.places import PACKAGE
-from harness.entries import spelt
+from harness.entries import command_parser
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.limit=null", "measure.parts_frames=0"]
 MX = ["quant=mxfp8_mlp", "kv=mx_v_only"]
@@ -60,7 +59,7 @@ def watch(words: list[str], folder: Path) -> tuple[list[tuple[float, float]], li
 
 def main() -> int:
     """Run, and print what clips or frames cost at its beginning and at its end."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--clips", type=int, default=0)
     parser.add_argument("--frames", type=int, default=0)
     parser.add_argument("words", nargs="*")

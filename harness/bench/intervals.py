@@ -8,7 +8,6 @@ what it should not) and below the lower end. Every method claims 5 of 100 on eit
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.report.gates.intervals import mean_interval, t_quantile
 from harness.streams import patient
 
@@ -93,7 +92,7 @@ def misses(shape: str, count: int, samples: int) -> dict[str, tuple[float, float
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0, or 2 where an argument makes no sense."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--samples", type=int, default=2000, help="samples of each kind (default 2000)")
     parser.add_argument("--clips", type=int, nargs="+", default=[4, 8, 12, 24], help="sizes of a sample")
     args = parser.parse_args(argv)

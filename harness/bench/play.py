@@ -12,7 +12,6 @@ longest wait there is, and at any moment, as hands do. Needs the extras [play] a
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import uvicorn
 from torch import Tensor
 
 from harness.bench.child import child
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.live.pipeline import Pipeline
 from harness.live.process import settle_threads
 from harness.live.server import SWITCH_S, Game, build_app, uvicorn_config
@@ -100,7 +99,7 @@ def shown(name: str, stepped: float, piped: float, row: dict[str, Any]) -> str:
 @patient
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=10, help="of each game")
     parser.add_argument("--frames", type=int, default=100, help="of the engine alone")
     parser.add_argument("--curve", type=float, help="print the memory every so many seconds")

@@ -11,7 +11,6 @@ times of kernels; on a CPU they are self times of operators. Writes JSON; with -
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -24,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness.bench.inputs import build, compose_plan, random_inputs
 from harness.config import RunPlan, register
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import assemble
@@ -134,7 +133,7 @@ def report(now: dict[str, Any], before: dict[str, Any] | None, top: int) -> str:
 @patient
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=int, default=10)
     parser.add_argument("--top", type=int, default=15)

@@ -31,7 +31,7 @@ from harness.bench.inputs import build, random_inputs
 from harness.bench.ready import ReadyArm, time_limit
 from harness.bench.rows import COLUMNS, NAMED, Result, Row, all_rows, line, plan_of
 from harness.config import RunPlan, register
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.measure.environment import environment
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
@@ -147,7 +147,7 @@ class Bench:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's arguments; ends with exit code 2 where an override sets what names a row."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--models", default="dit_v4", help="comma-separated configs of conf/model")
     parser.add_argument("--batches", default="1,4,16", help="comma-separated numbers of clips")
     parser.add_argument("--attention", default="sdpa,flex,fused", help="comma-separated configs of conf/attention")

@@ -11,7 +11,6 @@ the extra [play] and websocket-client.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import random
@@ -30,7 +29,7 @@ import websocket
 
 import harness
 from harness.bench.play_client import Client
-from harness.entries import spelt
+from harness.entries import command_parser
 
 SAMPLE_S, ROW_S = 10.0, 300.0
 SETTLE_S = 900.0
@@ -230,7 +229,7 @@ def slope(rows: list[tuple[float, float, int, int, int]]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("soak.csv"))
     parser.add_argument("--seed", type=int, default=0)

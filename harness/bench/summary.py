@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.bench import rollout
 from harness.bench.child import child
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.streams import patient
 
 LINEARS = {"dit_v4": ("mlp.fc1", "1536→6144"), "dit_v4_5b": ("mlp.fc1", "2560→10240")}
@@ -32,7 +32,7 @@ MAIN_ROWS = r"/B1/(bf16\+bf16/sdpa|mxfp8_all\+mx_kv/fused)"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(LINEARS), help="model configs; the first is the main one")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=int, default=200, help="timed frames of each rollout")

@@ -8,13 +8,12 @@ export=FILE writes the same file at its end. Exit code: 0 written, 2 wrong input
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.ab.judged import export_run
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.report.record import load_record
 from harness.report.table import bytes_text
 from harness.streams import patient
@@ -23,7 +22,7 @@ from harness.streams import patient
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run, or its record.json")
     parser.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
     args = parser.parse_args(argv)

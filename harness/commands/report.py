@@ -7,11 +7,10 @@ python scripts/report.py --sweep outputs/multirun/<sweep>
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RecordError
@@ -22,7 +21,7 @@ from harness.streams import patient
 @patient
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code is 0, or 2 where there is nothing to write a page from."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, nargs="+", help="folder with a record.json, or of a sweep")
     parser.add_argument("--sweep", action="store_true", help="the folders are sweeps: rebuild their runs' pages too")
     options = parser.parse_args(arguments)

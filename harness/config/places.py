@@ -23,6 +23,11 @@ def asset(path: str) -> str:
     return str(ROOT / path)
 
 
+def of_demo(path: str | None) -> bool:
+    """Whether ``path`` is a file or folder of the demo."""
+    return path is not None and Path(path).is_relative_to(ASSETS)
+
+
 HINTS = {
     "decoder.encoder": " (null: decoder.checkpoint has it)",
     "data.paths": " (data=owl_cache or clips)",
@@ -34,7 +39,7 @@ def without_demo(paths: Mapping[str, str | None]) -> str | None:
     """What to do about ``paths``, by field, of the demo, which is not here; ``None`` where nothing has to be done."""
     if ASSETS.is_dir():
         return None
-    missing = [field for field, path in paths.items() if path is not None and Path(path).is_relative_to(ASSETS)]
+    missing = [field for field, path in paths.items() if of_demo(path)]
     if not missing:
         return None
     return (

@@ -25,7 +25,7 @@ from harness.calib import conf as calib_conf
 from harness.config.exports import differences, read_export
 from harness.config.extras import missing_logger
 from harness.config.flags import FlagError
-from harness.config.places import without_demo
+from harness.config.places import of_demo, without_demo
 from harness.config.problems import ConfigError, collect, unknown
 from harness.config.schema import RunConf, TrainerConf
 from harness.config.sizes import needs_of, size_problems
@@ -115,7 +115,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         "decoder.config_file": decoder.config_file,
         "decoder.checkpoint": decoder.checkpoint,
         "decoder.encoder": decoder.encoder,
-        "data.paths": next(iter(conf.data.paths), None),
+        "data.paths": next(filter(of_demo, conf.data.paths), None),
     }
     lacking = without_demo(files)
     if lacking:

@@ -18,7 +18,6 @@ Exit code: 0 done (also if only BF16 ships), 1 a run broke, 2 wrong input, 130 C
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.config import register
-from harness.entries import spelt
+from harness.entries import command_parser
 from harness.ladder.climb import BrokenOff, Ladder
 from harness.ladder.show import show
 from harness.ladder.state import LadderError, locked
@@ -42,7 +41,7 @@ FILE_WIDTH = 160
 @patient
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(description=spelt(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder of the ladder; same = resume")
     parser.add_argument("--kv", default="mx_kv_e4m3", help="KV config of step 4 (default mx_kv_e4m3)")
     parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")
