@@ -213,6 +213,13 @@ def test_without_the_demo_one_sentence_says_what_to_do(monkeypatch, tmp_path):
     assert plan_run(compose("model=smoke")).conf.data.source == "synthetic"
 
 
+def test_of_several_paths_one_of_the_absent_demo_is_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr("harness.config.places.ASSETS", tmp_path / "assets")
+    paths = f"data.paths=[{tmp_path}/own,{tmp_path}/assets/doom/clips]"
+    with pytest.raises(ConfigError, match=r"your own data\.paths"):
+        plan_run(compose("model=smoke", "data=clips", paths))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
