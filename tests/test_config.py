@@ -161,3 +161,35 @@ def test_a_file_beside_a_named_model_of_another_width_is_refused(composed, tmp_p
 def test_a_set_of_weights_is_not_chosen_of_nothing(composed):
     with pytest.raises(ConfigError, match="model.weights=ema chooses a set of model.checkpoint, and there is none"):
         plan_run(composed("model=smoke", "model.weights=ema"))
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["data=clips", "data.paths=[mine]"], True),
+        (["data=clips", "data.paths=[mine]", "decoder.encoder=null"], False),
+        (["data=clips", "data.paths=[mine]", "decoder.encoder={own}"], False),
+        (["data=synthetic", "data.paths=[]"], False),
+        (["data=synthetic", "data.paths=[]", "quant=mxfp4_mlp", "calib=gptq"], True),
+    ],
+)
+def test_a_decoder_of_ones_own_is_not_read_through_the_demos_encoder(composed, tmp_path, words, refused):
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(b"")
+    cfg = composed(f"decoder.checkpoint={own}", *(word.format(own=own) for word in words))
+    if not refused:
+        plan = plan_run(cfg)
+        given = next((str(own) for word in words if word.startswith("decoder.encoder")), None)
+        assert plan.encoder_file == given, "where nothing is encoded: none, rather than the demo's"
+        return
+    with pytest.raises(ConfigError) as raised:
+        plan_run(cfg)
+    (said,) = str(raised.value).splitlines()
+    assert said.endswith("or decoder.encoder=null where decoder.checkpoint has both")
+    assert "the demo's encoder beside decoder.checkpoint=" in said
+
+
+def test_the_demos_decoder_keeps_its_encoder_beside_another_config_file(composed, tmp_path):
+    copy = tmp_path / "dcae.yaml"
+    copy.write_text((ROOT / "assets" / "doom" / "dcae.yaml").read_text())
+    assert plan_run(composed(f"decoder.config_file={copy}")).conf.decoder.config_file == str(copy)

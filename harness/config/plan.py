@@ -27,7 +27,7 @@ from harness.config.extras import missing_logger
 from harness.config.flags import FlagError
 from harness.config.places import of_demo, without_demo
 from harness.config.problems import ConfigError, collect, unknown
-from harness.config.schema import RunConf, TrainerConf
+from harness.config.schema import DecoderConf, RunConf, TrainerConf
 from harness.config.sizes import needs_of, size_problems
 from harness.config.slurm import slurm_problems
 from harness.config.values import at_once, value_problems
@@ -92,8 +92,8 @@ class RunPlan:
 
     @property
     def encoder_file(self) -> str | None:
-        """Checkpoint that holds the encoder."""
-        return self.conf.decoder.encoder or self.conf.decoder.checkpoint
+        """Checkpoint that holds the encoder; ``None`` if there is none, or it is the demo's and the decoder is not."""
+        return None if _of_another(self.conf.decoder) else self.conf.decoder.encoder or self.conf.decoder.checkpoint
 
 
 def plan_run(cfg: DictConfig) -> RunPlan:
@@ -276,13 +276,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
             gates_room.validate(conf.gates)
     if conf.gates.enabled and not conf.gates.implied and conf.is_baseline:
         problems.append("gates judge a candidate, and quant=bf16 kv=bf16 is the baseline; use gates=none")
-    sources = {"data": conf.data.source} | ({"calib.clips": conf.calib.clips.source} if conf.calib.enabled else {})
-    if not (conf.decoder.encoder or conf.decoder.checkpoint):
-        problems += [
-            f"{name}.source=clips: recorded frames must be encoded; give decoder.encoder"
-            for name, source in sources.items()
-            if source == data_conf.Source.clips
-        ]
+    problems += _encoder_problems(conf)
     problems += _logger_problems(conf.logger)
     problems += [
         f"measure.{name}={value}: must be at least {least}"
@@ -301,6 +295,29 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     problems += at_once("threads", conf.threads, null=", or null for torch's own choice")
     problems += slurm_problems(conf.trainer.devices, conf.trainer.num_nodes, os.environ)
     problems += at_once("data.num_workers", conf.data.num_workers, 0)
+
+
+def _of_another(decoder: DecoderConf) -> bool:
+    """Whether the encoder is the demo's, which ``conf/decoder/doom.yaml`` brings, and the decoder is not."""
+    return of_demo(decoder.encoder) and not of_demo(decoder.checkpoint)
+
+
+def _encoder_problems(conf: RunConf) -> Iterator[str]:
+    """Whether recorded frames can be encoded, and into the latents that the decoder decodes."""
+    decoder = conf.decoder
+    sources = {"data": conf.data.source} | ({"calib.clips": conf.calib.clips.source} if conf.calib.enabled else {})
+    encoded = [f"{name}.source=clips" for name, source in sources.items() if source == data_conf.Source.clips]
+    if not encoded:
+        return
+    if not (decoder.encoder or decoder.checkpoint):
+        yield from (f"{said}: recorded frames must be encoded; give decoder.encoder" for said in encoded)
+    elif _of_another(decoder):
+        yield (
+            f"decoder.encoder={decoder.encoder}: the demo's encoder beside decoder.checkpoint="
+            f"{decoder.checkpoint or 'null'}, which is not the demo's: its latents mean something else. Give "
+            "decoder.encoder=FILE, the encoder trained with your decoder, or decoder.encoder=null where "
+            "decoder.checkpoint has both"
+        )
 
 
 def _logger_problems(logger: dict[str, Any]) -> Iterator[str]:
