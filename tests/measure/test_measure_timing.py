@@ -1,13 +1,34 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from harness.measure.figures import summarise
-from harness.measure.timing import FrameTimer, PartTimer, samples_ms
+from harness.measure.timing import Clock, FrameTimer, PartTimer, samples_ms
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time that passes when a test says so: on a busy machine the real one passes as it likes."""
+    made = SimpleNamespace(seconds=1000.0, perf_counter=lambda: made.seconds)
+
+    def passes(ms):
+        made.seconds += ms / 1e3
+
+    made.passes = passes
+    monkeypatch.setattr("harness.measure.timing.time", made)
+    return made
+
+
+def test_a_cpus_clock_is_the_machines():
+    clock = Clock(CPU)
+    start = clock.now()
+    time.sleep(0.003)
+    assert clock.elapsed_ms(start, clock.now()) >= 3
 
 
 def test_percentiles_are_interpolated():
@@ -19,56 +40,64 @@ def test_no_times_no_summary():
     assert summarise([]) is None
 
 
-def test_frame_spans_add_up_to_the_total():
+def test_frame_spans_add_up_to_the_total(clock):
     timer = FrameTimer(CPU, ("dit", "decoder"))
-    for pause in (0.004, 0.001):
+    for ms in (4, 1):
         timer.start()
-        time.sleep(pause)
+        clock.passes(ms)
         timer.lap()
-        time.sleep(0.002)
+        clock.passes(2)
         timer.lap()
-    rows = timer.take()
-    assert len(rows) == 2
+        clock.passes(50)  # between frames
+    assert timer.take() == [
+        pytest.approx({"dit": 4, "decoder": 2, "total": 6}),
+        pytest.approx({"dit": 1, "decoder": 2, "total": 3}),
+    ]
     assert timer.take() == []
-    assert rows[0]["dit"] >= 4
-    assert rows[0]["decoder"] >= 2
-    for row in rows:
-        assert row["total"] == pytest.approx(row["dit"] + row["decoder"])
 
 
 class Outer(nn.Module):
-    def __init__(self):
+    def __init__(self, clock):
         super().__init__()
-        self.inner = Inner()
+        self.clock, self.inner = clock, Inner(clock)
 
     def forward(self, x):
-        time.sleep(0.003)
-        return self.inner(x)
+        self.clock.passes(3)
+        x = self.inner(x)
+        self.clock.passes(1)
+        return x
 
 
 class Inner(nn.Module):
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
     def forward(self, x):
-        time.sleep(0.006)
+        self.clock.passes(6)
         return x
 
 
 class Store:
+    def __init__(self, clock):
+        self.clock = clock
+
     def put(self, x):
-        time.sleep(0.002)
+        self.clock.passes(2)
         return x
 
 
-def test_nested_parts_are_counted_once_and_everything_is_put_back():
-    outer, store = Outer(), Store()
+def test_nested_parts_are_counted_once_and_everything_is_put_back(clock):
+    outer, store = Outer(clock), Store(clock)
     timer = PartTimer(CPU)
     modules = [("outer", outer), ("inner", outer.inner)]
     with timer.installed(modules=modules, methods=[("put", store, "put")]):
-        outer(torch.zeros(1))
-        store.put(1)
+        for _ in range(2):
+            outer(torch.zeros(1))
+            clock.passes(20)  # of no part
+            store.put(1)
         parts = timer.frame()
-    assert 3 <= parts["outer"] < parts["inner"]
-    assert parts["inner"] >= 6
-    assert parts["put"] >= 2
+    assert parts == pytest.approx({"outer": 8, "inner": 12, "put": 4})
     outer(torch.zeros(1))
     store.put(1)
     assert timer.frame() == {}
@@ -89,14 +118,13 @@ def test_gpu_frames_are_timed_by_the_device():
 
 
 @pytest.mark.parametrize("wait", [False, True])
-def test_each_call_is_timed_once_and_warm_up_not_at_all(wait):
+def test_each_call_is_timed_once_and_warm_up_not_at_all(clock, wait):
     calls = []
 
     def run():
-        calls.append(time.perf_counter())
-        time.sleep(0.01 if len(calls) > 2 else 0.1)
+        calls.append(None)
+        clock.passes(10 * len(calls))
 
-    times = samples_ms(run, torch.device("cpu"), count=3, warmup=2, wait=wait)
+    times = samples_ms(run, CPU, count=3, warmup=2, wait=wait)
     assert len(calls) == 5
-    assert len(times) == 3
-    assert all(10 <= ms < 90 for ms in times)
+    assert times == pytest.approx([30, 40, 50])
