@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 
 from harness import __version__
+from harness.start import call, hush, require
 from harness.streams import patient
 
 COMMANDS = {
@@ -58,8 +58,7 @@ def usage() -> str:
 
 def main() -> None:
     """Call the sub-command that was named."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: no traceback
+    hush()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         patient(print)(usage())
@@ -67,6 +66,7 @@ def main() -> None:
     if "--version" in arguments:
         print(f"mx-world {__version__}")
         return
+    require()
     name = arguments[0] if arguments[0] in COMMANDS else "run"
     if name == "run" and arguments[0].isidentifier() and arguments[0] != "run":
         from harness.config.problems import unknown
@@ -82,8 +82,4 @@ def main() -> None:
 
         import_torchmetrics()
     called = getattr(importlib.import_module(module), function)
-    sys.exit(called(sys.argv[1:]) if name in WITH_WORDS else called())
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(call(called, *([sys.argv[1:]] if name in WITH_WORDS else [])))

@@ -15,6 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from harness.start import hush, require
+
+    hush()
+    require()
+
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console

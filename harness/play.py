@@ -15,7 +15,10 @@ if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from harness.imports import import_torchmetrics  # (how threads wait is settled before torch is imported)
+    from harness.start import call, hush, require
 
+    hush()
+    require()
     import_torchmetrics()
 
 NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
@@ -96,4 +99,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call(main, sys.argv[1:]))

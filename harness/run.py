@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: no traceback
     from harness.imports import import_torchmetrics  # (how threads wait is settled before torch is imported)
+    from harness.start import hush, require
 
+    hush()
+    require()
     import_torchmetrics()
 
 import hydra

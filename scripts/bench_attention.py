@@ -1,8 +1,6 @@
 """Measure one layer's attention by itself: see ``harness/bench/attention.py``."""
 
-import sys
-
-from harness.bench.attention import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.attention:main")

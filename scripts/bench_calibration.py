@@ -1,8 +1,6 @@
 """What formats cost a model, rounded to nearest and calibrated: see ``harness/bench/calibration.py``."""
 
-import sys
-
-from harness.bench.calibration import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.calibration:main")

@@ -1,8 +1,6 @@
 """Time the frame decoder, as a whole and by kernel: see ``harness/bench/decoder.py``."""
 
-import sys
-
-from harness.bench.decoder import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.decoder:main")

@@ -1,8 +1,6 @@
 """What loading an exported checkpoint takes: see ``harness/bench/export.py``."""
 
-import sys
-
-from harness.bench.export import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.export:main")

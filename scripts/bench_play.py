@@ -1,8 +1,6 @@
 """How much of an engine's speed reaches a player: see ``harness/bench/play.py``."""
 
-import sys
-
-from harness.bench.play import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.play:main")

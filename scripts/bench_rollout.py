@@ -1,8 +1,6 @@
 """Measure rollouts side by side: see ``harness/bench/rollout.py``."""
 
-import sys
-
-from harness.bench.rollout import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.rollout:main")

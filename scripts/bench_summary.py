@@ -1,8 +1,6 @@
 """One table of everything that is measured: see ``harness/bench/summary.py``."""
 
-import sys
-
-from harness.bench.summary import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.summary:main")

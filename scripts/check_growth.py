@@ -1,8 +1,6 @@
 """Does a run cost the same at its end as at its beginning? See ``harness/bench/growth.py``."""
 
-import sys
-
-from harness.bench.growth import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.growth:main")

@@ -1,8 +1,6 @@
 """How often each end of an interval misses the truth: see ``harness/bench/intervals.py``."""
 
-import sys
-
-from harness.bench.intervals import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.intervals:main")

@@ -1,8 +1,6 @@
 """Compare this package's numbers with reference outputs: see ``harness/bench/parity.py``."""
 
-import sys
-
-from harness.bench.parity import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.parity:main")

@@ -1,8 +1,6 @@
 """Is a checkpoint really a world model? See ``harness/bench/world_model.py``."""
 
-import sys
-
-from harness.bench.world_model import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.world_model:main")

@@ -1,8 +1,6 @@
 """Take away what a run judged as one file: see ``harness/commands/export.py``."""
 
-import sys
-
-from harness.commands.export import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.commands.export:main")

@@ -1,8 +1,6 @@
 """Judge a finished run again, from its record alone: see ``harness/judge.py``."""
 
-import sys
-
-from harness.judge import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.judge:main")

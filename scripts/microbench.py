@@ -1,8 +1,6 @@
 """Time the kernels and attention of a model by themselves: see ``harness/bench/micro.py``."""
 
-import sys
-
-from harness.bench.micro import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.micro:main")

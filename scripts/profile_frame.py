@@ -1,8 +1,6 @@
 """Where one frame's time goes: see ``harness/bench/profile.py``."""
 
-import sys
-
-from harness.bench.profile import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.profile:main")

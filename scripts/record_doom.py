@@ -37,6 +37,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    from harness.start import require
+
+    require()
+
 import numpy as np
 from numpy.typing import NDArray
 

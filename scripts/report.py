@@ -1,8 +1,6 @@
 """Write a run's or a sweep's page again, from records alone: see ``harness/commands/report.py``."""
 
-import sys
-
-from harness.commands.report import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.commands.report:main")

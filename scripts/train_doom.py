@@ -28,6 +28,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    from harness.start import require
+
+    require()
+
 import torch
 import yaml
 from doom_world.autoencoder import (

@@ -1,8 +1,6 @@
 """Find the fastest launch shapes in whole layers: see ``harness/bench/tune_layer.py``."""
 
-import sys
-
-from harness.bench.tune_layer import main
+from harness.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("harness.bench.tune_layer:main")

@@ -1,0 +1,80 @@
+"""How a command starts: before anything large is imported, so that what keeps it from starting is one line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PYTHON = (3, 11)
+REQUIRED = {
+    "hydra": "hydra-core",
+    "omegaconf": "omegaconf",
+    "torch": "torch",
+    "torchao": "torchao",
+    "lightning": "lightning",
+    "torchmetrics": "torchmetrics",
+    "safetensors": "safetensors",
+    "numpy": "numpy",
+    "av": "av",
+    "rich": "rich",
+    "PIL": "pillow",
+    "jinja2": "jinja2",
+    "yaml": "pyyaml",
+}
+"""What every command needs, as pyproject.toml has it: the module, and the package that brings it."""
+
+
+def why_not() -> str | None:
+    """What this Python lacks, and what to install; ``None`` if nothing."""
+    if sys.version_info < PYTHON:
+        wanted, here = (".".join(map(str, version[:2])) for version in (PYTHON, sys.version_info))
+        return f"{sys.executable} is Python {here}, and this needs {wanted} or newer"
+    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    if not missing:
+        return None
+    clone = Path(__file__).resolve().parents[1]
+    install = f"pip install -c {clone / 'constraints.txt'} -e {clone}"
+    return (
+        f"not installed for {sys.executable}: {', '.join(missing)}; activate the environment that has them, or install "
+        f"them: {install if (clone / 'constraints.txt').is_file() else 'pip install mx-world-harness'}"
+    )
+
+
+def require() -> None:
+    """End the process with one line, exit code 2, if something is missing that every command needs."""
+    problem = why_not()
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def hush() -> None:
+    """Ctrl-C ends the process without a traceback, whatever is being imported; where it is ignored, it stays so."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(place: str) -> None:
+    """Import ``module:function`` and :func:`call` it; the process ends with what it returns."""
+    hush()
+    require()
+    module, _, name = place.partition(":")
+    sys.exit(call(getattr(importlib.import_module(module), name)))
+
+
+def call(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a command's function. Ctrl-C ends it where it stands, what it holds is put back, and the code is 130."""
+    try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return function(*arguments)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
+    finally:
+        hush()
