@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 from harness import __version__
-from harness.start import call, hush, require
+from harness.start import call, hush, ready, require
 from harness.streams import patient
 
 COMMANDS = {
@@ -33,8 +32,8 @@ COMMANDS = {
 }
 """Where each sub-command is, and what it does. It reads its arguments from ``sys.argv`` and may return an exit code."""
 
-ROLLING = ("run", "ladder", "export", "play")
-"""Sub-commands that import torchmetrics, through Lightning."""
+REPEATED = ("run", "ladder", "export", "play")
+"""Sub-commands that may start processes which repeat the command."""
 
 WITH_WORDS = ("play",)
 """Sub-commands whose function takes the arguments."""
@@ -73,13 +72,7 @@ def main() -> None:
 
         print(f"error: {arguments[0]}: {unknown('command', arguments[0], list(COMMANDS))}", file=sys.stderr)
         sys.exit(2)
-    module, _, function = COMMANDS[name][0].partition(":")
     # A run in several processes repeats this command in each, so it must mean the same without the sub-command.
-    program = sys.argv[0] if name in (*ROLLING, *WITH_WORDS) else f"mx-world {name}"  # as usage lines begin
+    program = sys.argv[0] if name in REPEATED else f"mx-world {name}"  # as usage lines begin
     sys.argv[:] = [program, *arguments[arguments[0] == name :]]
-    if name in ROLLING:
-        from harness.imports import import_torchmetrics
-
-        import_torchmetrics()
-    called = getattr(importlib.import_module(module), function)
-    sys.exit(call(called, *([sys.argv[1:]] if name in WITH_WORDS else [])))
+    sys.exit(call(ready(COMMANDS[name][0]), *([sys.argv[1:]] if name in WITH_WORDS else [])))

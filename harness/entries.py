@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -51,3 +53,11 @@ def spelt(text: str | None) -> str:
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose ``--help`` begins with ``doc``, a module's docstring, laid out as it stands and :func:`spelt`."""
     return argparse.ArgumentParser(description=spelt(doc), formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def module_doc(name: str) -> str:
+    """The docstring of a module that need not be imported for it."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""

@@ -14,12 +14,12 @@ from pathlib import Path
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from harness.imports import import_torchmetrics  # (how threads wait is settled before torch is imported)
     from harness.start import call, hush, require
 
     hush()
     require()
-    import_torchmetrics()
+
+from harness.imports import import_torchmetrics
 
 NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
 HELP = """\
@@ -76,6 +76,16 @@ def main(words: Sequence[str]) -> int:
         return 2
     from hydra.errors import HydraException
 
+    from harness.config.compose import compose
+    from harness.config.play import register_play
+
+    try:
+        register_play()
+        compose(*words, name="play")  # a misspelt word is told before torch is imported
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    import_torchmetrics()
     from harness.live.process import settle_threads
     from harness.live.server import Game, run_server
     from harness.session.open import load_play

@@ -28,6 +28,16 @@ REQUIRED = {
 }
 """What every command needs, as pyproject.toml has it: the module, and the package that brings it."""
 
+PARSERS = {
+    "harness.bench.rollout:main": "harness.bench.arguments:rollout",
+    "harness.bench.micro:main": "harness.bench.arguments:micro",
+    "harness.bench.profile:main": "harness.bench.arguments:profile",
+    "harness.bench.tune_layer:main": "harness.bench.arguments:tune_layer",
+    "harness.bench.parity:main": "harness.bench.arguments:parity",
+    "harness.bench.world_model:main": "harness.bench.arguments:world_model",
+}
+"""Of commands whose modules import torch: what makes their parsers, and does not."""
+
 
 def why_not() -> str | None:
     """What this Python lacks, and what to install; ``None`` if nothing."""
@@ -63,8 +73,22 @@ def start(place: str) -> None:
     """Import ``module:function`` and :func:`call` it; the process ends with what it returns."""
     hush()
     require()
+    sys.exit(call(ready(place)))
+
+
+def ready(place: str) -> Callable[..., Any]:
+    """What ``module:function`` names, imported once the command line is known to be one that it takes.
+
+    So ``--help`` and what is said of a misspelt option do not wait for torch.
+    """
+    if place in PARSERS:
+        _named(PARSERS[place])().parse_intermixed_args()
+    return _named(place)
+
+
+def _named(place: str) -> Callable[..., Any]:
     module, _, name = place.partition(":")
-    sys.exit(call(getattr(importlib.import_module(module), name)))
+    return getattr(importlib.import_module(module), name)
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from harness.ab import processes as parallel
 from harness.ab.processes import ProcessError, Processes, check_clips, check_processes
 from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
-from harness.measure.stability import OnInstability
+from harness.measure.conf import OnInstability
 from harness.report.journal import End, FinishedBatch, Journal, Line
 from harness.report.record import load_record
 from harness.report.sections import BatchTimes, IncidentRecord

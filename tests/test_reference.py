@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import harness
+from harness.cli import COMMANDS
 from harness.config import ROOT
 from harness.config.reference import rows, table
 from harness.report.record import load_record
@@ -98,12 +99,50 @@ def mx_world(*words, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT, **options)
 
 
-@pytest.mark.parametrize("command", ["run", "ladder", "gates", "report", "microbench", "play", "fields", "schema"])
-def test_every_sub_command_has_help_and_the_products_version(command):
-    assert mx_world(command, "--version").stdout == f"mx-world {harness.__version__}\n"
-    done = mx_world(command, "--help")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 1
+SUB_COMMANDS = """
+import contextlib, io, sys
+from harness.cli import COMMANDS, main
+
+for words in [[name, option] for name in COMMANDS for option in ("--version", "--help")]:
+    sys.argv = ["mx-world", *words]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    heavy = {"torch", "lightning", "torchmetrics", "torchao", "matplotlib"} & set(sys.modules)
+    text = said.getvalue().strip()
+    print(*words, code or 0, text if "--version" in words else "told" if text else "nothing", *heavy, sep=" | ")
+"""
+
+
+def test_every_sub_command_has_help_and_the_products_version_without_importing_torch():
+    done = subprocess.run([sys.executable, "-c", SUB_COMMANDS], cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = [
+        f"{name} | {option} | 0 | {said}"
+        for name in COMMANDS
+        for option, said in (("--version", f"mx-world {harness.__version__}"), ("--help", "told"))
+    ]
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "quannt=mxfp8_mlp"], "did you mean quant?"),
+        (["ladder", "modle=smoke"], "did you mean model?"),
+        (["microbench", "--itterations", "3"], "unrecognized arguments: --itterations"),
+        (["export", "nowhere", "--out", "x.safetensors"], "nowhere"),
+    ],
+)
+def test_a_misspelt_word_is_told_before_torch_is_imported(words, told):
+    code = "from harness.cli import main, sys\nimport atexit\natexit.register(lambda: print('torch' in sys.modules)); main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_an_unknown_sub_command_is_one_line():

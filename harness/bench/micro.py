@@ -20,19 +20,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from harness.bench import arguments
 from harness.bench.inputs import read_model
-from harness.bench.linears import FORMATS, bench_product, products
+from harness.bench.linears import bench_product, products
 from harness.bench.measuring import Bench, OutOfTimeError
 from harness.bench.rings import bench_attention, bench_kv
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTConfig
-from harness.mx.conf import KernelChoice
 from harness.streams import patient
 
 
@@ -76,27 +75,9 @@ def report(bench: Bench, console: Console) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments; ends with exit code 2 where they make no sense here."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="dit_v4", help="a model config by name, or a YAML file")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="clips")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--only", nargs="+", choices=("linear", "attention", "kv"), default=["linear", "attention", "kv"]
-    )
-    parser.add_argument("--products", nargs="+", help="only Linears whose name contains one of these")
-    parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
-    named = [str(kernel) for kernel in KernelChoice if kernel != KernelChoice.auto]
-    parser.add_argument("--kernels", nargs="+", choices=named, help="only these (default: all but emulated ones)")
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="search launch shapes of kernel=triton and cuda; prints entries for tuned/",
-    )
-    parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=150.0, help="start nothing new after this long")
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser = arguments.micro()
     args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     if args.iterations < 1 or args.warmup < 0 or min(args.batch) < 1:

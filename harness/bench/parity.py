@@ -17,7 +17,6 @@ if all are within bounds, 1 if any is not (NaN included), 2 if a folder cannot b
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness.bench import arguments
 from harness.kv import KVCache, KVConf
 from harness.models.checkpoint import load_decoder, load_gamerft, read_state
 from harness.models.config_io import read_dcae_config, read_gamerft_config, read_yaml
@@ -234,12 +234,10 @@ def cache_contents(case: Case, cache: KVCache) -> Iterator[Figure]:
 
 @patient
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Compare every folder; exit codes as told above."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="config.yaml, weights and io")
     status = 0
-    for folder in parser.parse_args(arguments).folders:
+    for folder in arguments.parity().parse_args(argv).folders:
         print(folder)
         try:
             for figure in check_folder(folder):

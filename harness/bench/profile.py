@@ -15,15 +15,14 @@ import json
 import re
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from harness.bench import arguments
 from harness.bench.inputs import build, compose_plan, random_inputs
 from harness.config import RunPlan, register
-from harness.entries import command_parser
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import assemble
@@ -133,14 +132,7 @@ def report(now: dict[str, Any], before: dict[str, Any] | None, top: int) -> str:
 @patient
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--frames", type=int, default=10)
-    parser.add_argument("--top", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("outputs/profile/frame.json"))
-    parser.add_argument("--before", type=Path, help="an earlier JSON to compare with")
-    parser.add_argument("overrides", nargs="*", help="as for harness/run.py")
-    args = parser.parse_args(argv)
+    args = arguments.profile().parse_args(argv)
     before = json.loads(args.before.read_text()) if args.before else None
     register()
     trainer = f"trainer={'gpu' if args.device == 'cuda' else 'cpu'}"

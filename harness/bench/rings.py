@@ -13,8 +13,9 @@ from harness.kv.conf import KVConf, KVFormat, KVStorage
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import GameRFTConfig, attend_from_projection, rms_norm
 from harness.models.rope import apply_rotary
-from harness.rollout.attention import AttentionKind, check_attention, frame_attention
-from harness.rollout.compile import CompileConf, compile_function
+from harness.rollout.attention import check_attention, frame_attention
+from harness.rollout.compile import compile_function
+from harness.rollout.conf import AttentionKind, CompileConf
 
 CACHES = {
     "bf16": KVConf(),

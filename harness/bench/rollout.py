@@ -21,17 +21,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from harness.bench import arguments
 from harness.bench.floors import decoder_floor_ms
 from harness.bench.inputs import build, random_inputs
 from harness.bench.ready import ReadyArm, time_limit
 from harness.bench.rows import COLUMNS, NAMED, Result, Row, all_rows, line, plan_of
 from harness.config import RunPlan, register
-from harness.entries import command_parser
 from harness.measure.environment import environment
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
@@ -147,20 +146,7 @@ class Bench:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's arguments; ends with exit code 2 where an override sets what names a row."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--models", default="dit_v4", help="comma-separated configs of conf/model")
-    parser.add_argument("--batches", default="1,4,16", help="comma-separated numbers of clips")
-    parser.add_argument("--attention", default="sdpa,flex,fused", help="comma-separated configs of conf/attention")
-    # Not --only: Inductor takes the value of an option of that name into the names of its kernels.
-    parser.add_argument("--match", default="", help="regular expression; rows whose name it finds are measured")
-    parser.add_argument("--compile", default="on", help="config of conf/compile")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--frames", type=int, default=200, help="timed frames of each row")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds that setting up one row may take")
-    parser.add_argument("--total", type=float, default=1e9, help="seconds after which no further group begins")
-    parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s that the floor assumes")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    parser.add_argument("overrides", nargs="*", help="further overrides of every row's config")
+    parser = arguments.rollout()
     args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error("--frames: at least 1")

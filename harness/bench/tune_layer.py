@@ -22,11 +22,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from harness.bench import arguments
 from harness.bench.inputs import read_model
 from harness.bench.linears import FORMATS
 from harness.bench.tune_cuda import checker, other_stages, reason
@@ -42,7 +42,8 @@ from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
-from harness.rollout.attention import AttentionKind, frame_attention
+from harness.rollout.attention import frame_attention
+from harness.rollout.conf import AttentionKind
 from harness.rollout.linears import pack
 from harness.rollout.steps import through_layer_fused
 from harness.streams import patient
@@ -167,15 +168,7 @@ class Tuner:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments; ends with exit code 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="dit_v4", help="a model config by name, or a YAML file")
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 16], choices=tuple(FORMAT_OF_BITS))
-    parser.add_argument("--layers", type=int, default=8, help="layers of the graph: more than L2 holds")
-    parser.add_argument("--batch", type=int, default=1, help="clips")
-    parser.add_argument("--most", type=int, default=180, help="launch shapes of each Linear that are tried")
-    parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
-    parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser = arguments.tune_layer()
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a Hopper GPU; torch sees no CUDA GPU here")

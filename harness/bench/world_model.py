@@ -25,11 +25,11 @@ from torch import Tensor
 
 from harness.ab.arm import Arm
 from harness.ab.module import RolloutModule
+from harness.bench import arguments
 from harness.config import RunPlan, plan_run, register
 from harness.config.compose import compose
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
-from harness.entries import spelt
 from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance
 from harness.measure.quality import frame_psnr
@@ -169,12 +169,9 @@ def looks_table(figures: WorldModelFigures) -> Table:
 @patient
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; 0 if it is a world model, 1 if not, 2 on bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(spelt(__doc__))
-        return 0
-    counts = [arg.removeprefix("future_frames=") for arg in argv if arg.startswith("future_frames=")]
-    overrides = [arg for arg in argv if not arg.startswith("future_frames=")]
+    words = arguments.world_model().parse_args(argv).words
+    counts = [word.removeprefix("future_frames=") for word in words if word.startswith("future_frames=")]
+    overrides = [word for word in words if not word.startswith("future_frames=")]
     register()
     try:
         figures = world_model_figures(overrides, int(counts[-1]) if counts else 16)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -20,18 +21,23 @@ from harness.config.extras import missing_launcher
 from harness.config.problems import ConfigError, nearest
 
 
+class UserError(CompactHydraException):
+    """An error of a job that the user can put right: shown as it is, without a traceback."""
+
+
 @dataclass(frozen=True)
 class Command:
     """What was typed: ``words`` for the config, and Hydra's own options.
 
     ``composes``: whether its words are for a config in ``conf/``; ``runs``: whether it then runs it, and does not only
-    print.
+    print; ``helps``: whether it prints its help.
     """
 
     words: list[str]
     multirun: bool
     composes: bool
     runs: bool
+    helps: bool
     name: str = "run"
     config_dir: Path | None = None
 
@@ -60,6 +66,7 @@ def read_command(arguments: Sequence[str]) -> Command:
         multirun=options.multirun,
         composes=options.config_path is None and options.experimental_rerun is None and not options.shell_completion,
         runs=not any(printing),
+        helps=options.help,
         name=options.config_name or "run",
         config_dir=None if folder is None else Path(folder),
     )

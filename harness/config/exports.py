@@ -8,8 +8,8 @@ from harness.config.problems import collect
 from harness.config.schema import RunConf
 from harness.export.read import Export, is_export
 from harness.files.writing import why_unwritable
-from harness.measure.stability import OnInstability
-from harness.models.gamerft import GameRFTConfig
+from harness.measure.conf import OnInstability
+from harness.models.shapes import GameRFTConfig
 
 
 def read_export(conf: RunConf, problems: list[str]) -> Export | None:

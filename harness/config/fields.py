@@ -12,8 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from harness.models.dcae import DCAEConfig
-from harness.models.gamerft import GameRFTConfig
+from harness.models.shapes import DCAEConfig, GameRFTConfig
 
 SHAPES: dict[str, type] = {"model.arch": GameRFTConfig, "decoder.arch": DCAEConfig}
 """Mappings whose keys are the fields of a dataclass, though a config may give any part of them."""

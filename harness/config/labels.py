@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.calib.conf import CalibMethod
 from harness.config.places import CONF
-from harness.kv import KVConf
+from harness.kv.conf import KVConf
 from harness.mx.conf import MXConf
 
 SECTIONS: dict[str, type] = {"quant": MXConf, "kv": KVConf}

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import kv as kv_room
 from harness.calib import conf as calib_conf
 from harness.config.exports import differences, read_export
 from harness.config.extras import missing_logger
@@ -35,10 +34,11 @@ from harness.data import conf as data_conf
 from harness.data.sources import ClipShape
 from harness.export.read import Export
 from harness.files.writing import why_unwritable
-from harness.measure import stability as stability_room
+from harness.kv import conf as kv_conf
+from harness.measure import conf as measure_conf
 from harness.models.config_io import dcae_config, gamerft_config, model_section, read_vae_scale
-from harness.models.dcae import DCAEConfig
-from harness.models.gamerft import GameRFTConfig, GameRFTCore
+from harness.models.gamerft import GameRFTCore
+from harness.models.shapes import DCAEConfig, GameRFTConfig
 from harness.mx import conf as mx_conf
 from harness.mx.transform import check_mx
 from harness.report import drift as drift_room
@@ -256,7 +256,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     with collect(problems):
         data_conf.validate(conf.data)
     with collect(problems):
-        kv_room.validate(conf.kv, head_dim=arch.head_dim)
+        kv_conf.validate(conf.kv, head_dim=arch.head_dim)
         check_storage(conf.attention.kind, conf.kv, arch.head_dim)
     with collect(problems):
         mx_conf.validate(conf.quant)
@@ -265,7 +265,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
     if conf.calib.enabled and not conf.quant.enabled:
         problems.append(f"calib={conf.calib.method} chooses MX weights, and quant=bf16 has none; use calib=none")
     with collect(problems):
-        stability_room.validate(conf.stability)
+        measure_conf.validate(conf.stability)
     log = conf.stability.incident_log
     if log is not None and (why := why_unwritable(Path(log))) is not None:
         problems.append(f"stability.incident_log={log}: cannot be written ({why}); name another file, or null")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from harness.config.schema import RunConf, register_schema
-from harness.mx.linears.decoded import KeepDecoded
+from harness.mx.conf import KeepDecoded
 
 
 class Codec(StrEnum):

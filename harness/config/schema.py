@@ -1,4 +1,8 @@
-"""The structured config: what may be configured, with types. Each group of ``conf/`` fills one field of RunConf."""
+"""The structured config: what may be configured, with types. Each group of ``conf/`` fills one field of RunConf.
+
+Neither this module nor what it imports needs torch, which takes seconds: ``--help``, ``--fields`` and misspelt words
+are answered at once (``tests/test_imports.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
@@ -19,13 +22,15 @@ from harness.config.labels import register_label
 from harness.config.places import asset
 from harness.data.conf import DataConf
 from harness.entries import entry
-from harness.kv import KVConf
-from harness.measure.stability import OnInstability, StabilityConf
-from harness.models.bf16 import has_fast_bf16
+from harness.kv.conf import KVConf
+from harness.measure.conf import OnInstability, StabilityConf
 from harness.mx.conf import MXConf
 from harness.report.drift import DriftConf
-from harness.report.gates import GatesConf
-from harness.rollout import AttentionKind, CompileConf, DecoderGroups, SamplerConf
+from harness.report.gates.conf import GatesConf
+from harness.rollout.conf import AttentionKind, CompileConf, DecoderGroups, SamplerConf
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMAS: dict[str, type] = {}
 """The schema of each config at the top of ``conf/``, by its name: what is registered so far."""
@@ -91,6 +96,10 @@ class DecoderConf:
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """``dtype``, or what null stands for on ``device``."""
+        import torch
+
+        from harness.models.bf16 import has_fast_bf16
+
         fitting = DecoderDtype.bfloat16 if has_fast_bf16(device) else DecoderDtype.float32
         return getattr(torch, self.dtype or fitting)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from harness.config.schema import RunConf
-from harness.models.dcae import DCAEConfig
-from harness.models.gamerft import GameRFTConfig
+from harness.models.shapes import DCAEConfig, GameRFTConfig
 
 BF16, FLOAT32 = 2, 4
 CLIP_ENTRY_BYTES = 200

@@ -39,7 +39,7 @@ from harness.mx.conf import MXConf
 from harness.mx.linears.base import LinearFormat, MXWeight
 from harness.mx.select import select
 from harness.report.codec import CodecError, read
-from harness.rollout.sampler import SamplerConf
+from harness.rollout.conf import SamplerConf
 
 MAX_SIZE = 2**20
 """Of a width, a window or a number of frames in a model's config."""

@@ -47,10 +47,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.formats.scales import ScaleMode
-
-BLOCK = 32
-"""Values that share one scale."""
+from harness.formats.scales import BLOCK, ScaleMode
 
 SCALE_NAN = 255
 """The E8M0 byte that stands for NaN."""

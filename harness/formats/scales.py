@@ -1,6 +1,9 @@
-"""How a block's scale is chosen. Without torch, so that configs can be composed quickly."""
+"""How large a block is and how its scale is chosen. Without torch, so that configs can be composed quickly."""
 
 from enum import StrEnum
+
+BLOCK = 32
+"""Values that share one scale."""
 
 
 class ScaleMode(StrEnum):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from harness.formats.mx import BLOCK, FORMATS, ElementFormat
-from harness.formats.scales import ScaleMode
+from harness.formats.scales import BLOCK, ScaleMode
+
+if TYPE_CHECKING:
+    from harness.formats.mx import ElementFormat
 
 TENSORS = ("k", "v")
 
@@ -115,6 +118,8 @@ class KVConf:
 
     def element_format(self, name: str) -> ElementFormat:
         """MX format of ``name``: "k" or "v"."""
+        from harness.formats.mx import FORMATS  # here, so that a config is composed without torch
+
         named = self.k_format if name == "k" else self.v_format
         if named is not None:
             return FORMATS[named.value]

@@ -18,18 +18,18 @@ Exit code: 0 done (also if only BF16 ships), 1 a run broke, 2 wrong input, 130 C
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from harness.config import register
+from harness.config import ConfigError
+from harness.config.compose import compose
 from harness.entries import command_parser
-from harness.ladder.climb import BrokenOff, Ladder
-from harness.ladder.show import show
+from harness.imports import import_torchmetrics
 from harness.ladder.state import LadderError, locked
-from harness.measure.environment import git_state
 from harness.signals import Signals, Stopped
 from harness.streams import patient
 
@@ -38,15 +38,29 @@ FILE_WIDTH = 160
 """Columns of the table where there is no terminal."""
 
 
-@patient
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder of the ladder; same = resume")
     parser.add_argument("--kv", default="mx_kv_e4m3", help="KV config of step 4 (default mx_kv_e4m3)")
     parser.add_argument("overrides", nargs="*", help="words for every run, such as model=doom data.limit=4")
-    args = parser.parse_intermixed_args(argv)
-    register()
+    return parser
+
+
+@patient
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    args = arguments().parse_intermixed_args(argv)
+    try:
+        compose(*args.overrides)  # a misspelt word is told before torch is imported
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    import_torchmetrics()
+    from harness.ladder.climb import BrokenOff, Ladder
+    from harness.ladder.show import show
+    from harness.measure.environment import git_state
+
     again = f"start it again with --out {args.out} to go on"
     try:
         with Signals(), locked(args.out):

@@ -9,45 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harness.measure.conf import StabilityConf
 from harness.measure.pictures import Shown, pieces
 
-OnInstability = StrEnum("OnInstability", ["raise", "fallback", "record"])
-"""What an instability of the candidate does: end the run, rebuild the candidate in safer formats, or be written down.
-
-One of the BF16 arm is written down; NaN and Inf there always end the run, since nothing safer is left.
-"""
 NON_FINITE, BLACK, FROZEN, STRUCTURE = "non_finite", "black", "frozen", "structure"
 START_FRAMES = 4
 """First frames of a clip whose mean gradient energy is the BF16 arm's own start."""
 LUMA = (0.299, 0.587, 0.114)
 """Weights of R, G and B (ITU-R BT.601)."""
-
-
-@dataclass
-class StabilityConf:
-    """When a frame counts as unstable. Fits an OmegaConf structured config.
-
-    Attributes:
-        black_level: a frame is black if its mean, in [0, 1], is below.
-        frozen_change: a frame is frozen if its mean absolute change from the one before, in [0, 1], is below
-            although the player moves. frozen_frames: so many in a row are an incident.
-        structure_ratio: a frame has lost its structure if its gradient energy is below this times the reference's.
-            structure_frames: so many in a row are an incident.
-        incident_log: text file to which each run appends what it ran on, its figures and its incidents; null = none.
-    """
-
-    black_level: float = 0.02
-    frozen_change: float = 1e-4
-    frozen_frames: int = 16
-    structure_ratio: float = 0.25
-    structure_frames: int = 8
-    incident_log: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,22 +46,6 @@ class InstabilityError(RuntimeError):
     def __init__(self, incident: Incident) -> None:
         super().__init__(incident.message)
         self.incident = incident
-
-
-def validate(conf: StabilityConf) -> None:
-    """Raise ``ValueError`` naming every field of ``conf`` that is out of range."""
-    problems = [
-        f"{name}={getattr(conf, name)}: must lie between 0 and 1"
-        for name in ("black_level", "frozen_change", "structure_ratio")
-        if not 0 <= getattr(conf, name) <= 1
-    ]
-    problems += [
-        f"{name}={getattr(conf, name)}: must be at least 1"
-        for name in ("frozen_frames", "structure_frames")
-        if getattr(conf, name) < 1
-    ]
-    if problems:
-        raise ValueError("stability config: " + "; ".join(problems))
 
 
 def frame_change(frames: Shown) -> Tensor:

@@ -6,100 +6,13 @@ Checkpoints weight-normalise every convolution; here convolutions are plain and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUP_CHANNELS = 16
-"""Channels per group of a residual block's 3×3 convolution."""
-
-
-MOST_STAGES, MOST_BLOCKS = 16, 256
-"""Of an autoencoder: far more than any has, and few enough to be made."""
-
-
-@dataclass
-class DCAEConfig:
-    """Shape of a DCAE. Field names are those of upstream ``model:`` YAML sections.
-
-    Channels double from ``ch_0`` at the frame to at most ``ch_max`` at the latent, one stage per entry of
-    ``*_blocks_per_stage``.
-
-    Attributes:
-        model_id: a name; nothing depends on it.
-        sample_size: height and width of a frame, in pixels.
-        channels: of a frame: 3.
-        latent_size: side of a latent, in tokens, at least 1.
-        latent_channels: of a latent, at least 1; ``ch_max`` must be a multiple of it.
-        ch_0: channels at the frame, at least 1.
-        ch_max: the most channels of a stage, at least 1.
-        encoder_blocks_per_stage: residual blocks of each stage of the encoder, read from the latent side.
-        decoder_blocks_per_stage: the same of the decoder; each stage doubles the side.
-        use_middle_block: whether residual blocks follow at the latent's resolution.
-    """
-
-    model_id: str = "dcae"
-    sample_size: list[int] = field(default_factory=lambda: [360, 640])
-    channels: int = 3
-    latent_size: int = 8
-    latent_channels: int = 128
-    ch_0: int = 96
-    ch_max: int = 1536
-    encoder_blocks_per_stage: list[int] = field(default_factory=lambda: [1, 1, 1, 1, 1, 1])
-    decoder_blocks_per_stage: list[int] = field(default_factory=lambda: [1, 1, 1, 1, 1, 1])
-    use_middle_block: bool = False
-
-    def widths(self, stages: int) -> list[int]:
-        """Output channels of each of ``stages`` stages, from the latent side."""
-        return [min(self.ch_0 * 2**i, self.ch_max) for i in reversed(range(stages))]
-
-    @property
-    def is_16_9(self) -> bool:
-        """Whether frames are 16:9 and so decoded square, then resized."""
-        height, width = self.sample_size
-        return abs(width / height - 16 / 9) < 0.01
-
-    def _small(self) -> list[str]:
-        """Sizes below what there can be of anything, or lists of another length."""
-        one = ("channels", "latent_size", "latent_channels", "ch_0", "ch_max")
-        problems = [f"{name}={getattr(self, name)}: must be at least 1" for name in one if getattr(self, name) < 1]
-        if len(self.sample_size) != 2 or min(self.sample_size) < 1:
-            problems.append(f"sample_size={list(self.sample_size)}: give [height, width], each at least 1")
-        for name in ("encoder_blocks_per_stage", "decoder_blocks_per_stage"):
-            blocks = list(getattr(self, name))
-            if not 1 <= len(blocks) <= MOST_STAGES or min(blocks) < 1 or max(blocks) > MOST_BLOCKS:
-                problems.append(f"{name}={blocks}: give 1 to {MOST_STAGES} stages, each of 1 to {MOST_BLOCKS} blocks")
-        return problems
-
-    def validate(self) -> None:
-        """Raise ``ValueError`` listing every field that describes an autoencoder this package cannot build."""
-        problems = self._small()
-        if problems:
-            raise ValueError("DCAE config: " + "; ".join(problems))
-        if self.channels != 3:
-            problems.append(f"channels={self.channels}: a frame has 3, red, green and blue")
-        if self.ch_max % self.latent_channels:
-            problems.append(f"ch_max={self.ch_max} is not a multiple of latent_channels={self.latent_channels}")
-        widths = [self.ch_max, *self.widths(len(self.decoder_blocks_per_stage))]
-        problems += [
-            f"a stage from {wide} to {narrow} channels: each stage must halve them or keep them"
-            for wide, narrow in pairwise(widths)
-            if wide not in (narrow, 2 * narrow)
-        ]
-        if any(2 * width % GROUP_CHANNELS for width in widths):
-            problems.append(f"channels {widths}: twice each must be divisible by {GROUP_CHANNELS}")
-        if not problems and not self.is_16_9:
-            side = self.latent_size * 2 ** len(self.decoder_blocks_per_stage)
-            if list(self.sample_size) != [side, side]:
-                problems.append(
-                    f"sample_size={list(self.sample_size)}: {len(self.decoder_blocks_per_stage)} stages over latent "
-                    f"size {self.latent_size} give {side}×{side}"
-                )
-        if problems:
-            raise ValueError("DCAE config: " + "; ".join(problems))
+from harness.models.shapes import GROUP_CHANNELS, DCAEConfig
 
 
 class ResBlock(nn.Module):

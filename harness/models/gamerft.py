@@ -8,7 +8,6 @@ a block is an ``nn.Linear`` that may be swapped from outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,104 +17,11 @@ from torch import Tensor, nn
 from harness.models.attention import BlockCausalAttention, LayerAttend
 from harness.models.embeddings import MLP, ControlEmbedding, TimestepEmbedding
 from harness.models.rope import MotionRotary, OrthoRotary, apply_rotary
+from harness.models.shapes import GameRFTConfig
 from harness.models.world import LinearSpec, WorldModel
-
-MOST_TIMES = 2**20
-"""Time positions that an ``ortho`` RoPE may have a table of; rollouts may be longer."""
 
 RMS_EPS = 1.1920928955078125e-07
 """float32 eps. ``F.rms_norm`` uses it by default for BF16 input too; explicit, so that fused kernels can match."""
-
-
-@dataclass
-class GameRFTConfig:
-    """Shape of a GameRFT. Field names are those of upstream ``model:`` YAML sections.
-
-    Attributes:
-        model_id: a name; nothing depends on it.
-        n_layers: transformer blocks, at least 1.
-        n_heads: attention heads, at least 1; ``d_model`` must be divisible by it, into heads divisible by 8.
-        d_model: width of a token, in numbers.
-        channels: of a latent.
-        sample_size: side of a latent, in tokens.
-        tokens_per_frame: ``sample_size`` squared.
-        n_frames: frames of a training sample: only sets the time scale of ``ortho`` RoPE; rollouts may be longer.
-        n_buttons: buttons of an action, at least 1.
-        n_mouse_axes: of an action: 2.
-        local_window: frames that a local layer sees, its own included, at least 1; null = no limit.
-        global_window: frames that a global layer sees; null = no limit.
-        local_idx: every so many layers one is global, the first among them; at least 1.
-        rope_impl: rotary position embedding, ``motion`` or ``ortho``.
-        rope_ats_delta: pixels by which ``motion`` RoPE shifts space a frame.
-        causal: whether a frame sees earlier frames alone.
-        uncond: whether the model ignores the controls.
-        cfg_prob: chance of dropping the conditioning in training; accepted, without effect at inference.
-        backbone: only ``dit`` is supported.
-        has_audio: only false is supported.
-    """
-
-    model_id: str = "game_rft"
-    n_layers: int = 16
-    n_heads: int = 24
-    d_model: int = 1536
-    channels: int = 128
-    sample_size: int = 8
-    tokens_per_frame: int = 64
-    n_frames: int = 1536
-    n_buttons: int = 11
-    n_mouse_axes: int = 2
-    local_window: int | None = 16
-    global_window: int | None = None
-    local_idx: int = 4
-    rope_impl: str = "motion"
-    rope_ats_delta: float = 2.0
-    causal: bool = True
-    uncond: bool = False
-    cfg_prob: float = 0.0
-    backbone: str = "dit"
-    has_audio: bool = False
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.d_model // self.n_heads
-
-    def validate(self) -> None:
-        """Raise ``ValueError`` listing every field that describes a model this package cannot build."""
-        problems = []
-        positive = ("n_layers", "n_heads", "d_model", "channels", "sample_size", "n_frames", "local_idx", "n_buttons")
-        problems += [
-            f"{name}={getattr(self, name)}: must be at least 1" for name in positive if getattr(self, name) < 1
-        ]
-        problems += [
-            f"{name}={value}: must be at least 1 frame, or null for no limit"
-            for name in ("local_window", "global_window")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
-        if not problems:
-            problems = self._shape_problems()
-        if self.rope_impl == "ortho" and self.n_frames > MOST_TIMES:
-            problems.append(f"n_frames={self.n_frames}: ortho RoPE keeps a table of them, of at most {MOST_TIMES}")
-        if self.rope_impl not in ("motion", "ortho"):
-            problems.append(f"rope_impl={self.rope_impl!r}: allowed are motion, ortho")
-        if self.backbone != "dit":
-            problems.append(f"backbone={self.backbone!r}: only dit is supported")
-        if self.has_audio:
-            problems.append("has_audio=true: audio is not supported; use a video-only checkpoint")
-        if self.n_mouse_axes != 2:
-            problems.append(f"n_mouse_axes={self.n_mouse_axes}: the mouse embedding takes 2 axes")
-        if problems:
-            raise ValueError("GameRFT config: " + "; ".join(problems))
-
-    def _shape_problems(self) -> list[str]:
-        problems = []
-        if self.d_model % self.n_heads:
-            problems.append(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
-        elif self.head_dim % 8:
-            problems.append(f"head size {self.head_dim} (d_model/n_heads) is not divisible by 8, as RoPE needs")
-        if self.tokens_per_frame != self.sample_size**2:
-            problems.append(f"tokens_per_frame={self.tokens_per_frame} is not sample_size² = {self.sample_size**2}")
-        return problems
 
 
 class BlockModulation(NamedTuple):

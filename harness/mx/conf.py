@@ -148,3 +148,11 @@ _CHOICES: dict[str, type[StrEnum]] = {
     "scale_mode": ScaleMode,
     "element_8bit": Element8Bit,
 }
+
+
+class KeepDecoded(StrEnum):
+    """``auto``: on a CPU, where they take at most half of the free memory; ``always``, on any device; ``never``."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"

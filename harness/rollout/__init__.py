@@ -1,11 +1,30 @@
 """The sampler: prefill, few-step rollout, compilation and CUDA graphs."""
 
-from harness.rollout.assembly import Assembled, LatentDecoder, RolloutSetup, assemble, load_core, load_dcae
-from harness.rollout.attention import FRAME_ATTENTION, AttentionKind
-from harness.rollout.compile import CompileConf, CompileCounters
-from harness.rollout.decoder import DecoderGroups, FrameDecoder
-from harness.rollout.overlap import OverlappedDecoding
-from harness.rollout.sampler import Frame, Rollout, SamplerConf, Warmup, make_cache
+from typing import TYPE_CHECKING
+
+from harness.lazily import attributes
+
+if TYPE_CHECKING:
+    from harness.rollout.assembly import Assembled, LatentDecoder, RolloutSetup, assemble, load_core, load_dcae
+    from harness.rollout.attention import FRAME_ATTENTION
+    from harness.rollout.compile import CompileCounters
+    from harness.rollout.conf import AttentionKind, CompileConf, DecoderGroups, SamplerConf
+    from harness.rollout.decoder import FrameDecoder
+    from harness.rollout.overlap import OverlappedDecoding
+    from harness.rollout.sampler import Frame, Rollout, Warmup, make_cache
+else:
+    __getattr__ = attributes(
+        __name__,
+        {
+            "assembly": "Assembled LatentDecoder RolloutSetup assemble load_core load_dcae",
+            "attention": "FRAME_ATTENTION",
+            "compile": "CompileCounters",
+            "conf": "AttentionKind CompileConf DecoderGroups SamplerConf",
+            "decoder": "FrameDecoder",
+            "overlap": "OverlappedDecoding",
+            "sampler": "Frame Rollout Warmup make_cache",
+        },
+    )
 
 __all__ = [
     "FRAME_ATTENTION",

@@ -23,11 +23,10 @@ from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.transform import TransformSummary, apply_mx
 from harness.mx.weights import WeightSource
-from harness.rollout.attention import AttentionKind
-from harness.rollout.compile import CompileConf
-from harness.rollout.decoder import DecoderGroups, FrameDecoder
+from harness.rollout.conf import AttentionKind, CompileConf, DecoderGroups, SamplerConf
+from harness.rollout.decoder import FrameDecoder
 from harness.rollout.linears import pack_where_faster
-from harness.rollout.sampler import Rollout, SamplerConf, Warmup, make_cache
+from harness.rollout.sampler import Rollout, Warmup, make_cache
 
 
 @dataclass(frozen=True)

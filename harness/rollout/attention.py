@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +14,8 @@ from harness.kv import KVCache, KVConf
 from harness.kv.conf import TENSORS
 from harness.models.attention import Attend, ProjectedAttend
 from harness.rollout import fused
-from harness.rollout.compile import CompileConf, compile_function
-
-
-class AttentionKind(StrEnum):
-    """How one frame attends to the ring.
-
-    ``sdpa`` is torch's fused attention, ``flex`` its FlexAttention; both unpack a quantised ring first. ``fused`` are
-    our kernels, which read it packed (:mod:`harness.rollout.fused`).
-    """
-
-    sdpa = "sdpa"
-    flex = "flex"
-    fused = "fused"
+from harness.rollout.compile import compile_function
+from harness.rollout.conf import AttentionKind, CompileConf
 
 
 def sdpa_over_window(cache: KVCache) -> Attend:

@@ -5,62 +5,17 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
-SCOPES = ("frame", "block")
-BACKENDS = ("inductor", "aot_eager", "eager")
-LINEARS = ("auto", "library", "packed")
+from harness.rollout.conf import BACKENDS, LINEARS, MODES, SCOPES, CompileConf
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
-
-
-@dataclass
-class CompileConf:
-    """How a frame runs. Fits an OmegaConf structured config.
-
-    Attributes:
-        enabled: compile the denoising steps and the decoder with ``torch.compile``: fixed shapes, no graph breaks
-            allowed.
-        mode: ``torch.compile`` mode: default, reduce-overhead (its own CUDA graphs) or
-            max-autotune-no-cudagraphs.
-        cuda_graph: capture one whole frame in a CUDA graph and replay it; null = where compiled code runs on a GPU
-            in a mode that captures nothing by itself.
-        backend: inductor, or aot_eager / eager to trace without generating code (debugging).
-        options: Inductor options over those of ``mode``, by name as in ``torch._inductor.list_options()``.
-        scope: what is compiled as one piece. frame: a whole denoising step. block: a layer, whose code all layers of
-            its kind share, which takes a fraction of the time; but each layer is called from Python, which costs time
-            unless the frame is captured. null = block where it is, else frame.
-        linears: what multiplies BF16 Linears of the blocks. library: torch. packed: our kernel, over packed weights
-            (Hopper). auto = packed where that is faster, see :mod:`harness.rollout.linears`.
-        overlap_decode: also measure throughput with each frame decoded while the next is denoised (CUDA alone).
-    """
-
-    enabled: bool = False
-    mode: str = "default"
-    cuda_graph: bool | None = None
-    backend: str = "inductor"
-    options: dict[str, Any] = field(default_factory=dict)
-    scope: str | None = None
-    linears: str = "auto"
-    overlap_decode: bool = False
-
-    def captures(self, device: torch.device) -> bool:
-        """Whether a frame on ``device`` is captured in our CUDA graph."""
-        if self.cuda_graph is not None:
-            return self.cuda_graph
-        return self.enabled and device.type == "cuda" and self.mode != "reduce-overhead"
-
-    def scope_on(self, device: torch.device) -> str:
-        """``scope``, or what null stands for on ``device``."""
-        return self.scope or ("block" if self.captures(device) else "frame")
 
 
 def validate(conf: CompileConf, device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from statistics import median
 from typing import TypeVar
@@ -15,27 +14,12 @@ from torch import Tensor, nn
 from harness.measure.timing import samples_ms
 from harness.models.dcae import DCAEConfig, DCAEDecoder
 from harness.rollout import fused_decoder
-from harness.rollout.compile import CapturedGraph, CompileConf, compile_function, without_grad
+from harness.rollout.compile import CapturedGraph, compile_function, without_grad
+from harness.rollout.conf import CompileConf, DecoderGroups
 from harness.rollout.fused_decoder import FusedDecoder
 
 MERGED = (64, 128)
 """Channels per group that ``auto`` tries between the trained ones and all of them."""
-
-
-class DecoderGroups(StrEnum):
-    """How grouped convolutions run; all compute the same.
-
-    ``grouped``: as trained. ``dense``: as ordinary convolutions whose weights are zero between the groups: more
-    arithmetic, but GPU libraries have few good kernels for groups of 16 channels. ``fused``: as trained, by our
-    kernels, each with what stands around it (:mod:`harness.rollout.fused_decoder`). ``auto``: ``fused`` where
-    compilation is on and these kernels run; on other GPUs each convolution the fastest way measured at its size, groups
-    merged to 64 or 128 channels included; on a CPU as trained.
-    """
-
-    grouped = "grouped"
-    dense = "dense"
-    fused = "fused"
-    auto = "auto"
 
 
 def validate(groups: DecoderGroups, cfg: DCAEConfig, device: torch.device, dtype: torch.dtype) -> None:

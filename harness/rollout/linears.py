@@ -17,8 +17,7 @@ from torch import nn
 from harness.kernels.cuda import linear as cuda_linear
 from harness.kernels.cuda.linear import PackedBF16Linear, PackedLinear
 from harness.models.world import WorldModel
-from harness.rollout.attention import AttentionKind
-from harness.rollout.compile import CompileConf
+from harness.rollout.conf import AttentionKind, CompileConf
 
 WIDEST = {64: 2560, 128: 1536}
 """Rows (clips times tokens), and the widest model of which it is no slower at so many.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from harness.kv import KVCache, KVConf
 from harness.models.world import FrameModulation, WorldModel
-from harness.rollout.attention import AttentionKind, PrefillAttention, check_attention
+from harness.rollout.attention import PrefillAttention, check_attention
 from harness.rollout.compile import (
     CapturedGraph,
-    CompileConf,
     CompileCounters,
     begin_frame,
     compile_function,
@@ -24,6 +22,7 @@ from harness.rollout.compile import (
     without_grad,
 )
 from harness.rollout.compile import validate as validate_compile
+from harness.rollout.conf import AttentionKind, CompileConf, SamplerConf
 from harness.rollout.linears import compile_ahead
 from harness.rollout.modulation import StackedModulation
 from harness.rollout.prefill import fits as prefill_fits
@@ -31,24 +30,6 @@ from harness.rollout.prefill import prefill_fused
 from harness.rollout.steps import Rotary, Step, make_step
 
 NO_CONTROLS = "this model is conditioned on controls: pass mouse and btn"
-
-
-@dataclass
-class SamplerConf:
-    """How frames are sampled. Fits an OmegaConf structured config.
-
-    Attributes:
-        window: frames W that a new frame sees, itself included; also the length of the history.
-        timesteps: noise levels at which the model is evaluated, from the first (1 = pure noise) down; a last step
-            to 0 is implied.
-        context_noise: noise level a of the history in prefill, ``x(1-a) + a*noise``.
-        seed: seed of all noise.
-    """
-
-    window: int = 60
-    timesteps: list[float] = field(default_factory=lambda: [1.0, 0.25])
-    context_noise: float = 0.25
-    seed: int = 0
 
 
 def validate(conf: SamplerConf) -> None:

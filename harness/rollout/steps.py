@@ -12,8 +12,9 @@ from harness.models import bf16
 from harness.models.attention import LayerAttend
 from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
 from harness.models.world import WorldModel
-from harness.rollout.attention import AttentionKind, FusedAttention, frame_attention, layer_attention, meeting_of
-from harness.rollout.compile import CompileConf, compile_function, keep_in_place
+from harness.rollout.attention import FusedAttention, frame_attention, layer_attention, meeting_of
+from harness.rollout.compile import compile_function, keep_in_place
+from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
 from harness.rollout.norms import residual_norm
 

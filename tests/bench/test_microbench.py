@@ -9,7 +9,7 @@ from torch import nn
 from harness.bench import inputs, linears, measuring, micro, rings
 from harness.mx.linears.base import MXLinear
 from harness.mx.weights import nearest
-from harness.rollout.attention import AttentionKind
+from harness.rollout.conf import AttentionKind
 
 QUICK = ["--device", "cpu", "--model", "smoke", "--iterations", "1", "--warmup", "0"]
 

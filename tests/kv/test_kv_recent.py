@@ -11,7 +11,8 @@ from harness.calib.sequences import layer_cache_conf
 from harness.kv import KVCache, KVConf, KVStorage, describe, validate
 from harness.kv.conf import KVFormat
 from harness.mx.conf import MXConf
-from harness.rollout.attention import AttentionKind, check_storage
+from harness.rollout.attention import check_storage
+from harness.rollout.conf import AttentionKind
 
 HEADS, TOKENS, DIM = 2, 4, 32
 MX = KVStorage.mx

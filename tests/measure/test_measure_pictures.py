@@ -5,10 +5,11 @@ import torch
 
 from harness.measure import appearance as looks
 from harness.measure import pictures as held
+from harness.measure.conf import StabilityConf
 from harness.measure.motion import image_motion
 from harness.measure.pictures import Pictures
 from harness.measure.quality import score_frames
-from harness.measure.stability import StabilityConf, detect, frame_change, gradient_energy
+from harness.measure.stability import detect, frame_change, gradient_energy
 from harness.models.dcae import to_frames
 
 

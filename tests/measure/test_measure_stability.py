@@ -4,17 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from harness.measure.conf import StabilityConf, validate
 from harness.measure.stability import (
     BLACK,
     FROZEN,
     STRUCTURE,
-    StabilityConf,
     detect,
     finite_clips,
     first_run,
     frame_change,
     gradient_energy,
-    validate,
     watch_non_finite,
 )
 

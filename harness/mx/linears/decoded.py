@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
 from harness.formats.mx import decode, encode
 from harness.models import bf16
+from harness.mx.conf import KeepDecoded
 from harness.mx.linears.base import MXLinear
 
 SHARE = 0.5
 """Of the memory that is free, as much as ``auto`` lets decoded weights take."""
-
-
-class KeepDecoded(StrEnum):
-    """``auto``: on a CPU, where they take at most half of the free memory; ``always``, on any device; ``never``."""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
 
 
 @dataclass(frozen=True)
