@@ -137,7 +137,8 @@ def test_every_sub_command_has_help_and_the_products_version_without_importing_t
     ],
 )
 def test_a_misspelt_word_is_told_before_torch_is_imported(words, told):
-    code = "from harness.cli import main, sys\nimport atexit\natexit.register(lambda: print('torch' in sys.modules)); main()"
+    code = "import atexit, sys\nfrom harness.cli import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
