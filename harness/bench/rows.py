@@ -79,7 +79,10 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     rows = []
     for model, batch, formats, attention in product:
         both = formats == ("bf16", "bf16") and attention == "fused" and args.device == "cuda"
-        rows += [Row(model, batch, *formats, attention, way) for way in (("library", "packed") if both else ("auto",))]
+        rows += [
+            Row(model, batch, *formats, attention, linears)
+            for linears in (("library", "packed") if both else ("auto",))
+        ]
     return [row for row in rows if re.search(args.match, row.name)]
 
 

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.fields import fields_of
 from harness.config.places import CONF
-from harness.config.problems import ConfigError
+from harness.config.problems import LONGEST, ConfigError
 from harness.config.schema import SCHEMAS, register
 from harness.config.values import unknown_keys
 from harness.config.words import Vocabulary, file_problems, word_problems
@@ -275,5 +275,5 @@ def one_line(error: BaseException) -> str:
         inner = inner.__cause__
     told = ": ".join(texts) or type(error).__name__
     if "integer string conversion" in told:  # Python's own words, with advice to a programmer
-        return "a number of thousands of digits; whole numbers have at most 64 bits"
+        return f"a number of thousands of digits; {LONGEST}"
     return told

@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message lists every problem found and what to do about it."""
 
 
+LONGEST = "whole numbers have at most 64 bits"
+"""What is said of one that is longer."""
+
+
 @contextmanager
 def collect(problems: list[str]) -> Iterator[None]:
     """Turn a check's ``ValueError`` into one more problem, so that a user sees all of them at once."""

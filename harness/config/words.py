@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config.fields import Field, mismatch
-from harness.config.problems import nearest, unknown
+from harness.config.problems import LONGEST, nearest, unknown
 
 OPEN = ("logger", "compile.options", "flags")
 """Mappings that take any key here; what they are passed to checks them."""
@@ -167,7 +167,7 @@ def _endless(word: str) -> str | None:
     """What the grammar's parser would stumble over: digits or brackets without end."""
     name = word.partition("=")[0][:80]
     if (digits := max(map(len, DIGITS.findall(word)), default=0)) > MOST_DIGITS:
-        return f"{name}: a number of {digits} digits; whole numbers have at most 64 bits"
+        return f"{name}: a number of {digits} digits; {LONGEST}"
     if (depth := max(accumulate(map(_opened, word)), default=0)) > MOST_BRACKETS:
         return f"{name}: {depth} brackets within brackets; at most {MOST_BRACKETS}"
     if (listed := word.count(",") + 1) > MOST_LISTED:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from harness.files.locks import lock
 
 RECORD, TABLE, PAGE, FRAMES, LOG = "record.json", "table.txt", "report.html", "frames.csv", "run.log"
 ERROR = "error.txt"
@@ -45,11 +46,9 @@ def is_running(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(handle, shared=True)
     except BlockingIOError:
         return True
-    except OSError:
-        return False
     finally:
         os.close(handle)
     return False

@@ -16,6 +16,7 @@ from harness.report import drift
 from harness.report import gates as gates_room
 from harness.report.record import COMPLETE, RunRecord
 from harness.report.sections import ArmRecord, Memory, Numerics
+from harness.report.sections.formats import spoken
 
 WIDTH = 100
 ABSENT = "-"
@@ -191,7 +192,7 @@ def _numerics_text(numerics: Numerics) -> str:
     """The worst MX Linear, and each category."""
     layer = numerics.layers[numerics.worst]
     shares = ", ".join(
-        f"{kind} {_percent(found.rel_mean)} (at most {_percent(found.rel_max)})"
+        f"{spoken(kind)} {_percent(found.rel_mean)} (at most {_percent(found.rel_max)})"
         for kind, found in numerics.categories.items()
     )
     return (
@@ -217,7 +218,7 @@ def _notes(record: RunRecord) -> Iterator[str]:
         yield "The candidate is the baseline (quant=bf16 kv=bf16): one arm ran."
     elif candidate.transform:
         transform = candidate.transform
-        categories = ", ".join(f"{count} {name}" for name, count in transform.categories.items())
+        categories = ", ".join(f"{count} {spoken(name)}" for name, count in transform.categories.items())
         kept = f"; {len(transform.kept_bf16)} in scope kept BF16" * bool(transform.kept_bf16)
         yield f"Linears in MX: {transform.count} ({categories}){kept}."
         if candidate.numerics is not None:

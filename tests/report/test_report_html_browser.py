@@ -143,13 +143,16 @@ def test_a_run_of_one_arm_has_nothing_to_swipe_between(browser, tmp_path):
     )
     assert browser.execute_script(seen + ".map(e => e.innerText.trim().split(/\\s/)[0])") == ["Clip", "BF16"]
     assert "Drag across" not in browser.execute_script("return document.getElementById('videos').innerText")
+    assert browser.execute_script("return document.querySelector('#videos h2').innerText") == "Clips"
+    assert "candidate" not in browser.execute_script("return document.getElementById('quality').textContent")
 
 
 # How many names of points are drawn, and which of them touch another name or any point; a line of text is taller than
 # its letters by a third.
 NAMES = """
 const drawn = [...document.querySelectorAll('figure.scatter')].map(figure => {
-  const boxes = (query, spare) => [...figure.querySelectorAll(query)].map(node => {
+  const shown = query => [...figure.querySelectorAll(query)].filter(node => node.getBoundingClientRect().width);
+  const boxes = (query, spare) => shown(query).map(node => {
     const { left, right, top, bottom } = node.getBoundingClientRect();
     const room = spare * (bottom - top);
     return { text: node.textContent, left, right, top: top + room, bottom: bottom - room };
@@ -174,7 +177,9 @@ def test_names_of_a_sweeps_points_touch_no_other_name_or_point(browser, tmp_path
             assert touching == []
             assert all(count >= 3 for count in counts), "names are drawn at all"
             sideways = browser.execute_script("return document.documentElement.scrollWidth > innerWidth")
-            assert not sideways, "a plot that is wider than the screen moves within its own frame"
+            assert not sideways
+            wide = "return [...document.querySelectorAll('.scatter svg')].map(e => e.getBoundingClientRect().right)"
+            assert 0 < max(browser.execute_script(wide)) <= screen["width"], "a plot is no wider than the screen"
         finally:
             browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -178,7 +178,7 @@ def test_the_table_shows_both_arms_the_drop_and_what_the_speed_means():
     assert "mxfp8_all *" in text
     assert "its speed says nothing about MX" in text
     assert "random weights" in text
-    assert "Linears in MX: 8 (4 mlp, 4 attn)" in text
+    assert "Linears in MX: 8 (4 mlp, 4 attention)" in text
     assert "0.50x" in next(line for line in text.splitlines() if "FPS, pipeline" in line)
     assert "-0.50" in next(line for line in text.splitlines() if "PSNR dB" in line)
     fidelity = next(line for line in text.splitlines() if "fidelity," in line)

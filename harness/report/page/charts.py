@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH, WIDE, HEIGHT = 560.0, 1150.0, 210.0
+PHONE = 340.0
+"""Width of a drawing in which text keeps its size on a phone."""
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 12.0, 34.0
 LOG_FROM = 30.0
 """Columns whose heights differ by more than this factor get a logarithmic axis."""
@@ -304,17 +306,37 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, fli
         y_label: of the vertical axis.
         flip_y: draw small y at the top, for figures that are better when small.
     """
-    x = make_axis([point.x for point in points], LEFT + 14, WIDTH - RIGHT - 14)
+    drawings = [_points(points, x_label, y_label, flip_y, width) for width in (WIDTH, PHONE)]
+    data = {
+        "labels": [point.name for point in points],
+        "series": [
+            {"name": name, "values": values}
+            for name, values in ((x_label, [point.x for point in points]), (y_label, [point.y for point in points]))
+        ],
+    }
+    svg = '<svg class="{}" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg>'
+    caption = "<figcaption><span>{}</span></figcaption>"
+    return Markup(f'<figure class="chart scatter" data-points="{{}}">{caption}{svg}{svg}</figure>').format(
+        json.dumps(data, allow_nan=False),
+        title,
+        *("for-desk", WIDTH, HEIGHT, title, drawings[0]),
+        *("for-phone", PHONE, HEIGHT, title, drawings[1]),
+    )
+
+
+def _points(points: Sequence[Point], x_label: str, y_label: str, flip_y: bool, width: float) -> Markup:
+    """What a scatter plot of this width shows: names lie where there is room at this size."""
+    x = make_axis([point.x for point in points], LEFT + 14, width - RIGHT - 14, 5 if width == WIDTH else 3)
     top, bottom = (HEIGHT - BOTTOM - 10, TOP + 10) if flip_y else (TOP + 10, HEIGHT - BOTTOM - 10)
     y = make_axis([point.y for point in points], bottom, top, 4)
-    drawing = _grid(x, y, x_label, y_label)
+    drawing = _grid(x, y, x_label, y_label, width)
     front = sorted((point for point in points if point.on_front), key=lambda point: point.x)
     if len(front) > 1:
         corners = "".join(
             f"{'L' if index else 'M'}{x.at(point.x):.1f} {y.at(point.y):.1f}" for index, point in enumerate(front)
         )
         drawing.append(Markup('<path class="front" d="{}"/>').format(corners))
-    drawing += _names([(point.name, x.at(point.x), y.at(point.y)) for point in points])
+    drawing += _names([(point.name, x.at(point.x), y.at(point.y)) for point in points], width)
     for point in points:
         style = f"dot {point.style}{' on-front' if point.on_front else ''}"
         circle = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="6" data-tip="{}"/>').format(
@@ -323,25 +345,15 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, fli
         if point.href is not None:
             circle = Markup('<a href="{}">{}</a>').format(point.href, circle)
         drawing.append(circle)
-    data = {
-        "labels": [point.name for point in points],
-        "series": [
-            {"name": name, "values": values}
-            for name, values in ((x_label, [point.x for point in points]), (y_label, [point.y for point in points]))
-        ],
-    }
-    return Markup(
-        '<figure class="chart scatter" data-points="{}"><figcaption><span>{}</span></figcaption>'
-        '<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg></figure>'
-    ).format(json.dumps(data, allow_nan=False), title, WIDTH, HEIGHT, escape(title), Markup("").join(drawing))
+    return Markup("").join(drawing)
 
 
 LETTER = 7.2
 """Room for a letter of a name, in the drawing's units: what most fonts take at its size, and a little air."""
 
 
-def _names(points: Sequence[tuple[str, float, float]]) -> list[Markup]:
-    """Names beside their points; where there is no room for one, its read-out has it."""
+def _names(points: Sequence[tuple[str, float, float]], room: float) -> list[Markup]:
+    """Names beside their points, in a drawing ``room`` wide; where there is none for one, its read-out has it."""
     taken = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
     drawn = []
     for name, x, y in points:
@@ -354,7 +366,7 @@ def _names(points: Sequence[tuple[str, float, float]]) -> list[Markup]:
         )  # above and below
         for left, middle in (*beside, *((start, at) for start in starts for at in (y - 14, y + 15))):
             box = (left, middle - 6, left + width, middle + 6)
-            inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+            inside = box[0] >= LEFT and box[2] <= room and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 text = Markup('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>')

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from harness.entries import entry
 from harness.report.page.figures import number, sentence, shown, significant, size, times, typed
+from harness.report.sections.formats import spoken
 
 T = TypeVar("T")
 SAID = 300
@@ -117,7 +118,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "significant": significant, "size": size, "times": times, "shown": shown}
-    environment.filters |= {"sentence": sentence, "typed": typed}
+    environment.filters |= {"sentence": sentence, "typed": typed, "spoken": spoken}
     environment.globals["entry"] = entry
     return environment
 

@@ -13,6 +13,7 @@ from harness.report.page.drawing import attempt, undrawn
 from harness.report.page.figures import flatten, significant
 from harness.report.record import RunRecord
 from harness.report.sections import KVStored, Numerics, RingStored, ScaleSeries
+from harness.report.sections.formats import spoken
 
 READ_OUT = ("rel", "mae", "max", "sqnr_db", "bf16.rel")
 """Figures of a Linear's error that its column shows under the pointer."""
@@ -57,7 +58,7 @@ def _linears(section: Numerics | None) -> dict[str, Any] | None:
     title = "Relative error of each Linear's output"
     chart = attempt(title, lambda: column_chart(title, list(layers), figures, "rel", styles))
     means = [
-        f"{kind} {significant(found.rel_mean)} (largest {significant(found.rel_max)})"
+        f"{spoken(kind)} {significant(found.rel_mean)} (largest {significant(found.rel_max)})"
         for kind, found in section.categories.items()
     ]
     lead = f"{section.method}. Mean relative error: {', '.join(means)}." if means else ""

@@ -75,11 +75,12 @@ def run_page(record: RunRecord, folder: Path, embed_limit: int = EMBED_LIMIT) ->
     labels = {name: arm.label or name for name, arm in record.arms.items()}
     title = labels.get("candidate") or "BF16"
     hatched = EMULATED if emulated(record) else ""
+    stage_name = _stage_name(record)
     sections = [
         Section("verdict", "Verdict", lambda: {"verdict": verdict(record, folder), "tiles": _tiles(record)}),
         Section("gates", "Gates", lambda: {"checks": _checks(record)}),
         Section("incidents", "Incidents", lambda: _incidents(record)),
-        Section("videos", "Side by side", lambda: {"videos": _videos(record, folder, embed_limit)}),
+        Section("videos", stage_name, lambda: {"videos": _videos(record, folder, embed_limit), "heading": stage_name}),
         Section("quality", "Quality over the rollout", lambda: _quality(record)),
         Section("speed", "Speed", lambda: _speed(record) | {"labels": labels, "emulated": hatched}),
         Section("memory", "Memory", lambda: {"memory": memory_bars(record), "rss": _resident(record)}),
@@ -87,7 +88,15 @@ def run_page(record: RunRecord, folder: Path, embed_limit: int = EMBED_LIMIT) ->
         Section("setup", "What ran", lambda: _what_ran(record)),
     ]
     header = Section("header", title, lambda: {"record": record, "title": title, "labels": labels})
-    return draw_page("run.html.j2", f"{title} · {record.run_id}", header, sections, NAV)
+    return draw_page("run.html.j2", f"{title} · {record.run_id}", header, sections, NAV | {"videos": stage_name})
+
+
+def _stage_name(record: RunRecord) -> str:
+    """What the section of the videos is called: pictures lie side by side where there are several of a clip."""
+    try:
+        return "Side by side" if any(len(panels(record, clip)) > 1 for clip in record.clips) else "Clips"
+    except Exception:  # what is wrong with a clip, the section itself says
+        return NAV["videos"]
 
 
 NAV = {
@@ -125,6 +134,7 @@ def _quality(record: RunRecord) -> dict[str, Any]:
         "clips": clips,
         "unread": unread,
         "has_videos": any(clip.video for clip in record.clips),
+        "compared": len(record.arms) > 1,
     }
 
 

@@ -60,3 +60,8 @@ class Calibration:
     linears: int
     fingerprint: str
     found: bool
+
+
+def spoken(category: str) -> str:
+    """What a reader is told of a category of Linears: ``attn``, as the config has it, is attention."""
+    return {"attn": "attention"}.get(category, category)

@@ -120,7 +120,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 // ---- a chart as a file or as text: its drawing with the page's colours written into it, its figures as CSV
-const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "font-size", "font-family"];
+const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "paint-order", "font-size", "font-family"];
 
 function drawing(svg) {
   const copy = svg.cloneNode(true);
