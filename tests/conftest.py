@@ -13,13 +13,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own library reads it then
 
 import dataclasses
+import itertools
 import shutil
+import sys
 
 import chromium
 import pytest
 import torch._dynamo
 import yaml
 from game_clips import write_game_clip
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from safetensors.torch import save_file
 
@@ -30,7 +33,7 @@ from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
 from harness.models.dcae import DCAEEncoder
 from harness.report.record import load_record
-from harness.run import run
+from harness.run import cli, run
 
 register()
 torch.set_num_threads(1)
@@ -53,6 +56,27 @@ TINY_DCAE = {
     "encoder_blocks_per_stage": [1, 1, 1],
     "decoder_blocks_per_stage": [1, 1, 1],
 }
+
+
+def pytest_collection_modifyitems(config, items):
+    """Modules with slow tests first, shared out among the workers: else one may be left working alone at the end.
+
+    ``--dist worksteal`` gives every worker a stretch of the same length to begin with.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
+    modules = {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    slow = [tests for tests in modules.values() if any(test.get_closest_marker("slow") for test in tests)]
+    stretches = [list(itertools.chain(*slow[worker::workers])) for worker in range(workers)]
+    rest = [test for tests in modules.values() if tests not in slow for test in tests]
+    for stretch in stretches:
+        room = max(0, len(items) // workers - len(stretch))
+        stretch += rest[:room]
+        del rest[:room]
+    items[:] = [*itertools.chain(*stretches), *rest]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +151,24 @@ def record(composed, tmp_path):
         return load_record(tmp_path / "run" / "record.json")
 
     return run_and_load
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capfd):
+    """Run the command's function with these words; returns its exit code and what it wrote to stderr."""
+
+    def run_words(*words):
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        monkeypatch.chdir(tmp_path)
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            cli()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capfd.readouterr().err
+
+    return run_words
 
 
 @pytest.fixture

@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "endings"))
+
+import cells
 
 from harness.ab import processes as parallel
 from harness.ab.processes import ProcessError, Processes, check_clips, check_processes
@@ -15,8 +20,10 @@ from harness.report.record import load_record
 from harness.report.sections import BatchTimes, IncidentRecord
 from harness.run import run
 
-SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.limit=3", "measure.parts_frames=1"]
-SMOKE += ["quant=mxfp4_mlp", "kv=mx_v_only"]
+ODD = ["data.limit=3"]
+"""Clips: processes do not get the same number of them."""
+SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "data.limit=4", "measure.parts_frames=0"]
+SMOKE += ["quant=mxfp8_mlp", "kv=mx_v_only"]
 BATCH = Line(batch=FinishedBatch(["a"], [], BatchTimes(["a"], [], {})))
 
 BROKEN = """
@@ -46,13 +53,20 @@ def start(folder, *words, fault=None):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
 
 
-def test_two_processes_give_the_figures_of_one(composed, tmp_path):
-    run(composed(*SMOKE, "measure.videos=false"))
-    alone = load_record(tmp_path / "run" / "record.json")
-    folder = tmp_path / "two"
-    folder.mkdir()
-    done = start(folder)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What a run in two processes said, and its folder."""
+    folder = tmp_path_factory.mktemp("two")
+    command = cells.command("ddp", folder / "run", resume=False, more=ODD)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+def test_two_processes_give_the_figures_of_one(two, composed, tmp_path):
+    run(composed(*cells.SMOKE, *cells.MX, *ODD, "measure.videos=false"))
+    alone = load_record(tmp_path / "run" / "record.json")
+    said, folder = two
     both = load_record(folder / "run" / "record.json")
     assert both.environment.processes == 2
     assert alone.environment.processes == 1
@@ -66,17 +80,24 @@ def test_two_processes_give_the_figures_of_one(composed, tmp_path):
     for name, arm in both.arms.items():
         assert arm.speed.total_ms.n == alone.arms[name].speed.total_ms.n == 3
     rows = (folder / "run" / "frames.csv").read_text().splitlines()
-    assert len(rows) == 1 + 3 * 2 * 2
+    assert len(rows) == 1 + 3 * 3 * 2
     assert all((folder / "run" / clip.video).stat().st_size > 500 for clip in both.clips)
-    assert done.stdout.count("fidelity, all clips (3)") == 1
+    assert said.count("fidelity, all clips (3)") == 1
     assert not (folder / "run" / "journal").exists()
     logged = (folder / "run" / "log" / "metrics.csv").read_text().splitlines()
     assert len(logged) == 1 + 3
 
 
+@pytest.mark.slow
+def test_a_run_in_two_processes_that_is_stopped_keeps_what_is_finished_and_goes_on_to_the_bit(two):
+    cell = cells.measure("ddp", "SIGHUP", "middle", cells.figures("ddp", two[1] / "run"), more=ODD)
+    assert cell.wrong == [], cell
+    assert cell.kept >= 2
+
+
 def test_a_process_that_fails_ends_the_run_and_finished_clips_are_kept(tmp_path):
     fault = 'if self.global_rank == 1: raise RuntimeError("injected")'
-    done = start(tmp_path, "measure.videos=false", "data.limit=4", fault=fault)
+    done = start(tmp_path, "measure.videos=false", fault=fault)
     assert done.returncode == 1
     assert "error: process 1: RuntimeError: injected" in done.stderr
     record = load_record(tmp_path / "run" / "record.json")
@@ -87,7 +108,7 @@ def test_a_process_that_fails_ends_the_run_and_finished_clips_are_kept(tmp_path)
 
 def test_a_killed_process_ends_the_run_soon_and_what_is_finished_stays(tmp_path):
     fault = "if self.global_rank == 1 and batch_idx == 1: os.kill(os.getpid(), signal.SIGKILL)"
-    done = start(tmp_path, "data.limit=4", fault=fault)
+    done = start(tmp_path, fault=fault)
     assert done.returncode == 1
     kept = list((tmp_path / "run" / "videos").glob("*.mp4"))
     assert len(kept) >= 2

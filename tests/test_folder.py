@@ -98,17 +98,16 @@ def test_a_folder_of_others_files_is_refused_whatever_is_said(tmp_path):
         ["gates=b", "gates.baseline=nowhere.json"],
     ],
 )
-def test_a_command_that_is_refused_leaves_no_folder(tmp_path, words):
-    done = typed(tmp_path, *words, "hydra.run.dir=run")
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: [^\n]+(\n  [^\n]+)*\n?", done.stderr), done.stderr
+def test_a_command_that_is_refused_leaves_no_folder(command, tmp_path, words):
+    code, said = command(*SMOKE, *words, "hydra.run.dir=run")
+    assert code == 2
+    assert re.fullmatch(r"error: [^\n]+(\n  [^\n]+)*\n?", said), said
     assert os.listdir(tmp_path) == []
 
 
-def test_the_page_shows_no_video_that_its_record_does_not_name(tmp_path):
+def test_the_page_shows_no_video_that_its_record_does_not_name(composed, tmp_path):
     """Of an earlier run, under a clip's name or beside it; or one that has taken the place of its own."""
-    done = typed(tmp_path, "quant=mxfp8_mlp", "hydra.run.dir=run")
-    assert done.returncode == 0, done.stderr
+    run(composed(*SMOKE, "quant=mxfp8_mlp"))
     folder = tmp_path / "run"
     own = load_record(folder / "record.json").clips[0].video
     page = write_run_page(folder).read_text()

@@ -27,18 +27,18 @@ def beside(tmp_path):
 
 def started(folder, *command):
     env = {**HERE, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
 
 
 def test_the_packages_beside_would_be_imported_otherwise(beside):
     assert "was imported" in started(beside, "-c", "import torchmetrics").stderr
 
 
-@pytest.mark.parametrize("command", [("harness/run.py", "nonsense=1"), ("-m", "harness.play", "nonsense=1")])
+@pytest.mark.parametrize("command", [("harness/run.py",), ("-m", "harness.play")])
 def test_a_command_imports_nothing_that_torchmetrics_has_for_others(beside, command):
-    done = started(beside, *command)
+    done = started(beside, *command, "model.checkpoint=nowhere.pt")  # which is found wrong once all is imported
     assert done.returncode == 2, done.stderr
-    assert "nonsense" in done.stderr
+    assert "model.checkpoint=nowhere.pt: no such file" in done.stderr
     assert "was imported" not in done.stderr
 
 

@@ -45,24 +45,6 @@ def test_one_command_leaves_table_record_figures_and_videos(tmp_path):
     assert {file.name for file in folder.iterdir()} >= {"frames.csv", "log", "videos", ".hydra"}
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path, capfd):
-    """Run the command's function with these words; returns its exit code and what it wrote to stderr."""
-
-    def run_words(*words):
-        monkeypatch.setattr(sys, "argv", ["run.py", *words])
-        monkeypatch.chdir(tmp_path)
-        GlobalHydra.instance().clear()
-        code = 0
-        try:
-            cli()
-        except SystemExit as stop:
-            code = stop.code
-        return code, capfd.readouterr().err
-
-    return run_words
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

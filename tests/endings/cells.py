@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +43,8 @@ POINTS = ("setup", "first clip", "middle", "video", "record", "page")
 WAYS = ("plain", "ddp", "sweep", "ladder")
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGKILL": -9}
 DISK = "16m"
+Start = Callable[[list[str]], tuple[int, str]]
+"""Runs a command to its end; gives its exit code and what it said on standard error."""
 
 
 @dataclass
@@ -60,9 +62,9 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-def command(way: str, folder: Path, resume: bool) -> list[str]:
-    """What a user types; the same again with ``resume=true`` goes on."""
-    run = [sys.executable, str(REPO / "harness" / "run.py"), *SMOKE]
+def command(way: str, folder: Path, resume: bool, more: Sequence[str] = ()) -> list[str]:
+    """What a user types, ``more`` words of it; the same again with ``resume=true`` goes on."""
+    run = [sys.executable, str(REPO / "harness" / "run.py"), *SMOKE, *more]
     again = ["resume=true"] if resume else []
     if way == "plain":
         return [*run, *MX, f"hydra.run.dir={folder}", *again]
@@ -173,15 +175,15 @@ def expected_code(cell: Outcome) -> tuple[int, ...]:
     return (0,)
 
 
-def measure(way: str, kind: str, point: str, reference: Any) -> Outcome:
-    """One cell."""
+def measure(way: str, kind: str, point: str, reference: Any, go_on: Start = start, more: Sequence[str] = ()) -> Outcome:
+    """One cell. ``go_on`` starts the command that resumes, ``more`` are further words of both commands."""
     cell = Outcome(way, kind, point)
     with small_disk(kind == "disk full") as disk, tempfile.TemporaryDirectory() as other:
         folder, once = disk / "run", Path(other) / "once"
         told = fault(way, kind, point, once, disk)
         if kind == ">&-":
             told["point"] = "never"
-        cell.code, said = start(command(way, folder, False), kind, told)
+        cell.code, said = start(command(way, folder, False, more), kind, told)
         cell.said = next((line for line in said.splitlines()[::-1] if line.strip()), "")[:200]
         if kind != ">&-" and not once.exists():
             cell.wrong.append("never hit")
@@ -191,7 +193,7 @@ def measure(way: str, kind: str, point: str, reference: Any) -> Outcome:
             cell.wrong.append(f"exit code {cell.code}: {cell.said}")
         (disk / "filler").unlink(missing_ok=True)
         look(cell, hit_folder(way, folder))
-        cell.again, said = start(command(way, folder, True))
+        cell.again, said = go_on(command(way, folder, True, more))
         if cell.again != 0:
             cell.wrong.append(f"resume ended with {cell.again}: {said.strip()[-300:]}")
         elif figures(way, folder) != reference:
@@ -204,10 +206,10 @@ def measure(way: str, kind: str, point: str, reference: Any) -> Outcome:
     return cell
 
 
-def undisturbed(way: str) -> Any:
-    """The figures of a run that nothing happens to."""
+def undisturbed(way: str, begin: Start = start) -> Any:
+    """The figures of a run that nothing happens to; ``begin`` starts it."""
     with tempfile.TemporaryDirectory() as folder:
-        code, said = start(command(way, Path(folder) / "run", False))
+        code, said = begin(command(way, Path(folder) / "run", False))
         assert code == 0, said
         return figures(way, Path(folder) / "run")
 

@@ -172,7 +172,7 @@ def shift_right(before, after):
 def test_turning_left_moves_the_demos_picture_right():
     from harness.session import Action, open_session
 
-    with open_session("model=doom", "quant=mxfp4_mlp") as session:
+    with open_session("model=doom") as session:
         for clip in ("my_way_home_1000001_motion", "defend_the_center_1000008_motion"):
             seen = session.reset(clip)
             left = [session.step(Action((), (-2.0, 0.0))) for _ in range(6)][-1]
