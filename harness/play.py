@@ -20,6 +20,7 @@ if __name__ == "__main__":
     require()
 
 from harness.imports import import_torchmetrics
+from harness.threads import share_arenas
 
 NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
 HELP = """\
@@ -85,6 +86,7 @@ def main(words: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    share_arenas()
     import_torchmetrics()
     from harness.live.process import settle_threads
     from harness.live.server import Game, run_server

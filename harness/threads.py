@@ -7,8 +7,10 @@ holds one of the cores, the threads that wait take the time from the one they wa
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from pathlib import Path
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -21,6 +23,23 @@ def wait_passively() -> None:
     The library reads the variable when it is loaded: this must come before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+M_ARENA_MAX = -8
+"""``mallopt``'s parameter in glibc's malloc.h."""
+
+
+def share_arenas(most: int = 2) -> None:
+    """Let all threads of this process allocate from at most ``most`` of glibc's arenas, unless the user chose a number.
+
+    By default each thread may get one of its own, up to eight a core, and each keeps what its threads once held: an
+    hour's play stood at 850 MiB with them and at 600 MiB with two. Elsewhere than under glibc nothing happens. Arenas
+    that exist stay: this comes before the threads.
+    """
+    if "MALLOC_ARENA_MAX" in os.environ or sys.platform != "linux":
+        return
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, most)
 
 
 def usable_cores(quota: Path = QUOTA) -> int:
