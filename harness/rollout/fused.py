@@ -200,13 +200,13 @@ def held_tiles(frames: int, tokens: int, dim: int, shape: Shape, device: torch.d
 
 
 class Meeting(NamedTuple):
-    """Where programs of one head leave what they have found, and count how many have begun; between launches empty.
+    """Where programs of one head leave what they have found, and count how many have begun, or arrived.
 
     Launches that may run at the same time, on different streams, need one each.
 
     Attributes:
         parts: int32 ``[n]``, see ``kernels.window``: float32 bits, or :data:`EMPTY`.
-        arrived: int32 ``[blocks of queries, B*H]``, zeros.
+        arrived: int32 ``[2, blocks of queries, B*H]``: counts, zeros between launches, and epochs.
     """
 
     parts: Tensor
@@ -228,7 +228,7 @@ def meeting(
     blocks = math.ceil(tokens / _query_rows(tokens))
     with torch.inference_mode(False):  # they outlive the mode they are made in
         parts = torch.full((size,), EMPTY, dtype=torch.int32, device=device)
-        return Meeting(parts, torch.zeros(blocks, programs, dtype=torch.int32, device=device))
+        return Meeting(parts, torch.zeros(2, blocks, programs, dtype=torch.int32, device=device))
 
 
 def encoding(store: bool, fmt: str, mode: str) -> tuple[bool, float, int, int]:

@@ -2,8 +2,9 @@
 
 Split over the window (split-KV, as in Flash-Decoding, Dao et al. 2023): each program attends to a share of the window
 for one head and leaves unnormalised sums; some of them combine a share of its queries each, in the order of the splits,
-so that results do not depend on which one arrived when. They ask for the sums themselves until none is missing, which
-takes one way through L2 where counters take three.
+so that results do not depend on which one arrived when. Of heads up to 64 they ask for the sums themselves until none
+is missing, which takes one way through L2 where counters take three (:func:`combine_share`). Of larger heads, of which
+asking again costs more than it saves, they count who has arrived (:func:`shares_to_combine`).
 
 The window is read in order of age, oldest first: the ring from the frame after ``slot`` around to the one before it.
 What lies in ``slot`` has left the window and is read by nobody. So the last split of a head, which attends to the
@@ -278,6 +279,94 @@ def attend_own(
 
 
 @triton.jit
+def store_piece(
+    keys,
+    values,
+    rows,
+    slot,
+    mine,
+    k_data,
+    k_factors,
+    v_data,
+    v_factors,
+    own_k,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    K_STORE: tl.constexpr,
+    K_LARGEST: tl.constexpr,
+    K_EMAX: tl.constexpr,
+    K_THRESHOLD: tl.constexpr,
+    V_FORMAT: tl.constexpr,
+    V_STORE: tl.constexpr,
+    V_LARGEST: tl.constexpr,
+    V_EMAX: tl.constexpr,
+    V_THRESHOLD: tl.constexpr,
+    KEEP_K: tl.constexpr,
+):
+    """Encode ``rows`` of the frame's own keys and values, those that are ``mine``, into ``slot`` of a head's rings;
+    ``KEEP_K``: keys also to ``own_k``."""
+    stored = slot * TOKENS + rows
+    if K_STORE:
+        store_tile(keys, k_data, k_factors, stored, mine, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, ROWS, DIM)
+    if V_STORE:
+        store_tile(values, v_data, v_factors, stored, mine, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, ROWS, DIM)
+    if KEEP_K:
+        tl.store(own_k + rows[:, None] * DIM + tl.arange(0, DIM)[None, :], keys, mask=mine[:, None])
+
+
+@triton.jit
+def attend_and_store_own(
+    q,
+    part,
+    cos,
+    sin,
+    slot,
+    total,
+    sums,
+    scale,
+    stores,
+    k_data,
+    k_factors,
+    v_data,
+    v_factors,
+    own_k,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    EPS: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    K_STORE: tl.constexpr,
+    K_LARGEST: tl.constexpr,
+    K_EMAX: tl.constexpr,
+    K_THRESHOLD: tl.constexpr,
+    V_FORMAT: tl.constexpr,
+    V_STORE: tl.constexpr,
+    V_LARGEST: tl.constexpr,
+    V_EMAX: tl.constexpr,
+    V_THRESHOLD: tl.constexpr,
+    KEEP_K: tl.constexpr,
+):
+    """:func:`attend_own` and, if it ``stores``, :func:`store_own` piece by piece, each made once."""
+    for piece in tl.range(0, (TOKENS + ROWS - 1) // ROWS, num_stages=1):
+        rows = piece * ROWS + tl.arange(0, ROWS)
+        keys, values = own_rows(part, (), (), cos, sin, rows, 0, 0, HEADS, TOKENS, ROWS, DIM, EPS, K_TURN, V_TURN)
+        total, sums, _ = attend_tile(
+            q, q, keys, keys, values, values, rows < TOKENS, total, sums, sums, scale, True, False, False
+        )
+        store_piece(
+            keys, values, rows, slot, (rows < TOKENS) & stores, k_data, k_factors, v_data, v_factors, own_k,
+            TOKENS, ROWS, DIM, K_FORMAT, K_STORE, K_LARGEST, K_EMAX, K_THRESHOLD,
+            V_FORMAT, V_STORE, V_LARGEST, V_EMAX, V_THRESHOLD, KEEP_K,
+        )  # fmt: skip
+    return total, sums
+
+
+@triton.jit
 def store_own(
     part,
     kept_keys,
@@ -316,14 +405,11 @@ def store_own(
         keys, values = own_rows(
             part, kept_keys, kept_values, cos, sin, rows, piece, KEPT, HEADS, TOKENS, ROWS, DIM, EPS, K_TURN, V_TURN
         )
-        inside = rows < TOKENS
-        stored = slot * TOKENS + rows
-        if K_STORE:
-            store_tile(keys, k_data, k_factors, stored, inside, K_FORMAT, K_LARGEST, K_EMAX, K_THRESHOLD, ROWS, DIM)
-        if V_STORE:
-            store_tile(values, v_data, v_factors, stored, inside, V_FORMAT, V_LARGEST, V_EMAX, V_THRESHOLD, ROWS, DIM)
-        if KEEP_K:
-            tl.store(own_k + rows[:, None] * DIM + tl.arange(0, DIM)[None, :], keys, mask=inside[:, None])
+        store_piece(
+            keys, values, rows, slot, rows < TOKENS, k_data, k_factors, v_data, v_factors, own_k,
+            TOKENS, ROWS, DIM, K_FORMAT, K_STORE, K_LARGEST, K_EMAX, K_THRESHOLD,
+            V_FORMAT, V_STORE, V_LARGEST, V_EMAX, V_THRESHOLD, KEEP_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -347,53 +433,46 @@ def combine(
     Asks for them at most ``most`` times, until none is ``EMPTY``, and returns whether that came about: then what was
     read is ``EMPTY`` again, for the next launch.
     """
-    PATIENT: tl.constexpr = DIM <= 64  # where measured to be faster
-    CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
     # As many copies of the totals as there are threads: so all of these must agree on what is missing.
     totals += rows[:, None] + tl.zeros((ROWS, 128 // ROWS), tl.int32)
     known = asked[:, None] & tl.full((ROWS, 128 // ROWS), 1, tl.int1)
-    there = most >= 0
-    for first in tl.static_range(0, DIM, CHUNK):
-        columns = first + tl.arange(0, CHUNK)
-        place = rows[:, None] * DIM + columns[None, :]
-        missing, asks = 1, 0
-        total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
-        result = tl.zeros((ROWS, CHUNK), tl.float32)
-        while (missing != 0) & (asks < most):
-            if PATIENT:  # totals come last: as long as one is missing, the sums are no traffic in the others' way
-                waiting = 1
-                while (waiting != 0) & (asks < most):
-                    lacks = tl.zeros((ROWS, 128 // ROWS), tl.int32)
-                    for split in tl.static_range(SPLITS):
-                        weight = tl.load(totals + split * stride, mask=known, other=0, volatile=True)
-                        lacks |= (weight == EMPTY).to(tl.int32)
-                    waiting = tl.max(tl.max(lacks, 1), 0)
-                    asks += 1
-            total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
-            result = tl.zeros((ROWS, CHUNK), tl.float32)
-            absent = tl.zeros((ROWS, 128 // ROWS), tl.int32)
-            lacking = tl.zeros((ROWS, CHUNK), tl.int32)
+    columns = tl.arange(0, DIM)
+    place = rows[:, None] * DIM + columns[None, :]
+    missing, asks = 1, 0
+    total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
+    result = tl.zeros((ROWS, DIM), tl.float32)
+    while (missing != 0) & (asks < most):
+        waiting = 1  # totals come last: as long as one is missing, the sums are no traffic in the others' way
+        while (waiting != 0) & (asks < most):
+            lacks = tl.zeros((ROWS, 128 // ROWS), tl.int32)
             for split in tl.static_range(SPLITS):
-                # Volatile: from L2 each time, never from L1 or from an earlier turn.
                 weight = tl.load(totals + split * stride, mask=known, other=0, volatile=True)
-                part = tl.load(parts + split * stride * DIM + place, mask=asked[:, None], other=0, volatile=True)
-                absent |= (weight == EMPTY).to(tl.int32)
-                lacking |= (part == EMPTY).to(tl.int32)
-                total += weight.to(tl.float32, bitcast=True)
-                result += part.to(tl.float32, bitcast=True)
-            missing = tl.max(tl.max(absent, 1), 0) | tl.max(tl.max(lacking, 1), 0)
+                lacks |= (weight == EMPTY).to(tl.int32)
+            waiting = tl.max(tl.max(lacks, 1), 0)
             asks += 1
-        there = there & (missing == 0)
-        if there:
-            weights = tl.where(asked, tl.max(total, 1), 1.0)
-            target = out + queries[:, None] * (HEADS * DIM) + columns[None, :]
-            tl.store(target, (result / weights[:, None]).to(out.dtype.element_ty), mask=asked[:, None])
+        total = tl.zeros((ROWS, 128 // ROWS), tl.float32)
+        result = tl.zeros((ROWS, DIM), tl.float32)
+        absent = tl.zeros((ROWS, 128 // ROWS), tl.int32)
+        lacking = tl.zeros((ROWS, DIM), tl.int32)
+        for split in tl.static_range(SPLITS):
+            # Volatile: from L2 each time, never from L1 or from an earlier turn.
+            weight = tl.load(totals + split * stride, mask=known, other=0, volatile=True)
+            part = tl.load(parts + split * stride * DIM + place, mask=asked[:, None], other=0, volatile=True)
+            absent |= (weight == EMPTY).to(tl.int32)
+            lacking |= (part == EMPTY).to(tl.int32)
+            total += weight.to(tl.float32, bitcast=True)
+            result += part.to(tl.float32, bitcast=True)
+        missing = tl.max(tl.max(absent, 1), 0) | tl.max(tl.max(lacking, 1), 0)
+        asks += 1
+    there = missing == 0
     if there:
+        weights = tl.where(asked, tl.max(total, 1), 1.0)
+        target = out + queries[:, None] * (HEADS * DIM) + columns[None, :]
+        tl.store(target, (result / weights[:, None]).to(out.dtype.element_ty), mask=asked[:, None])
         tl.debug_barrier()  # all threads have read what is overwritten
-        whole = rows[:, None] * DIM + tl.arange(0, DIM)[None, :]
         nothing = tl.full((ROWS, DIM), EMPTY, tl.int32)
         for split in tl.static_range(SPLITS):
-            tl.store(parts + split * stride * DIM + whole, nothing, mask=asked[:, None])
+            tl.store(parts + split * stride * DIM + place, nothing, mask=asked[:, None])
             tl.store(totals + split * stride, tl.full((ROWS, 128 // ROWS), EMPTY, tl.int32), mask=known)
     return there
 
@@ -436,6 +515,66 @@ def combine_share(
                 tl.atomic_and(arrived, 0xFFFF, sem="relaxed", scope="gpu")
             else:
                 waits = share < 0
+
+
+@triton.jit
+def combine_arrived(
+    parts,
+    totals,
+    out,
+    rows,
+    stride,
+    queries,
+    asked,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """:func:`combine` of sums that are all there. Reads around the L1 cache, which may hold what lay there before."""
+    CHUNK: tl.constexpr = min(DIM, 64)  # columns whose parts are all on their way at once: as many as registers hold
+    total = tl.zeros((ROWS,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        weight = tl.load(totals + split * stride + rows, mask=asked, other=0, cache_modifier=".cg")
+        total += weight.to(tl.float32, bitcast=True)
+    total = tl.where(asked, total, 1.0)
+    for first in range(0, DIM, CHUNK):
+        columns = first + tl.arange(0, CHUNK)
+        result = tl.zeros((ROWS, CHUNK), tl.float32)
+        for split in tl.static_range(SPLITS):
+            place = (split * stride + rows)[:, None] * DIM + columns[None, :]
+            part = tl.load(parts + place, mask=asked[:, None], other=0, cache_modifier=".cg")
+            result += part.to(tl.float32, bitcast=True)
+        values = (result / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + queries[:, None] * (HEADS * DIM) + columns[None, :], values, mask=asked[:, None])
+
+
+@triton.jit
+def shares_to_combine(arrived, epoch, before, split, SPLITS: tl.constexpr, SHARES: tl.constexpr, POLLS: tl.constexpr):
+    """Bits of the shares of a head's queries that this program combines, once all ``SPLITS`` have arrived.
+
+    Split i combines share i, of ``SHARES``. It waits for the others by polling ``epoch``, which the last to arrive
+    moves on from ``before``. Should they not come, because the GPU has no room for them beside those that wait, it
+    leaves its share to the last one: bit 16 + i of ``arrived``, whose lower bits count.
+    """
+    mine = tl.where(split < SHARES, 1 << split, 0)
+    seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
+    if (seen & 0xFFFF) == SPLITS - 1:
+        mine |= seen >> 16
+        tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(epoch, before + 1, sem="release", scope="gpu")
+    elif mine != 0:
+        polls, now = 0, before
+        while (now == before) & (polls < POLLS):
+            now = tl.atomic_add(epoch, 0, sem="acquire", scope="gpu")
+            polls += 1
+        if now == before:
+            count = tl.atomic_or(arrived, mine << 16, sem="acq_rel", scope="gpu") & 0xFFFF
+            if (count == SPLITS) | (count == 0):  # all have arrived since; the last may have put it back to 0
+                tl.atomic_and(arrived, 0xFFFF, sem="relaxed", scope="gpu")
+            else:
+                mine = 0
+    return mine
 
 
 @triton.jit
@@ -495,9 +634,10 @@ def window_kernel(
     the Hadamard basis, into which queries, keys and values are turned, and their sums back.
 
     With more than one split: int32 ``parts``, which for every split holds float32 sums ``[B*H, TOKENS, DIM]``, and
-    after those of all splits totals ``[B*H, TOKENS]``, ``EMPTY`` before and after; ``arrived`` int32 ``[blocks of
-    queries, B*H]``, 0 before and after: see :func:`combine_share`, to which ``SHARES`` and ``POLLS`` belong.
-    ``programs`` is B*H; ``scale`` includes log2(e).
+    after those of all splits totals ``[B*H, TOKENS]``; ``arrived`` int32 ``[2, blocks of queries, B*H]``, counts, 0
+    before and after, and epochs. Of heads up to 64 ``parts`` are ``EMPTY`` before and after, and programs meet as
+    :func:`combine_share` says; of larger ones as :func:`shares_to_combine` says. ``SHARES`` and ``POLLS`` belong to
+    both. ``programs`` is B*H; ``scale`` includes log2(e).
 
     ``DEPENDENT``: launched as ``harness.kernels.launch`` describes. Then a program has the first ``HELD`` of its tiles
     in registers, and the others asked for (:func:`ask_for_share`), when its queries come. ``slot``, ``cos``, ``sin``
@@ -511,6 +651,7 @@ def window_kernel(
     LENGTH: tl.constexpr = FRAMES * TOKENS
     PAST: tl.constexpr = LENGTH - TOKENS
     TILES: tl.constexpr = PAST // BLOCK_N
+    COUNTED: tl.constexpr = DIM > 64
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS
@@ -557,10 +698,12 @@ def window_kernel(
         )
         tl.extra.cuda.gdc_wait()
     counter = arrived + tl.program_id(2) * programs + row
+    epoch = counter + tl.num_programs(2) * programs
+    before = tl.load(epoch, cache_modifier=".cg") if SPLITS > 1 and COUNTED else 0
     raw = load_rows(part, queries, asked, STRIDE, DIM)
-    # With the queries, not after them: the last split would be late.
+    # With the queries, not after them: the last split would be late. Registers hold none of larger heads.
     PIECES: tl.constexpr = (TOKENS + OWN - 1) // OWN
-    KEPT: tl.constexpr = min(PIECES, 128 // DIM)
+    KEPT: tl.constexpr = 0 if COUNTED else min(PIECES, 128 // DIM)
     kept_keys, kept_values = (), ()
     for piece in tl.static_range(KEPT):
         rows = piece * OWN + token
@@ -568,7 +711,7 @@ def window_kernel(
         kept_keys += (load_rows(part + HEADS * DIM, rows, ok, STRIDE, DIM),)
         kept_values += (load_rows(part + 2 * HEADS * DIM, rows, ok, STRIDE, DIM),)
     # Behind these loads, since all threads wait for what it gives.
-    begun = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if SPLITS > 1 else 0
+    begun = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") if SPLITS > 1 and not COUNTED else 0
     q = rotated(raw, cosine, sine, BLOCK_M, DIM, EPS)
     if K_TURN:
         q = turned(q, DIM).to(q.dtype)
@@ -604,16 +747,24 @@ def window_kernel(
             total, sum0, sum1 = attend_tile(
                 q0, q1, rest_k0, rest_k1, rest_v0, rest_v1, known, total, sum0, sum1, scale, True, K_PAIRED, V_PAIRED
             )
-        if V_PAIRED:
-            total, own_sum = attend_own(
-                q, part, kept_keys, kept_values, cos, sin, total, own_sum, scale,
-                KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
+        own = own_sum if V_PAIRED else sum0
+        if COUNTED:
+            total, own = attend_and_store_own(
+                q, part, cos, sin, current, total, own, scale, tl.program_id(2) == 0,
+                k_data, k_factors, v_data, v_factors, own_k + row * (TOKENS * DIM),
+                HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
+                K_FORMAT, K_STORE, K_LARGEST, K_EMAX, K_THRESHOLD,
+                V_FORMAT, V_STORE, V_LARGEST, V_EMAX, V_THRESHOLD, KEEP_K,
             )  # fmt: skip
         else:
-            total, sum0 = attend_own(
-                q, part, kept_keys, kept_values, cos, sin, total, sum0, scale,
+            total, own = attend_own(
+                q, part, kept_keys, kept_values, cos, sin, total, own, scale,
                 KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
             )  # fmt: skip
+        if V_PAIRED:
+            own_sum = own
+        else:
+            sum0 = own
     if V_PAIRED:  # noqa: SIM108 (a compile-time branch)
         result = own_sum + tl.reshape(tl.join(sum0, sum1), (BLOCK_M, DIM))
     else:
@@ -634,20 +785,31 @@ def window_kernel(
             parts + place[:, None] * DIM + columns[None, :], result.to(tl.int32, bitcast=True), mask=asked[:, None]
         )
         tl.store(totals + place, total.to(tl.int32, bitcast=True), mask=asked)
-    if SPLITS > 1:
-        mine = tl.where(split < SHARES, 1 << split, 0)
-        if (begun & 0xFFFF) == SPLITS - 1:
-            mine |= begun >> 16
-            tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
         ROWS: tl.constexpr = BLOCK_M // SHARES
+        if COUNTED:
+            tl.debug_barrier()  # all threads' sums are written before one thread says so
+            mine = shares_to_combine(counter, epoch, before, split, SPLITS, SHARES, POLLS)
+        else:
+            mine = tl.where(split < SHARES, 1 << split, 0)
+            if (begun & 0xFFFF) == SPLITS - 1:
+                mine |= begun >> 16
+                tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
         for share in range(SHARES):
             if (mine >> share) & 1:
-                combine_share(
-                    parts, totals, out, tl.program_id(2) * BLOCK_M + share * ROWS, row * TOKENS, stride, counter, share,
-                    HEADS, TOKENS, DIM, SPLITS, ROWS, EMPTY, POLLS,
-                )  # fmt: skip
+                first = tl.program_id(2) * BLOCK_M + share * ROWS
+                if COUNTED:
+                    combined = first + tl.arange(0, ROWS)
+                    rows = row * TOKENS + combined
+                    combine_arrived(
+                        parts, totals, out, rows, stride, combined, combined < TOKENS, HEADS, DIM, SPLITS, ROWS
+                    )
+                else:
+                    combine_share(
+                        parts, totals, out, first, row * TOKENS, stride, counter, share,
+                        HEADS, TOKENS, DIM, SPLITS, ROWS, EMPTY, POLLS,
+                    )  # fmt: skip
     # Not before the sums, which others wait for. Every block of queries is here; one stores.
-    if (K_STORE or V_STORE or KEEP_K) and latest & (tl.program_id(2) == 0):
+    if (K_STORE or V_STORE or KEEP_K) and not COUNTED and latest & (tl.program_id(2) == 0):
         store_own(
             part, kept_keys, kept_values, cos, sin, current, k_data, k_factors, v_data, v_factors,
             own_k + row * (TOKENS * DIM), KEPT, HEADS, TOKENS, OWN, DIM, EPS, K_TURN, V_TURN,
