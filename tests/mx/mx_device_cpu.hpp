@@ -68,7 +68,8 @@ struct Block {
 };
 
 struct Barrier {  // 8 bytes of shared memory
-    u16 pending, phase;
+    u8 pending, needed;
+    u16 phase;
     int bytes;
 };
 
@@ -159,9 +160,17 @@ inline void previous_is_over() {}
 
 inline Barrier& barrier_at(Block& block, u32 bar) { return *reinterpret_cast<Barrier*>(at(block, bar, 8, 8)); }
 inline void settle(Barrier& b) {
-    if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = 1;
+    if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.needed;
 }
-inline void barrier_init(u32 bar) { barrier_at(*now->block, bar) = Barrier{1, 0, 0}; }
+inline void barrier_init(u32 bar, u32 arrivals = 1) {
+    barrier_at(*now->block, bar) = Barrier{static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0, 0};
+}
+inline void barrier_arrive(u32 bar) {
+    Barrier& b = barrier_at(*now->block, bar);
+    CHECK(b.phase <= 1 && b.pending > 0, "an arrival that nothing waits for");
+    --b.pending;
+    settle(b);
+}
 inline void barriers_ready() {}
 inline void barrier_expect(u32 bar, u32 bytes) {
     Barrier& b = barrier_at(*now->block, bar);
@@ -221,6 +230,14 @@ inline uint4 load16(u32 address) {
     std::memcpy(&v, at(*now->block, address, 16, 16), 16);
     return v;
 }
+inline void store4(u32 address, float v) { std::memcpy(at(*now->block, address, 4, 4), &v, 4); }
+template <typename T>
+inline u32 read_fresh(const T* from) {
+    CHECK(reinterpret_cast<u64>(from) % 4 == 0, "misaligned memory");
+    u32 v;
+    std::memcpy(&v, from, 4);
+    return v;
+}
 inline u32 address_in(u32 address, int rank) { return address | (rank + 1) << 24; }
 inline void store16(u32 address, const float (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
 inline void store16_in(u32 address, const float (&v)[4], u32 bar) {
@@ -235,6 +252,7 @@ inline u32 multiply(u32 a, u32 b) {
 }
 inline float flushed(float v) { return std::fabs(v) < 1.17549435e-38f ? std::copysign(0.0f, v) : v; }
 inline float power_of_two(float v) { return flushed(std::exp2(v)); }
+inline float inverse_root(float v) { return flushed(1.0f / std::sqrt(v)); }
 inline float reciprocal(float v) { return flushed(1.0f / v); }
 inline u32 to_bf16(float first, float second) { return bf16_of(first) | bf16_of(second) << 16; }
 
@@ -322,7 +340,7 @@ inline int same_in_warp(int value) { return value; }
 template <int FIRST, int COUNT>
 inline void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
     const int lane = now->thread.x % 32;
-    for (int m = FIRST; m < min(COUNT, FIRST + 8); ++m) {
+    for (int m = FIRST; m < min(COUNT, FIRST + (COUNT == 9 ? 9 : 8)); ++m) {
         u32 b[2];
         for (int i = 0; i < 2; ++i) {
             const u32 address = static_cast<u32>(rows) + ((m - FIRST) * 8 + lane / 4) * 128 + i * 16 + lane % 4 * 4;

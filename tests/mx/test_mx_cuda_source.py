@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from harness.formats.mx import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
 from harness.kernels.cuda import packing as cuda_packing
-from harness.kernels.cuda.shapes import CudaConfig, defines, launch_grid, layout
+from harness.kernels.cuda.shapes import CudaConfig, Role, defines, launch_grid, layout
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
@@ -48,6 +48,17 @@ def compiled(source, macros, path):
     return ctypes.CDLL(str(path))
 
 
+class Arguments(ctypes.Structure):
+    """`Stream` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("before", "gate", "scale", "shift", "modulated", "squares", "given")),
+        ("parts", ctypes.c_int),
+        ("width", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """Calls the kernel compiled for a CPU: (config, x, packed weight, bias, outputs, element format) to outputs."""
@@ -56,17 +67,19 @@ def kernel(tmp_path_factory):
     write_source(source, "mx_linear.cu", "mx_run_cpu.hpp")
     built = {}
 
-    def call(config, x, weight, bias, n, fmt, seed=0, silu=False):
+    def call(config, x, weight, bias, n, fmt, seed=0, silu=False, role=Role.plain, rows=None, stream=None):
         (m, k), groups = x.shape, weight.tiles.shape[1]
-        parameters = defines(config, k, fmt.name, silu)
+        m = m if rows is None else rows
+        parameters = defines(config, k, fmt.name, silu, role=role)
         macros = as_macros(parameters)
         if macros not in built:
             built[macros] = compiled(source, macros, folder / f"kernel{len(built)}.so")
         library = built[macros]
-        assert library.shared_bytes() == layout(config, k, fmt.bits)[0]
+        assert library.shared_bytes() == layout(config, k, fmt.bits, role)[0]
         out = torch.full((m, n), torch.nan).bfloat16()
         tensors = [address(t) for t in (x, weight.tiles, bias, out)]
-        library.run(*tensors, m, n, k, groups, ctypes.c_float(weight.output_scale), seed)
+        stream = ctypes.byref(stream or Arguments())
+        library.run(*tensors, m, n, k, groups, ctypes.c_float(weight.output_scale), stream, seed)
         return out
 
     return call
@@ -168,6 +181,98 @@ def test_silu_of_every_bf16_value_is_that_of_torch(kernel):
     assert torch.equal(got.isnan(), want.isnan())
     differing = every[(got != want) & ~want.isnan()]
     assert not len(differing), differing
+
+
+NORMS = {
+    "a cluster of 3, two groups of sums": (CudaConfig(8, 1, 4, 1, 3, 1, 2), E4M3, 64, 72, 320, 7),
+    "split K within a block, 4 bits": (CudaConfig(8, 1, 4, 2, 2, 2, 1), E2M1, 49, 64, 256, 45),
+    "more warps than tiles of rows": (CudaConfig(8, 1, 12, 1, 2, 1, 2), E4M3, 64, 200, 192, 1),
+    "a block by itself, two row tiles": (CudaConfig(8, 2, 4, 1, 1, 1, 2), E4M3, 33, 100, 128, 3),
+    "x shared by 2 clusters": (CudaConfig(8, 1, 4, 1, 2, 1, 2, share=2), E5M2, 64, 250, 320, 16),
+    "BF16": (CudaConfig(8, 1, 4, 1, 4, 1, 2), Plain(), 64, 64, 320, 24),
+}
+
+
+def packed(weight, fmt):
+    """`weight` as the kernel reads it, and what that means."""
+    if fmt.bits == 16:
+        return cuda_packing.CudaWeight(cuda_packing.pack_plain(weight), 1.0), weight
+    blocks = encode(weight, fmt)
+    return cuda_packing.pack(blocks, fmt), decode(blocks, fmt)
+
+
+def stream_of(m, k, parts):
+    """A residual stream: h, its scale and shift, what a kernel in front leaves of it; what must not count is NaN."""
+    h = (torch.randn(m, k) * torch.exp2(torch.randint(-4, 8, (m, 1)).float())).bfloat16()
+    scale, shift = (0.5 * torch.randn(k)).bfloat16(), torch.randn(k).bfloat16()
+    modulated = torch.full((65, k), torch.nan).bfloat16()
+    modulated[:m], modulated[64] = (h.float() * (1 + scale.float())).bfloat16(), shift
+    columns = torch.arange(k) * parts // k
+    squares = torch.zeros(m, parts).index_add_(1, columns, h.float().square())
+    return h, scale, shift, modulated, squares
+
+
+def normed(h, scale, shift):
+    """The modulated norm in float64."""
+    h, scale, shift = (x.double() for x in (h, scale, shift))
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-7) * (1 + scale) + shift
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_product_of_a_modulated_norm(kernel, name, silu):
+    config, fmt, m, n, k, parts = NORMS[name]
+    torch.manual_seed(0)
+    bias = torch.randn(n).bfloat16()
+    packed_weight, weight = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
+    h, scale, shift, modulated, squares = stream_of(m, k, parts)
+    arguments = Arguments(given=squares.data_ptr(), parts=parts, width=1 / k, eps=1e-7)
+    role = {"role": Role.norm, "rows": m, "stream": arguments}
+    got = kernel(config, modulated, packed_weight, bias, n, fmt, **role)
+    weight, bias = weight.double(), bias.double()
+    inverse = torch.rsqrt(h.double().square().mean(-1, keepdim=True) + 1e-7)
+    want = F.linear(modulated[:m].double() * inverse + shift.double(), weight, bias)
+    slack = 2**-8 * want.abs() + 2**-18 * F.linear((modulated[:m] * inverse).abs() + shift.abs(), weight.abs())
+    assert ((got.double() - want).abs() <= slack).all()
+    # Of the norm itself it is no worse than one that is rounded to BF16.
+    x = normed(h, scale, shift)
+    want, rounded = F.linear(x, weight, bias), F.linear(x.bfloat16().double(), weight, bias).bfloat16()
+    assert (got.double() - want).norm() < 1.1 * (rounded.double() - want).norm()
+    if silu:
+        args = modulated, packed_weight, bias.bfloat16(), n, fmt
+        assert torch.equal(kernel(config, *args, silu=True, **role), F.silu(got))
+
+
+RESIDUALS = {
+    "a cluster of 3": (CudaConfig(8, 1, 4, 1, 3, 1, 2), E4M3, 64, 80, 320),
+    "a cluster of 7, split K within a block": (CudaConfig(8, 1, 4, 2, 7, 1, 1), E2M1, 49, 64, 896),
+    "a cluster of 8, outputs that end early": (CudaConfig(8, 1, 8, 1, 8, 1, 2), E4M3, 60, 144, 512),
+    "a block by itself, two row tiles": (CudaConfig(8, 2, 4, 1, 1, 1, 2), E4M3, 33, 96, 128),
+    "split K within one block": (CudaConfig(8, 1, 4, 3, 1, 1, 2), E5M2, 64, 64, 256),
+    "x shared by 2 clusters": (CudaConfig(8, 1, 4, 1, 2, 1, 2, share=2), E4M3, 64, 144, 320),
+    "BF16": (CudaConfig(8, 1, 4, 1, 4, 1, 2), Plain(), 64, 64, 320),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_a_product_added_to_the_residual_stream(kernel, name):
+    config, fmt, m, n, k = RESIDUALS[name]
+    torch.manual_seed(0)
+    bias, x = torch.randn(n).bfloat16(), torch.randn(m, k).bfloat16()
+    weight, _ = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
+    before = torch.randn(m, n).bfloat16()
+    gate, scale, shift = (torch.randn(n).bfloat16() for _ in range(3))
+    parts = launch_grid(config, m, n)[0] // config.cluster
+    modulated, squares = torch.full((65, n), torch.nan).bfloat16(), torch.full((m, parts), torch.nan)
+    pointers = (t.data_ptr() for t in (before, gate, scale, shift, modulated, squares))
+    got = kernel(config, x, weight, bias, n, fmt, role=Role.residual, stream=Arguments(*pointers))
+    branch = kernel(config, x, weight, bias, n, fmt)
+    want = (before.double() + gate.double() * branch.double()).float().bfloat16()
+    assert torch.equal(got, want)
+    assert torch.equal(modulated[:m], (got.double() * (1 + scale.double())).float().bfloat16())
+    assert torch.equal(modulated[64], shift)
+    assert modulated[m:64].isnan().all()
+    assert torch.allclose(squares.sum(1), got.float().square().sum(1), rtol=1e-5)
 
 
 def every_value(fmt, low, high):

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda.packing import CudaWeight
 from harness.kernels.cuda.shapes import CudaConfig, CudaShape
+from harness.kernels.cuda.stream import Modulating, Stream
+
+if TYPE_CHECKING:
+    from harness.kernels.cuda.ops import PackedWeight
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -87,6 +91,26 @@ class PackedLinear(nn.Module, ABC):
         config = [] if self.config is None else self.config.as_ints()
         run = mx_linear_now if rows.is_cuda and not torch.compiler.is_compiling() else mx_linear
         return run(rows, self.tiles, self.bias, self.out_features, self.element, self.output_scale, config, silu)
+
+    def normed(self, stream: Stream, eps: float) -> Tensor:
+        """``forward`` of the modulated norm of one frame's residual stream, BF16 [M, N]; ``eps`` is the norm's.
+
+        Neither rounds the norm to BF16. For Linears that do not quantise what they are given.
+        """
+        from harness.kernels.cuda.ops import normed_product
+
+        return normed_product(stream, self._packed(), self.out_features, eps, self.config, self.silu)
+
+    def added(self, x: Tensor, total: Tensor, vectors: Modulating) -> Stream:
+        """The residual stream ``total`` [M, N] of one frame with ``gate * forward(x)`` added, x BF16 [M, K]."""
+        from harness.kernels.cuda.ops import residual_product
+
+        return residual_product(x, self._packed(), total, vectors, self.config)
+
+    def _packed(self) -> "PackedWeight":
+        from harness.kernels.cuda.ops import PackedWeight
+
+        return PackedWeight(self.tiles, self.bias, self.element, self.output_scale)
 
     def weight_bytes(self) -> int:
         """Elements and scales with their padding, and bias."""

@@ -32,8 +32,13 @@ __device__ __forceinline__ u64 cache_policy(bool read_once) {
     return policy;
 }
 
-__device__ __forceinline__ void barrier_init(u32 bar) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+__device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+
+// What this thread wrote to shared memory is seen by those that waited for the barrier.
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 // What this thread did to barriers is seen by copies and by the cluster.
@@ -42,7 +47,7 @@ __device__ __forceinline__ void barriers_ready() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The one arrival a barrier waits for, and the bytes of copies it waits for beside it.
+// The one arrival that such a barrier waits for, and the bytes of copies it waits for beside it.
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -92,6 +97,18 @@ __device__ __forceinline__ uint4 load16(u32 address) {
 __device__ __forceinline__ u32 load4(u32 address) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store4(u32 address, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+
+// 4 bytes of memory that a kernel in front has written, from L2: what L1 holds may be from before that.
+template <typename T>
+__device__ __forceinline__ u32 read_fresh(const T* from) {
+    u32 v;
+    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
 
@@ -171,24 +188,29 @@ __device__ __forceinline__ int same_in_warp(int value) {
 #define WGMMA(n, sums, factors, more) \
     "{\n.reg .pred add;\nsetp.ne.u32 add, " more ", 0;\n" \
     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, " factors ", add, 1, 1, 0;\n}\n"
+#define SUM8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define SUM16 SUM8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define SUM32 SUM16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
-// acc[FIRST], ... (+)= A * B^T for 16 inputs: A 64 rows, 16 a warp, fragments of m16n8k16; B up to 64 rows in shared
+// acc[FIRST], ... (+)= A * B^T for 16 inputs: A 64 rows, 16 a warp, fragments of m16n8k16; B up to 72 rows in shared
 // memory, 8 for each acc[m]. Without `add` what acc held does not matter.
 template <int FIRST, int COUNT>
 __device__ __forceinline__ void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
     if constexpr (COUNT == 1) {
         asm volatile(WGMMA(8, "%0,%1,%2,%3", "{%4,%5,%6,%7}, %8", "%9") : SUMS(0) : FACTORS);
     } else if constexpr (COUNT == 2) {
-        asm volatile(WGMMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11}, %12", "%13") : SUMS(0), SUMS(1) : FACTORS);
+        asm volatile(WGMMA(16, SUM8, "{%8,%9,%10,%11}, %12", "%13") : SUMS(0), SUMS(1) : FACTORS);
     } else if constexpr (COUNT == 4) {
-        asm volatile(WGMMA(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "{%16,%17,%18,%19}, %20", "%21")
+        asm volatile(WGMMA(32, SUM16, "{%16,%17,%18,%19}, %20", "%21")
                      : SUMS(0), SUMS(1), SUMS(2), SUMS(3)
                      : FACTORS);
-    } else {
-        asm volatile(WGMMA(64, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                               "%24,%25,%26,%27,%28,%29,%30,%31", "{%32,%33,%34,%35}, %36", "%37")
-                     : SUMS8(FIRST)
+    } else if constexpr (COUNT == 9) {
+        asm volatile(WGMMA(72, SUM32 ",%32,%33,%34,%35", "{%36,%37,%38,%39}, %40", "%41")
+                     : SUMS8(0), SUMS(8)
                      : FACTORS);
+    } else {
+        static_assert(COUNT % 8 == 0, "a width that nobody has needed");
+        asm volatile(WGMMA(64, SUM32, "{%32,%33,%34,%35}, %36", "%37") : SUMS8(FIRST) : FACTORS);
     }
 }
 
@@ -219,11 +241,21 @@ __device__ __forceinline__ void store16_in(u32 address, const float (&v)[4], u32
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar) : "memory");
 }
 
-// 2^v and 1 / v by the special function units; subnormal results are 0.
+// 2^v, 1 / sqrt(v) and 1 / v by the special function units; subnormal results are 0.
 __device__ __forceinline__ float power_of_two(float v) {
     float d;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
     return d;
+}
+
+__device__ __forceinline__ float inverse_root(float v) {
+    float d;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+    return d;
+}
+
+__device__ __forceinline__ u32 bits_of(float v) {
+    return __float_as_uint(v);
 }
 
 __device__ __forceinline__ float reciprocal(float v) {

@@ -16,17 +16,26 @@
 //  * Partial sums go to the block that owns the output, through distributed shared memory, as copies that a barrier
 //    there waits for, and are added there in the order of their ranks: the result is the same every time.
 //
+// Norms need no kernel of their own. What they normalise, the residual stream h, is written by the product in front of
+// them (RESIDUAL), which has a part of each row only, so it cannot know the norm, but h o (1 + scale) it can, and the sum
+// of its part's squares. The product behind (NORM) multiplies W with that, and with the shift as one more row of x:
+// W (h o (1 + scale) / rms(h) + shift) = (W (h o (1 + scale))) / rms(h) + W shift.
+//
 // Compile-time parameters (cuda_config.py), beside those of mx_decode.cuh: MT tiles of 8 rows of x (1, 2, 4, 8, 16 or
 // 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a block
 // holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a multiprocessor; SILU
-// the outputs, rounded to BF16, go through SiLU and are rounded again.
+// the outputs, rounded to BF16, go through SiLU and are rounded again; NORM x is h o (1 + scale) and, MT * 8 rows on, the
+// shift (one block along M); RESIDUAL the outputs, rounded to BF16, times gate are added to the residual stream (N a
+// multiple of 16).
 
 constexpr int WARPS = WR * WK;
-constexpr int XTILE = MT * 8 * 128;            // bytes of 64 inputs of every row of x
+constexpr int XT = MT + NORM;                  // tiles of 8 rows of x
+constexpr int XTILE = XT * 8 * 128;            // bytes of 64 inputs of every row of x
 constexpr int STAGE = RT * GS * TILE;
 constexpr int TILES = WR * RT;
 constexpr int UNITS = TILES * MT;              // a unit is the 16 by 8 outputs of one accumulator fragment
-constexpr int OWNED = (UNITS + CL - 1) / CL;   // units a block adds up: every CL-th
+constexpr int OWN_M = (MT + CL - 1) / CL;      // RESIDUAL: a block adds up every CL-th tile of rows, whole rows of its W
+constexpr int OWNED = RESIDUAL ? TILES * OWN_M : (UNITS + CL - 1) / CL;  // units a block adds up, else every CL-th
 constexpr int PEERS = CN == 1 ? 1 : CN == 2 ? 1 | 1 << CL : 1 | 1 << CL | 1 << 2 * CL | 1 << 3 * CL;  // with rank 0's x
 constexpr int SLOTS = CL * WK;                 // partial sums of a unit
 constexpr int W_AT = GX * XTILE;
@@ -34,8 +43,56 @@ constexpr int W_END = W_AT + WARPS * ST * STAGE;
 constexpr int PARTIAL = SLOTS > 1 ? SLOTS * OWNED * 512 : 0;
 constexpr int PARTIAL_AT = OVERLAY ? 0 : W_END;
 constexpr int BARRIERS_AT = OVERLAY ? (W_END > PARTIAL ? W_END : PARTIAL) : W_END + PARTIAL;
+constexpr int BARRIERS = GX + WARPS * ST + 1 + NORM;  // of x, of W, of partial sums, of norms
+constexpr int ROWS_AT = BARRIERS_AT + BARRIERS * 8;   // floats: NORM 1 / rms of each row, RESIDUAL squares of units' rows
 constexpr int EPILOGUES = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // units a warp adds up, or its row tiles
 constexpr bool BIAS_EARLY = EPILOGUES <= 4;  // as many as registers hold
+constexpr bool BRANCH_EARLY = SLOTS > 1 && EPILOGUES <= 2;
+static_assert(!(NORM && RESIDUAL) && !(NORM && MT > 8), "a norm has 64 rows at most");
+
+// What NORM and RESIDUAL need beside x and out. Everything is BF16 but sums of squares.
+struct Stream {
+    const u16* before;   // RESIDUAL: h [M][N] to which is added
+    const u16* gate;     // [N], as the next two
+    const u16* scale;
+    const u16* shift;
+    u16* modulated;      // [MT * 8 + 1][N]: of the outputs h o (1 + scale), and shift
+    float* squares;      // [M][clusters]: sums of squares of the rows of h
+    const float* given;  // NORM: the same of what is x now, [M][parts]
+    int parts;
+    float width;         // 1 / K
+    float eps;
+};
+
+// Unit `owned` of block `rank`: a row tile of W and a tile of 8 rows of x; which block owns a unit, and as which.
+struct Unit {
+    int tile, m;
+};
+
+__device__ __forceinline__ Unit unit_of(int owned, int rank) {
+    if (RESIDUAL) return {owned / OWN_M, owned % OWN_M * CL + rank};
+    return {(owned * CL + rank) / MT, (owned * CL + rank) % MT};
+}
+
+__device__ __forceinline__ int owner_of(int tile, int m) {
+    return RESIDUAL ? m % CL : (tile * MT + m) % CL;
+}
+
+__device__ __forceinline__ int place_of(int tile, int m) {
+    return RESIDUAL ? tile * OWN_M + m / CL : (tile * MT + m) / CL;
+}
+
+__device__ __forceinline__ int units_of(int rank) {
+    return RESIDUAL ? TILES * ((MT + CL - 1 - rank) / CL) : (UNITS + CL - 1 - rank) / CL;
+}
+
+__device__ __forceinline__ float low_of(u32 pair) {
+    return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float high_of(u32 pair) {
+    return __uint_as_float(pair & 0xffff0000u);
+}
 
 // All warps that add up the same sums (and the rest of their cluster) have come this far.
 __device__ __forceinline__ void cluster_sync() {
@@ -59,7 +116,7 @@ struct Half {
 
 // acc += W * x^T for 64 inputs, or without `add` acc = it; `w` is the warp's first tile in shared memory, tiles of further
 // rows lie GS tiles apart. The products of the last 32 inputs are under way when this returns.
-__device__ __forceinline__ void multiply_group(float (&acc)[RT][MT][4], Half (&halves)[2], u32 w, u32 x, int lane,
+__device__ __forceinline__ void multiply_group(float (&acc)[RT][XT][4], Half (&halves)[2], u32 w, u32 x, int lane,
                                                bool add) {
     const u64 rows = rows_at(x);
     u32 scales[RT];
@@ -120,7 +177,7 @@ __device__ __forceinline__ float silu(float v) {
 // Two outputs in BF16, turned so that a lane holds row `lane / 4` of x and outputs 2 * (lane % 4) and the next.
 __device__ __forceinline__ u32 turned(float first, float second) {
     u32 pair = to_bf16(first, second);
-    if constexpr (SILU) pair = to_bf16(silu(__uint_as_float(pair << 16)), silu(__uint_as_float(pair & 0xffff0000u)));
+    if constexpr (SILU) pair = to_bf16(silu(low_of(pair)), silu(high_of(pair)));
     return transpose(pair);
 }
 
@@ -135,27 +192,105 @@ __device__ __forceinline__ void store_pair(u16* out, u32 pair, int m, int n, int
     }
 }
 
-// One unit of outputs: rows n, n + 8 of W by rows m of x.
-__device__ __forceinline__ void epilogue(const float (&c)[4], const Bias& bias, u16* out, int m0, int n0, int M, int N,
-                                         float output_scale, int lane) {
-    const float above = __uint_as_float(bias.above << 16), below = __uint_as_float(bias.below << 16);
-    const u32 first = turned(fmaf(c[0], output_scale, above), fmaf(c[1], output_scale, above));
-    const u32 second = turned(fmaf(c[2], output_scale, below), fmaf(c[3], output_scale, below));
-    store_pair(out, first, m0 + lane / 4, n0 + lane % 4 * 2, M, N);
-    store_pair(out, second, m0 + lane / 4, n0 + lane % 4 * 2 + 8, M, N);
+// What a lane needs of the residual stream for a unit: of a row of h, two outputs and those 8 further on.
+struct Branch {
+    u32 before[2], gate[2], scale[2];
+
+    __device__ __forceinline__ void load(const Stream& stream, int m, int n, int M, int N) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const bool inside = m < M && n < N;
+            before[i] = inside ? read_fresh(stream.before + static_cast<long long>(m) * N + n + 8 * i) : 0;
+            gate[i] = inside ? read_fresh(stream.gate + n + 8 * i) : 0;
+            scale[i] = inside ? read_fresh(stream.scale + n + 8 * i) : 0;
+        }
+    }
+};
+
+// One unit of outputs: rows n, n + 8 of W by rows m of x, in BF16, as `turned` gives them.
+struct Outputs {
+    u32 pairs[2];
+
+    __device__ __forceinline__ Outputs(const float (&c)[4], const Bias& bias, float output_scale) {
+        const float above = __uint_as_float(bias.above << 16), below = __uint_as_float(bias.below << 16);
+        pairs[0] = turned(fmaf(c[0], output_scale, above), fmaf(c[1], output_scale, above));
+        pairs[1] = turned(fmaf(c[2], output_scale, below), fmaf(c[3], output_scale, below));
+    }
+
+    __device__ __forceinline__ void store(u16* out, int m, int n, int M, int N) const {
+        store_pair(out, pairs[0], m, n, M, N);
+        store_pair(out, pairs[1], m, n + 8, M, N);
+    }
+
+    // The residual stream with these added to it, and the sums of its squares to `squares`, 8 floats in shared memory.
+    __device__ __forceinline__ void add(u16* out, const Stream& stream, const Branch& branch, u32 squares, int m, int n,
+                                        int M, int N, int lane) const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 before = branch.before[i], gate = branch.gate[i], scale = branch.scale[i];
+            const u32 h = to_bf16(fmaf(low_of(gate), low_of(pairs[i]), low_of(before)),
+                                  fmaf(high_of(gate), high_of(pairs[i]), high_of(before)));
+            const float first = low_of(h), second = high_of(h);
+            sum = fmaf(first, first, fmaf(second, second, sum));
+            store_pair(out, h, m, n + 8 * i, M, N);
+            const u32 modulated = to_bf16(fmaf(first, low_of(scale), first), fmaf(second, high_of(scale), second));
+            store_pair(stream.modulated, modulated, m, n + 8 * i, M, N);
+        }
+        sum += __uint_as_float(from_lane(bits_of(sum), lane ^ 1));
+        sum += __uint_as_float(from_lane(bits_of(sum), lane ^ 2));
+        if (lane % 4 == 0) store4(squares + lane / 4 * 4, n < N ? sum : 0.0f);
+    }
+};
+
+// 1 / rms of 8 rows of x from the sums of squares of their parts, four lanes a row, to shared memory at `to`.
+__device__ __forceinline__ void norms(const Stream& stream, u32 to, int row0, int M, int lane) {
+    constexpr int AT_ONCE = 8;
+    const int row = row0 + lane / 4;
+    const float* parts = stream.given + static_cast<long long>(min(row, M - 1)) * stream.parts;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int first = lane % 4; first < stream.parts; first += 4 * AT_ONCE) {
+        float part[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            part[i] = first + 4 * i < stream.parts ? __uint_as_float(read_fresh(parts + first + 4 * i)) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) sum += part[i];
+    }
+    sum += __uint_as_float(from_lane(bits_of(sum), lane ^ 1));
+    sum += __uint_as_float(from_lane(bits_of(sum), lane ^ 2));
+    if (lane % 4 == 0) store4(to + lane / 4 * 4, inverse_root(fmaf(sum, stream.width, stream.eps)));
+}
+
+// acc / rms + W shift, where `rows` holds 1 / rms and acc[][MT] column 0 the products with the shift.
+__device__ __forceinline__ void normalise(float (&acc)[RT][XT][4], u32 rows, int lane) {
+#pragma unroll
+    for (int r = 0; r < RT; ++r) {
+        const float above = __uint_as_float(from_lane(bits_of(acc[r][MT * NORM][0]), lane & ~3));
+        const float below = __uint_as_float(from_lane(bits_of(acc[r][MT * NORM][2]), lane & ~3));
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const float first = __uint_as_float(load4(rows + (m * 8 + lane % 4 * 2) * 4));
+            const float second = __uint_as_float(load4(rows + (m * 8 + lane % 4 * 2 + 1) * 4));
+            acc[r][m][0] = fmaf(acc[r][m][0], first, above);
+            acc[r][m][1] = fmaf(acc[r][m][1], second, above);
+            acc[r][m][2] = fmaf(acc[r][m][2], first, below);
+            acc[r][m][3] = fmaf(acc[r][m][3], second, below);
+        }
+    }
 }
 
 // A warp's partial sums, each unit to the block that owns it, where the barrier at `bar` waits for them.
-__device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial, u32 bar, int first_tile, int slot,
+__device__ __forceinline__ void send(const float (&acc)[RT][XT][4], u32 partial, u32 bar, int first_tile, int slot,
                                      int place, int lane) {
 #pragma unroll
     for (int r = 0; r < RT; ++r) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const int unit = (first_tile + r) * MT + m;
-            const u32 to = partial + (slot * OWNED + unit / CL) * 512 + lane * 16;
+            const u32 to = partial + (slot * OWNED + place_of(first_tile + r, m)) * 512 + lane * 16;
             if constexpr (CL > 1) {
-                const int owner = place * CL + unit % CL;
+                const int owner = place * CL + owner_of(first_tile + r, m);
                 store16_in(address_in(to, owner), acc[r][m], address_in(bar, owner));
             } else {
                 store16(to, acc[r][m]);
@@ -166,7 +301,7 @@ __device__ __forceinline__ void send(const float (&acc)[RT][MT][4], u32 partial,
 
 KERNEL(WARPS * 32, CL * CN, BLOCKS)
 mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
-          u16* __restrict__ out, int M, int N, int groups, float output_scale) {
+          u16* __restrict__ out, int M, int N, int groups, float output_scale, const Stream stream) {
     const u32 base = shared_memory();
     const int lane = threadIdx.x % 32, warp = same_in_warp(threadIdx.x / 32);
     const int wr = warp % WR, wk = warp / WR;
@@ -178,7 +313,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     const int lo = block_groups * wk / WK, hi = block_groups * (wk + 1) / WK;
 
     const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * ST) * 8;
-    const u32 sums_bar = x_bars + (GX + WARPS * ST) * 8;
+    const u32 sums_bar = x_bars + (GX + WARPS * ST) * 8, norms_bar = sums_bar + 8;
     const u32 w_shared = base + W_AT + warp * ST * STAGE;
     const int my_tile = tile0 + wr * RT;
     const int tiles = min(RT, max(0, (N + 15) / 16 - my_tile));  // fewer where N ends; the others' sums go nowhere
@@ -217,8 +352,9 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
         if (CL > 1 && warp == 0) {
             barrier_init(sums_bar);
-            barrier_expect(sums_bar, (UNITS + CL - 1 - rank) / CL * SLOTS * 512);
+            barrier_expect(sums_bar, units_of(rank) * SLOTS * 512);
         }
+        if (NORM && warp == 0) barrier_init(norms_bar, MT);
         barriers_ready();
     }
     __syncwarp();
@@ -232,16 +368,40 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
 
     // On their way while the products are computed: from memory they would be waited for at the end.
     Bias biases[EPILOGUES];
+    Branch branches[RESIDUAL ? EPILOGUES : 1];
 #pragma unroll
     for (int i = 0; i < EPILOGUES; ++i) {
         if (!BIAS_EARLY) break;
-        const int unit = (warp + i * WARPS) * CL + rank;
-        biases[i].load(bias, SLOTS > 1 ? tile0 + unit / MT : my_tile + i, N, lane);
+        const Unit unit = unit_of(warp + i * WARPS, rank);
+        biases[i].load(bias, SLOTS > 1 ? tile0 + unit.tile : my_tile + i, N, lane);
         keep(biases[i].above);
         keep(biases[i].below);
     }
+    if constexpr (NORM || RESIDUAL) {
+        if (PDL) previous_is_over();
+    }
+    if constexpr (NORM) {
+        for (int i = warp; i < MT; i += WARPS) {
+            norms(stream, base + ROWS_AT + i * 32, i * 8, M, lane);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(norms_bar);
+        }
+    }
+    if constexpr (RESIDUAL) {
+        if (rank == 0) {
+            for (int n = tile0 * 16 + threadIdx.x * 2; n < min(N, (tile0 + TILES) * 16); n += WARPS * 64)
+                store_pair(stream.modulated, read_fresh(stream.shift + n), MT * 8, n, MT * 8 + 1, N);
+        }
+        if constexpr (BRANCH_EARLY) {
+#pragma unroll
+            for (int i = 0; i < EPILOGUES; ++i) {
+                const Unit unit = unit_of(warp + i * WARPS, rank);
+                branches[i].load(stream, m0 + unit.m * 8 + lane / 4, (tile0 + unit.tile) * 16 + lane % 4 * 2, M, N);
+            }
+        }
+    }
 
-    float acc[RT][MT][4];
+    float acc[RT][XT][4];
     Half halves[2];
 
     int group = lo;
@@ -260,20 +420,36 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
 #pragma unroll
     for (int r = 0; r < RT; ++r)
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
+        for (int m = 0; m < XT; ++m)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 keep(acc[r][m][i]);
                 if (lo >= hi) acc[r][m][i] = 0.0f;
             }
 
+    if constexpr (NORM) {
+        barrier_wait(norms_bar, 0);
+        normalise(acc, base + ROWS_AT, lane);
+    }
+
+    // A unit's outputs, the `i`th of this warp, to where they go.
+    const auto finish = [&](const float (&sum)[4], int i, int tile, int m, int owned) {
+        const Outputs outputs(sum, biases[i], output_scale);
+        const int row = m0 + m * 8 + lane / 4, n = (tile0 + tile) * 16 + lane % 4 * 2;
+        if constexpr (RESIDUAL) {
+            if (!BRANCH_EARLY) branches[i].load(stream, row, n, M, N);
+            outputs.add(out, stream, branches[i], base + ROWS_AT + owned * 32, row, n, M, N, lane);
+        } else {
+            outputs.store(out, row, n, M, N);
+        }
+    };
+
     if constexpr (SLOTS == 1) {
 #pragma unroll
         for (int r = 0; r < RT; ++r) {
             if (!BIAS_EARLY) biases[r].load(bias, my_tile + r, N, lane);
 #pragma unroll
-            for (int m = 0; m < MT; ++m)
-                epilogue(acc[r][m], biases[r], out, m0 + m * 8, (my_tile + r) * 16, M, N, output_scale, lane);
+            for (int m = 0; m < MT; ++m) finish(acc[r][m], r, wr * RT + r, m, place_of(wr * RT + r, m));
         }
     } else {
         if (CL > 1 && CN == 1) cluster_wait();
@@ -287,9 +463,11 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         }
 #pragma unroll
         for (int i = 0; i < EPILOGUES; ++i) {
-            const int owned = warp + i * WARPS, unit = owned * CL + rank, tile = tile0 + unit / MT;
-            if (owned >= OWNED || unit >= UNITS) break;
-            if (!BIAS_EARLY) biases[i].load(bias, tile, N, lane);
+            const int owned = warp + i * WARPS;
+            const Unit unit = unit_of(owned, rank);
+            if (owned >= OWNED || unit.tile >= TILES) break;
+            if (RESIDUAL && unit.m >= MT) continue;
+            if (!BIAS_EARLY) biases[i].load(bias, tile0 + unit.tile, N, lane);
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
@@ -299,7 +477,20 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
                 sum[2] += __uint_as_float(part.z);
                 sum[3] += __uint_as_float(part.w);
             }
-            epilogue(sum, biases[i], out, m0 + unit % MT * 8, tile * 16, M, N, output_scale, lane);
+            finish(sum, i, unit.tile, unit.m, owned);
+        }
+    }
+
+    if constexpr (RESIDUAL) {
+        __syncthreads();  // the squares are there
+        const int first = threadIdx.x / 8 * CL + rank, row = m0 + first * 8 + threadIdx.x % 8;
+        if (threadIdx.x < OWN_M * 8 && first < MT && row < M) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+                sum += __uint_as_float(load4(base + ROWS_AT + (tile * OWN_M * 8 + threadIdx.x) * 4));
+            const int clusters = gridDim.x / CL;
+            stream.squares[static_cast<long long>(row) * clusters + blockIdx.x / CL] = sum;
         }
     }
 }

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda import shapes as cuda_config
 from harness.kernels.cuda.packing import GROUP
-from harness.kernels.cuda.shapes import CudaConfig, CudaShape, choose, launch_grid
+from harness.kernels.cuda.shapes import NORM_TILES, CudaConfig, CudaShape, Role, choose, launch_grid
+from harness.kernels.cuda.stream import Modulating, Stream
 from harness.kernels.tuned import gpu_name
 
 _UNPACK_WARPS = 8
@@ -56,24 +58,93 @@ def mx_linear_now(
         out = library_product(x, unpack(tiles, (out_features, k), element), bias, output_scale)
         return F.silu(out) if silu else out
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=x.device)
-    if m == 0:
-        return out
-    shape = CudaConfig(*config) if config else choose(product, gpu_name(x.device))
+    if m > 0:
+        shape = CudaConfig(*config) if config else choose(product, gpu_name(x.device))
+        _launch(shape, product, x, PackedWeight(tiles, bias, element, output_scale), out, silu)
+    return out
+
+
+class PackedWeight(NamedTuple):
+    """What of a packed Linear its products read; see ``mx_linear_now``."""
+
+    tiles: Tensor
+    bias: Tensor | None
+    element: str
+    output_scale: float
+
+
+class _StreamArguments(ctypes.Structure):
+    """``Stream`` of ``mx_linear.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("before", "gate", "scale", "shift", "modulated", "squares", "given")),
+        ("parts", ctypes.c_int),
+        ("width", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
+def _launch(
+    config: CudaConfig,
+    product: CudaShape,
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    silu: bool = False,
+    role: Role = Role.plain,
+    stream: _StreamArguments | None = None,
+) -> None:
     with torch.cuda.device(x.device):
         pdl = launch.dependent(x.device)
-        function = load(shape, product, element, x.device, silu, pdl)
+        function = load(config, product, weight.element, x.device, silu, pdl, role)
         arguments = (
-            nvrtc.TensorMap(x, 8 * shape.m_tiles, GROUP),
-            tiles,
-            bias,
+            nvrtc.TensorMap(x, 8 * (config.m_tiles + (role is Role.norm)), GROUP),
+            weight.tiles,
+            weight.bias,
             out,
-            ctypes.c_int(m),
-            ctypes.c_int(out_features),
-            ctypes.c_int(tiles.shape[1]),
-            ctypes.c_float(output_scale),
+            ctypes.c_int(product.m),
+            ctypes.c_int(product.n),
+            ctypes.c_int(weight.tiles.shape[1]),
+            ctypes.c_float(weight.output_scale),
+            _StreamArguments() if stream is None else stream,
         )
-        function.launch(launch_grid(shape, m, out_features), 32 * shape.warps, arguments, pdl)
+        function.launch(launch_grid(config, product.m, product.n), 32 * config.warps, arguments, pdl)
+
+
+def normed_product(
+    stream: Stream, weight: PackedWeight, out_features: int, eps: float, config: CudaConfig | None, silu: bool
+) -> Tensor:
+    """BF16 [M, N]: the product of ``weight`` and the modulated norm of a residual stream, M at most 64.
+
+    The norm's ``eps`` is added to the mean of squares. Raises as ``mx_linear_now``.
+    """
+    total, modulated, squares = stream
+    (m, k), element = total.shape, weight.element
+    product = CudaShape(m, out_features, k, cuda_packing.element_bits(element))
+    shape = config or choose(product, gpu_name(total.device), Role.norm)
+    out = torch.empty(m, out_features, dtype=torch.bfloat16, device=total.device)
+    arguments = _StreamArguments(given=squares.data_ptr(), parts=squares.shape[1], width=1 / k, eps=eps)
+    _launch(shape, product, modulated, weight, out, silu, Role.norm, arguments)
     return out
+
+
+def residual_product(
+    x: Tensor, weight: PackedWeight, total: Tensor, vectors: Modulating, config: CudaConfig | None
+) -> Stream:
+    """The residual stream ``total`` [M, N] after ``gate`` times the product of ``weight`` and BF16 ``x`` [M, K].
+
+    M at most 64, N a multiple of 16. Raises as ``mx_linear_now``.
+    """
+    (m, k), n = x.shape, total.shape[1]
+    product = CudaShape(m, n, k, cuda_packing.element_bits(weight.element))
+    shape = config or choose(product, gpu_name(x.device), Role.residual)
+    squares = torch.empty(m, launch_grid(shape, m, n)[0] // shape.cluster, device=x.device)
+    after = Stream(torch.empty_like(total), total.new_empty(8 * NORM_TILES + 1, n), squares)
+    arguments = _StreamArguments(
+        *(t.data_ptr() for t in (total, *vectors, after.modulated, after.squares)), None, 0, 0.0, 0.0
+    )
+    _launch(shape, product, x, weight, after.total, role=Role.residual, stream=arguments)
+    return after
 
 
 mx_linear = torch.library.custom_op("harness_mx::cuda_linear", mx_linear_now, mutates_args=(), device_types="cuda")
@@ -126,33 +197,42 @@ def source(kernel: str = "mx_linear.cu") -> str:
 
 
 @functools.cache
-def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool) -> bytes:
+def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bool, role: Role = Role.plain) -> bytes:
     """The cubin of ``config`` for ``k`` inputs and elements "e4m3", "e5m2", "e2m1" or "bf16", with or without SiLU."""
-    defines = cuda_config.defines(config, k, element, silu, dependent)
+    defines = cuda_config.defines(config, k, element, silu, dependent, role)
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
-def compile_product(rows: int, n: int, k: int, element: str, silu: bool, device: torch.device) -> None:
+def compile_product(
+    rows: int, n: int, k: int, element: str, silu: bool, device: torch.device, role: Role = Role.plain
+) -> None:
     """Have the kernel ready that ``mx_linear`` takes for so many rows and an [n, k] weight; any thread may ask."""
     product = CudaShape(rows, n, k, cuda_packing.element_bits(element))
     if not product.many:
-        compiled(choose(product, gpu_name(device)), k, element, silu, launch.dependent(device))
+        compiled(choose(product, gpu_name(device), role), k, element, silu, launch.dependent(device), role)
 
 
 def load(
-    config: CudaConfig, shape: CudaShape, element: str, device: torch.device, silu: bool, dependent: bool
+    config: CudaConfig,
+    shape: CudaShape,
+    element: str,
+    device: torch.device,
+    silu: bool,
+    dependent: bool,
+    role: Role = Role.plain,
 ) -> nvrtc.Function:
     """The kernel ``config`` for the product ``shape`` on the current device, ``device``."""
     with _loading:
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _load(config, shape.k, cuda_config.shared_bytes(config, shape), element, index, silu, dependent)
+        shared = cuda_config.shared_bytes(config, shape, role)
+        return _load(config, shape.k, shared, element, index, silu, dependent, role)
 
 
 @functools.cache
 def _load(
-    config: CudaConfig, k: int, shared: int, element: str, device: int, silu: bool, dependent: bool
+    config: CudaConfig, k: int, shared: int, element: str, device: int, silu: bool, dependent: bool, role: Role
 ) -> nvrtc.Function:
-    return nvrtc.Function(compiled(config, k, element, silu, dependent), "mx_linear", shared)
+    return nvrtc.Function(compiled(config, k, element, silu, dependent, role), "mx_linear", shared)
 
 
 def compiled_unpack(element: str, dependent: bool) -> bytes:

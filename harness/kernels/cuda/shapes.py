@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from dataclasses import astuple, dataclass, replace
+from enum import StrEnum
 
 from harness.kernels import tuned as tuned_files
 from harness.kernels.cuda.packing import ROWS, decoding, element_bits, groups, tile_bytes
@@ -17,6 +18,9 @@ BUCKETS = (8, 16, 32, 64, 128, 256)
 
 MANY_ROWS = BUCKETS[-1]
 """Of more rows, those of a frame of many clips (docs/performance.md) or of prefill, the product is a library's."""
+
+NORM_TILES = 8
+"""Tiles of 8 rows that a product with norms has: those of a frame."""
 
 SHARED_BYTES = 227 * 1024
 """Shared memory a block may use on compute capability 9.0, whose multiprocessors have 1 KB more for every block."""
@@ -80,14 +84,23 @@ class CudaShape:
         return next((b for b in BUCKETS if self.m <= b), BUCKETS[-1])
 
 
+class Role(StrEnum):
+    """What a product does for the norms around it, see ``mx_linear.cu``."""
+
+    plain = "plain"
+    norm = "norm"
+    residual = "residual"
+
+
 @functools.cache
-def tuned(gpu: str | None = None) -> dict[tuple[int, int, int, int], CudaConfig]:
+def tuned(gpu: str | None = None, role: Role = Role.plain) -> dict[tuple[int, int, int, int], CudaConfig]:
     """(bits, M bucket, N, K) to the fastest shape measured on ``gpu``, or on any Hopper GPU where it has no file.
 
     Of blocks in a layer, of modulation alone.
     """
     found = tuned_files.shapes("harness.kernels.cuda", gpu, 90)
-    return {(s["bits"], s["m"], s["n"], s["k"]): CudaConfig(*s["config"]) for s in found}
+    alike = [s for s in found if s.get("role", Role.plain) == role]
+    return {(s["bits"], s["m"], s["n"], s["k"]): CudaConfig(*s["config"]) for s in alike}
 
 
 _PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
@@ -105,30 +118,35 @@ def held_groups(config: CudaConfig, k: int) -> int:
     return max(1, -(-groups(k) // config.cluster))
 
 
-def layout(config: CudaConfig, k: int, bits: int) -> tuple[int, bool]:
+def layout(config: CudaConfig, k: int, bits: int, role: Role = Role.plain) -> tuple[int, bool]:
     """Bytes of shared memory a block uses, and whether partial sums must arrive where x and W were."""
     held, slots = held_groups(config, k), config.cluster * config.warps_k
-    operands = held * config.m_tiles * 1024
+    norm, residual = role is Role.norm, role is Role.residual
+    operands = held * (config.m_tiles + norm) * 1024
     operands += config.warps * config.stages * config.row_tiles * config.stage_groups * tile_bytes(bits)
-    owned = -(-config.tiles * config.m_tiles // config.cluster)
+    across = -(-config.m_tiles // config.cluster)
+    owned = config.tiles * across if residual else -(-config.tiles * config.m_tiles // config.cluster)
     partial = slots * owned * 512 if slots > 1 else 0
-    barriers = (held + config.warps * config.stages + 1) * 8  # of x, of W, of partial sums
-    overlay = operands + partial + barriers > _room(config)
-    return (max(operands, partial) if overlay else operands + partial) + barriers, overlay
+    rest = (held + config.warps * config.stages + 1 + norm) * 8  # barriers of x, of W, of partial sums, of norms
+    rest += 32 * (config.m_tiles * norm + owned * residual)
+    overlay = operands + partial + rest > _room(config)
+    return (max(operands, partial) if overlay else operands + partial) + rest, overlay
 
 
-def shared_bytes(config: CudaConfig, shape: CudaShape) -> int:
+def shared_bytes(config: CudaConfig, shape: CudaShape, role: Role = Role.plain) -> int:
     """Shared memory a block is given.
 
     Where every block can have a multiprocessor of its own, no less than what keeps a second away: launched while
     others still run (``harness.kernels.launch``), blocks would gather where there is room first, and multiprocessors
     that come free later would stay empty.
     """
-    used = layout(config, shape.k, shape.bits)[0]
+    used = layout(config, shape.k, shape.bits, role)[0]
     return max(used, _ALONE_BYTES) if config.blocks == 1 and _at_once(config, shape) else used
 
 
-def defines(config: CudaConfig, k: int, element: str, silu: bool = False, dependent: bool = False) -> dict[str, int]:
+def defines(
+    config: CudaConfig, k: int, element: str, silu: bool = False, dependent: bool = False, role: Role = Role.plain
+) -> dict[str, int]:
     """Compile-time parameters of ``mx_linear.cu``; ``dependent``: launched as ``harness.kernels.launch`` describes."""
     return decoding(element) | {
         "MT": config.m_tiles,
@@ -140,10 +158,12 @@ def defines(config: CudaConfig, k: int, element: str, silu: bool = False, depend
         "GS": config.stage_groups,
         "ST": config.stages,
         "GX": held_groups(config, k),
-        "OVERLAY": int(layout(config, k, element_bits(element))[1]),
+        "OVERLAY": int(layout(config, k, element_bits(element), role)[1]),
         "PDL": int(dependent),
         "BLOCKS": config.blocks,
         "SILU": int(silu),
+        "NORM": int(role is Role.norm),
+        "RESIDUAL": int(role is Role.residual),
     }
 
 
@@ -153,9 +173,31 @@ def launch_grid(config: CudaConfig, m: int, n: int) -> tuple[int, int]:
     return clusters * config.cluster * config.share, -(-m // (8 * config.m_tiles))
 
 
-def choose(shape: CudaShape, gpu: str | None = None) -> CudaConfig:
-    """The winner for ``shape`` measured on ``gpu``, or of the product most like it whose winner fits, or the rule's."""
-    return _nearest(shape, tuned(gpu)) or _ranked(replace(shape, m=shape.bucket))[0]
+def choose(shape: CudaShape, gpu: str | None = None, role: Role = Role.plain) -> CudaConfig:
+    """The winner for ``shape`` measured on ``gpu``, or of the product most like it whose winner fits, or the rule's.
+
+    In another role, of which none was measured, that of the plain product, with fewer stages where it needs the room.
+    """
+    ranked = _ranked(replace(shape, m=shape.bucket))
+    if role is Role.plain:
+        return _nearest(shape, tuned(gpu)) or ranked[0]
+    own = _nearest(shape, tuned(gpu, role))
+    if own is not None and suits(own, shape, role):
+        return own
+    plain = _nearest(shape, tuned(gpu)) or ranked[0]
+    fewer = (replace(plain, stages=stages) for stages in range(plain.stages, 0, -1))
+    return next(config for config in (*fewer, *ranked) if suits(config, shape, role))
+
+
+def suits(config: CudaConfig, shape: CudaShape, role: Role) -> bool:
+    """Whether ``config`` can have ``role``: there is room, and a norm has all rows in one block.
+
+    Partial sums may have to arrive where x was only where they do in a plain product.
+    """
+    if role is Role.norm and (config.m_tiles != NORM_TILES or shape.m > 8 * NORM_TILES):
+        return False
+    used, overlay = layout(config, shape.k, shape.bits, role)
+    return used <= _room(config) and (not overlay or layout(config, shape.k, shape.bits)[1])
 
 
 def _nearest(shape: CudaShape, measured: dict[tuple[int, int, int, int], CudaConfig]) -> CudaConfig | None:
