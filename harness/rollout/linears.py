@@ -16,6 +16,7 @@ from torch import nn
 
 from harness.kernels.cuda import linear as cuda_linear
 from harness.kernels.cuda.linear import PackedBF16Linear, PackedLinear
+from harness.kernels.cuda.shapes import Role
 from harness.models.world import WorldModel
 from harness.rollout.conf import AttentionKind, CompileConf
 
@@ -83,18 +84,26 @@ def is_packed(module: nn.Module) -> TypeGuard[PackedBF16Linear]:
     return isinstance(module, PackedBF16Linear)
 
 
-def compile_ahead(core: WorldModel, batch: int) -> None:
-    """Compile what multiplies a frame's rows by the blocks' packed weights: all at once, not each at its first use."""
+ROLES = {"attn.qkv": Role.norm, "attn.out": Role.residual, "mlp.fc1": Role.norm, "mlp.fc2": Role.residual}
+"""What a block's Linears do for its norms where these are in their kernels."""
+
+
+def compile_ahead(core: WorldModel, batch: int, streamed: bool = False) -> None:
+    """Compile what multiplies a frame's rows by the blocks' packed weights: all at once, not each at its first use.
+
+    ``streamed``: the blocks' norms are in their Linears' kernels.
+    """
     if core.device.type != "cuda":
         return
     from harness.kernels.cuda.ops import compile_product  # an operator of CUDA tensors alone
 
     rows = batch * core.cfg.tokens_per_frame
-    linears = [
-        module for _, _, spec, module in core.linears() if isinstance(module, PackedLinear) and not spec.per_frame
-    ]
-    kinds = {(x.out_features, x.in_features, x.element, x.silu) for x in linears if x.config is None}
+    kinds = {
+        (x.out_features, x.in_features, x.element, x.silu, core.device, ROLES[spec.name] if streamed else Role.plain)
+        for _, _, spec, x in core.linears()
+        if isinstance(x, PackedLinear) and not spec.per_frame and x.config is None
+    }
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(compile_product, rows, n, k, element, silu, core.device) for n, k, element, silu in kinds]
+        jobs = [pool.submit(compile_product, rows, *kind) for kind in kinds]
     for job in jobs:
         job.result()

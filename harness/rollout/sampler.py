@@ -27,7 +27,7 @@ from harness.rollout.linears import compile_ahead
 from harness.rollout.modulation import StackedModulation
 from harness.rollout.prefill import fits as prefill_fits
 from harness.rollout.prefill import prefill_fused
-from harness.rollout.steps import Rotary, Step, make_step
+from harness.rollout.steps import Rotary, Step, all_stream, make_step
 
 NO_CONTROLS = "this model is conditioned on controls: pass mouse and btn"
 
@@ -181,7 +181,8 @@ class Rollout:
         for buffer in (self._noise, self._mouse, self._btn):
             buffer.zero_()
         self.cache.reset()
-        compile_ahead(self.core, self.cache.batch)
+        streamed = all_stream(self.core, self.cache, self.attention, self.compile)
+        compile_ahead(self.core, self.cache.batch, streamed)
         if self._layers is not None:
             self._warm_prefill()
         for _ in range(frames):

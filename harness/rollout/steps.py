@@ -1,4 +1,8 @@
-"""One denoising step of a frame: as one function, or layer by layer, where layers of one kind share compiled code."""
+"""One denoising step of a frame: as one function, or layer by layer, where layers of one kind share compiled code.
+
+Where all of a layer's Linears are kernels of ours and a frame is one clip's, their norms are in them: see
+:func:`through_layer_streamed`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,26 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from harness.kernels.cuda.linear import PackedLinear
+from harness.kernels.cuda.shapes import NORM_TILES
+from harness.kernels.cuda.stream import Modulating, Stream
 from harness.kv import KVCache
 from harness.models import bf16
 from harness.models.attention import LayerAttend
-from harness.models.gamerft import Block, BlockModulation, GameRFTCore, Modulation, gated
+from harness.models.gamerft import (
+    RMS_EPS,
+    Block,
+    BlockModulation,
+    GameRFTCore,
+    Modulation,
+    attend_from_projection,
+    gated,
+)
 from harness.models.world import WorldModel
 from harness.rollout.attention import FusedAttention, frame_attention, layer_attention, meeting_of
 from harness.rollout.compile import compile_function, keep_in_place
 from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
-from harness.rollout.norms import residual_norm
+from harness.rollout.norms import enter_stream, residual_norm
 
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
@@ -77,6 +91,41 @@ def through_layer_fused(
     return x, block.mlp(normed)
 
 
+def through_layer_streamed(
+    block: Block, attend: LayerAttend, stream: Stream, mod: BlockModulation, norm: tuple[Tensor, Tensor], rotary: Rotary
+) -> Stream:
+    """A layer in five launches, from residual stream to residual stream, of a block that :func:`streams`.
+
+    Args:
+        block: the layer.
+        attend: its attention.
+        stream: its norm modulated by the layer's ``attn_scale`` and ``attn_shift``.
+        mod: conditioning, of one clip's frame.
+        norm: scale and shift of the norm behind the layer.
+        rotary: of the frame.
+    """
+    qkv, out, fc1, fc2 = packed_linears(block)
+    projected = qkv.normed(stream, RMS_EPS)[None]
+    attended = attend_from_projection(attend, block.attn.layer, projected, block.attn.n_heads, rotary)[0]
+    stream = out.added(attended, stream.total, Modulating(mod.attn_gate, mod.mlp_scale, mod.mlp_shift))
+    return fc2.added(fc1.normed(stream, RMS_EPS), stream.total, Modulating(mod.mlp_gate, *norm))
+
+
+def packed_linears(block: Block) -> list[PackedLinear]:
+    """Those of ``attn.qkv``, ``attn.out``, ``mlp.fc1`` and ``mlp.fc2`` that are kernels of ours."""
+    linears: tuple[nn.Module, ...] = (block.attn.qkv, block.attn.out, block.mlp.fc1, block.mlp.fc2)
+    return [linear for linear in linears if isinstance(linear, PackedLinear)]
+
+
+def streams(block: Block, rows: int) -> bool:
+    """Whether :func:`through_layer_streamed` takes ``block`` for a frame of so many rows: by what its Linears are."""
+    ours = packed_linears(block)
+    if len(ours) < 4 or any(rounds_inputs(linear) for linear in ours):
+        return False
+    _, out, fc1, _ = ours
+    return fc1.silu and rows <= 8 * NORM_TILES and out.out_features % 16 == 0
+
+
 def _layer_function(block: Block, attention: AttentionKind) -> Layer:
     """Our kernels for sums and norms where attention is ours; but not in front of what quantises their results."""
     rounds = rounds_inputs(block.attn.qkv) or rounds_inputs(block.mlp.fc1)
@@ -102,6 +151,8 @@ def _step_by_layers(
         velocity = core.velocity(tokens + gated(branch, gate), scale, shift)[:, 0].float()
         return x - drop * velocity, velocity
 
+    if all_stream(core, cache, attention, conf):
+        return _step_by_streams(core, cache, store, conf)
     first, last = compile_function(enter, conf), compile_function(leave, conf)
     layers: dict[str, Layer] = {}
     calls: list[tuple[Layer, Block, LayerAttend]] = []
@@ -121,6 +172,39 @@ def _step_by_layers(
             tokens, branch = layer(block, attend, tokens, branch, gate, mod, rotary)
             gate = mod.mlp_gate
         return last(x, tokens, branch, gate, modulation.out_scale, modulation.out_shift, drop)
+
+    return step
+
+
+def all_stream(core: WorldModel, cache: KVCache, attention: AttentionKind, conf: CompileConf) -> bool:
+    """Whether a frame's layers run as :func:`through_layer_streamed`: of one clip, and launches of ours alone."""
+    captured = conf.enabled and conf.captures(cache.device) and conf.scope_on(cache.device) == "block"
+    if not (captured and cache.batch == 1 and attention is AttentionKind.fused and isinstance(core, GameRFTCore)):
+        return False
+    blocks = enumerate(core.blocks)
+    return all(streams(block, cache.tokens) and _is_ready(block, cache, layer) for layer, block in blocks)
+
+
+def _step_by_streams(core: GameRFTCore, cache: KVCache, store: bool, conf: CompileConf) -> Step:
+    def enter(x: Tensor) -> Tensor:
+        return core.embed(x[:, None])[0]
+
+    def leave(x: Tensor, tokens: Tensor, scale: Tensor, shift: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+        velocity = core.velocity(tokens[None], scale, shift)[:, 0].float()
+        return x - drop * velocity, velocity
+
+    first, last = compile_function(enter, conf), compile_function(leave, conf)
+    meeting = meeting_of(cache)
+    attends = [layer_attention(cache, n, AttentionKind.fused, store, meeting) for n in range(len(core.blocks))]
+
+    def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
+        mods = modulation.blocks
+        stream = enter_stream(first(x), mods[0].attn_scale, mods[0].attn_shift)
+        norms = [(mod.attn_scale, mod.attn_shift) for mod in mods[1:]]
+        norms.append((modulation.out_scale, modulation.out_shift))
+        for block, attend, mod, norm in zip(core.blocks, attends, mods, norms, strict=True):
+            stream = through_layer_streamed(block, attend, stream, mod, norm, rotary)
+        return last(x, stream.total, modulation.out_scale, modulation.out_shift, drop)
 
     return step
 

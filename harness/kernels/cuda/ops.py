@@ -133,9 +133,10 @@ def residual_product(
 ) -> Stream:
     """The residual stream ``total`` [M, N] after ``gate`` times the product of ``weight`` and BF16 ``x`` [M, K].
 
-    M at most 64, N a multiple of 16. Raises as ``mx_linear_now``.
+    M at most 64, N a multiple of 16; ``x`` and ``total`` contiguous. Raises as ``mx_linear_now``.
     """
     (m, k), n = x.shape, total.shape[1]
+    vectors = Modulating(*(vector.reshape(n).contiguous() for vector in vectors))
     product = CudaShape(m, n, k, cuda_packing.element_bits(weight.element))
     shape = config or choose(product, gpu_name(x.device), Role.residual)
     squares = torch.empty(m, launch_grid(shape, m, n)[0] // shape.cluster, device=x.device)

@@ -20,8 +20,8 @@ class Stream(NamedTuple):
 
 
 class Modulating(NamedTuple):
-    """Vectors of one frame, BF16, D numbers one after the other: the gate of what is added to the stream, and the scale
-    and shift of the norm behind."""
+    """BF16 vectors of one frame, D numbers each: the gate of what is added to the stream, scale and shift of the norm
+    behind."""
 
     gate: Tensor
     scale: Tensor
