@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harness.kernels.cuda import nvrtc
+from harness.kernels.cuda.inputs import InputCopies
 from harness.kv import KVCache, KVConf
 from harness.models.world import FrameModulation, WorldModel
 from harness.rollout.attention import PrefillAttention, check_attention
@@ -125,6 +127,7 @@ class Rollout:
         self._append_step: Step | None = None
         self.graph: CapturedGraph[Frame] | None = None
         """The captured frame, once warm, where frames are captured."""
+        self._copies: InputCopies | None = None
         self._prefilled = False
 
     def _make_buffers(self) -> None:
@@ -189,6 +192,9 @@ class Rollout:
             self._frame()
         if self.cuda_graph:
             self.graph = CapturedGraph(self._frame, self.cache.device)
+            if nvrtc.unavailable() is None:
+                buffers = [self._noise] if self.core.cfg.uncond else [self._noise, self._mouse, self._btn]
+                self._copies = InputCopies(buffers)
         self.cache.reset()
         self._prefilled = False
         if self.cache.device.type == "cuda":
@@ -296,7 +302,6 @@ class Rollout:
         self.cache.restore(saved)
         self._prefilled = True
 
-    @without_grad
     def next_frame(self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None) -> Tensor:
         """Roll out one more frame.
 
@@ -312,36 +317,46 @@ class Rollout:
             RuntimeError: before :meth:`prefill`, or before :meth:`warmup` if a CUDA graph is used.
             ValueError: if a shape does not fit.
         """
-        return self._next(noise, mouse, btn).latent.clone()
+        return self._copied([self._next(noise, mouse, btn).latent])[0]
 
-    @without_grad
     def next_frame_with_velocities(
         self, noise: Tensor, mouse: Tensor | None = None, btn: Tensor | None = None
     ) -> Frame:
         """:meth:`next_frame` that also returns the velocity of every step, each float32 ``[B, C, S, S]``."""
         frame = self._next(noise, mouse, btn)
-        return Frame(frame.latent.clone(), tuple(velocity.clone() for velocity in frame.velocities))
+        latent, *velocities = self._copied([frame.latent, *frame.velocities])
+        return Frame(latent, tuple(velocities))
+
+    @without_grad
+    def _copied(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [x.clone() for x in tensors]
 
     def _next(self, noise: Tensor, mouse: Tensor | None, btn: Tensor | None) -> Frame:
+        """Where a frame is captured it is on its way before anything that can wait: contexts, copies of its results."""
         self._check_prefilled()
         self._take(noise, mouse, btn)
         if not self.cuda_graph:
-            return self._frame()
+            return without_grad(self._frame)()
         if self.graph is None:
             raise RuntimeError("this rollout replays a CUDA graph: call warmup() before prefill() to capture it")
         return self.graph.replay()
 
     def _take(self, noise: Tensor, mouse: Tensor | None, btn: Tensor | None) -> None:
-        """Copy a frame's inputs to where frames read them: in one launch, since a player waits for each."""
+        """Copy a frame's inputs to where frames read them: in one launch, since a player waits for each.
+
+        On the device, in float32, as its noise is, they take our own kernel, which the host is sooner done with.
+        """
         given, buffers = [noise], [self._noise]
         if not self.core.cfg.uncond:
             if mouse is None or btn is None:
                 raise ValueError(NO_CONTROLS)
             given, buffers = [noise, mouse, btn], [self._noise, self._mouse, self._btn]
+        if self._copies is not None and self._copies(given):
+            return
         for name, x, buffer in zip(("noise", "mouse", "btn"), given, buffers, strict=False):
             if x.shape != buffer.shape:
                 self._check(name, x, buffer.shape[1:])
-        torch._foreach_copy_(buffers, given)
+        without_grad(torch._foreach_copy_)(buffers, given)
 
     def _check_prefilled(self) -> None:
         if not self._prefilled:

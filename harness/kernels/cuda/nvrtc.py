@@ -8,7 +8,7 @@ demands. Nothing here waits for the device.
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,20 +92,41 @@ class Function:
         ``dependent``: as programmatic dependent launch, see ``harness.kernels.launch``.
         Raises DriverError when the driver refuses.
         """
+        self.prepared(grid, threads, arguments, dependent)(torch.cuda.current_stream().cuda_stream)
+
+    def prepared(
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], dependent: bool = False
+    ) -> Callable[..., bool]:
+        """:meth:`launch` for many times over: a function of a stream's handle, and of a CUresult to return False for.
+
+        It returns True, and raises DriverError for any other result. Arguments that are ctypes values may be given
+        others in between.
+        """
         kept = [_pointer(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(kept))(*(address for address, _ in kept))
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_uint64 * 8)(1))
-        stream = torch.cuda.current_stream().cuda_stream
         config = _LaunchConfig(
             (ctypes.c_uint * 3)(*grid, 1),
             (ctypes.c_uint * 3)(threads, 1, 1),
             self._shared_bytes,
-            stream,
+            None,
             ctypes.pointer(attribute),
             int(dependent),
         )
-        result = _driver().cuLaunchKernelEx(ctypes.byref(config), self._handle, pointers, None)
-        _check(result, f"launching {self._name} on {grid} blocks of {threads} threads")
+        launch, config_at = _driver().cuLaunchKernelEx, ctypes.byref(config)
+        memory = kept, attribute  # that the driver is pointed to
+
+        def run(stream: int, refusal: int = 0) -> bool:
+            config.stream = stream
+            assert memory
+            result = launch(config_at, self._handle, pointers, None)
+            if result == 0:
+                return True
+            if result != refusal:
+                _check(result, f"launching {self._name} on {grid} blocks of {threads} threads")
+            return False
+
+        return run
 
 
 def unavailable() -> str | None:
