@@ -68,8 +68,7 @@ struct Block {
 };
 
 struct Barrier {  // 8 bytes of shared memory
-    u8 pending, needed;
-    u16 phase;
+    u16 pending, phase;
     int bytes;
 };
 
@@ -160,15 +159,13 @@ inline void previous_is_over() {}
 
 inline Barrier& barrier_at(Block& block, u32 bar) { return *reinterpret_cast<Barrier*>(at(block, bar, 8, 8)); }
 inline void settle(Barrier& b) {
-    if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.needed;
+    if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = 1;
 }
-inline void barrier_init(u32 bar, u32 arrivals = 1) {
-    barrier_at(*now->block, bar) = Barrier{static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0, 0};
-}
+inline void barrier_init(u32 bar) { barrier_at(*now->block, bar) = Barrier{1, 0, 0}; }
 inline void barrier_arrive(u32 bar) {
     Barrier& b = barrier_at(*now->block, bar);
-    CHECK(b.phase <= 1 && b.pending > 0, "an arrival that nothing waits for");
-    --b.pending;
+    CHECK(b.phase <= 1 && b.pending == 1, "one arrival a phase");
+    b.pending = 0;
     settle(b);
 }
 inline void barriers_ready() {}

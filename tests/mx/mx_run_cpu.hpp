@@ -22,5 +22,5 @@ extern "C" void run(const u16* x, const u8* weight, const u16* bias, u16* out, i
     const int clusters = ((N + 15) / 16 + TILES - 1) / TILES;  // of CL blocks
     grid = {(clusters + CN - 1) / CN * CN * CL, (M + MT * 8 - 1) / (MT * 8)};
     for (int y = 0; y < grid.y; ++y)
-        for (int x = 0; x < grid.x; x += CL * CN) run_cluster({x, y}, CL * CN, WARPS * 32, shared_bytes());
+        for (int x = 0; x < grid.x; x += CL * CN) run_cluster({x, y}, CL * CN, THREADS, shared_bytes());
 }

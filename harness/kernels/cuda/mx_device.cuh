@@ -32,11 +32,11 @@ __device__ __forceinline__ u64 cache_policy(bool read_once) {
     return policy;
 }
 
-__device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals = 1) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+__device__ __forceinline__ void barrier_init(u32 bar) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
 }
 
-// What this thread wrote to shared memory is seen by those that waited for the barrier.
+// The one arrival a barrier waits for: what this thread wrote to shared memory is seen by those that waited.
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
@@ -47,7 +47,7 @@ __device__ __forceinline__ void barriers_ready() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The one arrival that such a barrier waits for, and the bytes of copies it waits for beside it.
+// The same, and the bytes of copies it waits for beside it.
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }

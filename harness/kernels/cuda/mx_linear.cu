@@ -19,7 +19,8 @@
 // Norms need no kernel of their own. What they normalise, the residual stream h, is written by the product in front of
 // them (RESIDUAL), which has a part of each row only, so it cannot know the norm, but h o (1 + scale) it can, and the sum
 // of its part's squares. The product behind (NORM) multiplies W with that, and with the shift as one more row of x:
-// W (h o (1 + scale) / rms(h) + shift) = (W (h o (1 + scale))) / rms(h) + W shift.
+// W (h o (1 + scale) / rms(h) + shift) = (W (h o (1 + scale))) / rms(h) + W shift. What either has to read and to add up
+// beside is done by a warp more, so that no other waits for memory.
 //
 // Compile-time parameters (cuda_config.py), beside those of mx_decode.cuh: MT tiles of 8 rows of x (1, 2, 4, 8, 16 or
 // 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a block
@@ -29,6 +30,7 @@
 // multiple of 16).
 
 constexpr int WARPS = WR * WK;
+constexpr int THREADS = (WARPS + NORM + RESIDUAL) * 32;
 constexpr int XT = MT + NORM;                  // tiles of 8 rows of x
 constexpr int XTILE = XT * 8 * 128;            // bytes of 64 inputs of every row of x
 constexpr int STAGE = RT * GS * TILE;
@@ -243,24 +245,29 @@ struct Outputs {
     }
 };
 
-// 1 / rms of 8 rows of x from the sums of squares of their parts, four lanes a row, to shared memory at `to`.
-__device__ __forceinline__ void norms(const Stream& stream, u32 to, int row0, int M, int lane) {
-    constexpr int AT_ONCE = 8;
-    const int row = row0 + lane / 4;
-    const float* parts = stream.given + static_cast<long long>(min(row, M - 1)) * stream.parts;
-    float sum = 0.0f;
+// 1 / rms of all rows of x from the sums of squares of their parts, four lanes a row, to shared memory at `to`.
+__device__ __forceinline__ void norms(const Stream& stream, u32 to, int M, int lane) {
+    float sums[MT], parts[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT; ++i) sums[i] = 0.0f;
 #pragma unroll 1
-    for (int first = lane % 4; first < stream.parts; first += 4 * AT_ONCE) {
-        float part[AT_ONCE];
+    for (int first = lane % 4; first < stream.parts; first += 8) {
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            part[i] = first + 4 * i < stream.parts ? __uint_as_float(read_fresh(parts + first + 4 * i)) : 0.0f;
+        for (int i = 0; i < MT; ++i) {
+            const float* row = stream.given + static_cast<long long>(min(i * 8 + lane / 4, M - 1)) * stream.parts;
+            parts[i][0] = __uint_as_float(read_fresh(row + first));
+            parts[i][1] = first + 4 < stream.parts ? __uint_as_float(read_fresh(row + first + 4)) : 0.0f;
+        }
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) sum += part[i];
+        for (int i = 0; i < MT; ++i) sums[i] += parts[i][0] + parts[i][1];
     }
-    sum += __uint_as_float(from_lane(bits_of(sum), lane ^ 1));
-    sum += __uint_as_float(from_lane(bits_of(sum), lane ^ 2));
-    if (lane % 4 == 0) store4(to + lane / 4 * 4, inverse_root(fmaf(sum, stream.width, stream.eps)));
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+        sums[i] += __uint_as_float(from_lane(bits_of(sums[i]), lane ^ 1));
+        sums[i] += __uint_as_float(from_lane(bits_of(sums[i]), lane ^ 2));
+        if (lane % 4 == 0)
+            store4(to + (i * 8 + lane / 4) * 4, inverse_root(fmaf(sums[i], stream.width, stream.eps)));
+    }
 }
 
 // acc / rms + W shift, where `rows` holds 1 / rms and acc[][MT] column 0 the products with the shift.
@@ -299,7 +306,41 @@ __device__ __forceinline__ void send(const float (&acc)[RT][XT][4], u32 partial,
     }
 }
 
-KERNEL(WARPS * 32, CL * CN, BLOCKS)
+// The warp more: meets the others of its block and cluster wherever these do.
+__device__ __forceinline__ void help(const Stream& stream, u32 rows, u32 norms_bar, int tile0, int m0, int rank, int M,
+                                     int N, int lane) {
+    if (CL * CN > 1) cluster_arrive();
+    if (CN > 1) cluster_wait();
+    __syncthreads();
+    if (PDL) previous_is_over();
+    if constexpr (NORM) {
+        norms(stream, rows, M, lane);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(norms_bar);
+    } else if (rank == 0) {
+        for (int n = tile0 * 16 + lane * 2; n < min(N, (tile0 + TILES) * 16); n += 64)
+            store_pair(stream.modulated, read_fresh(stream.shift + n), MT * 8, n, MT * 8 + 1, N);
+    }
+    if constexpr (SLOTS > 1) {
+        if (CL > 1 && CN == 1) cluster_wait();
+        if (OVERLAY) cluster_sync();
+        if (CL == 1) __syncthreads();
+    }
+    if constexpr (RESIDUAL) {
+        __syncthreads();  // the squares are there
+        for (int i = lane; i < OWN_M * 8; i += 32) {
+            const int m = i / 8 * CL + rank, row = m0 + m * 8 + i % 8;
+            if (m >= MT || row >= M) break;
+            float sum = 0.0f;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+                sum += __uint_as_float(load4(rows + (tile * OWN_M * 8 + i) * 4));
+            stream.squares[static_cast<long long>(row) * (gridDim.x / CL) + blockIdx.x / CL] = sum;
+        }
+    }
+}
+
+KERNEL(THREADS, CL * CN, BLOCKS)
 mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
           u16* __restrict__ out, int M, int N, int groups, float output_scale, const Stream stream) {
     const u32 base = shared_memory();
@@ -346,6 +387,12 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     };
 
     if (PDL) next_may_begin();
+    if constexpr (NORM || RESIDUAL) {
+        if (warp == WARPS) {
+            help(stream, base + ROWS_AT, norms_bar, tile0, m0, rank, M, N, lane);
+            return;
+        }
+    }
     if (lane == 0) {
         if (warp == 0) prefetch_map(&x_map);
         for (int i = 0; i < ST; ++i) barrier_init(w_bars + i * 8);
@@ -354,7 +401,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
             barrier_init(sums_bar);
             barrier_expect(sums_bar, units_of(rank) * SLOTS * 512);
         }
-        if (NORM && warp == 0) barrier_init(norms_bar, MT);
+        if (NORM && warp == 0) barrier_init(norms_bar);
         barriers_ready();
     }
     __syncwarp();
@@ -377,21 +424,8 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         keep(biases[i].above);
         keep(biases[i].below);
     }
-    if constexpr (NORM || RESIDUAL) {
-        if (PDL) previous_is_over();
-    }
-    if constexpr (NORM) {
-        for (int i = warp; i < MT; i += WARPS) {
-            norms(stream, base + ROWS_AT + i * 32, i * 8, M, lane);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(norms_bar);
-        }
-    }
     if constexpr (RESIDUAL) {
-        if (rank == 0) {
-            for (int n = tile0 * 16 + threadIdx.x * 2; n < min(N, (tile0 + TILES) * 16); n += WARPS * 64)
-                store_pair(stream.modulated, read_fresh(stream.shift + n), MT * 8, n, MT * 8 + 1, N);
-        }
+        if (PDL) previous_is_over();
         if constexpr (BRANCH_EARLY) {
 #pragma unroll
             for (int i = 0; i < EPILOGUES; ++i) {
@@ -481,16 +515,5 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         }
     }
 
-    if constexpr (RESIDUAL) {
-        __syncthreads();  // the squares are there
-        const int first = threadIdx.x / 8 * CL + rank, row = m0 + first * 8 + threadIdx.x % 8;
-        if (threadIdx.x < OWN_M * 8 && first < MT && row < M) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-                sum += __uint_as_float(load4(base + ROWS_AT + (tile * OWN_M * 8 + threadIdx.x) * 4));
-            const int clusters = gridDim.x / CL;
-            stream.squares[static_cast<long long>(row) * clusters + blockIdx.x / CL] = sum;
-        }
-    }
+    if (RESIDUAL) __syncthreads();  // the squares are there
 }

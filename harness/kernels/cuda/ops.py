@@ -108,7 +108,8 @@ def _launch(
             ctypes.c_float(weight.output_scale),
             _StreamArguments() if stream is None else stream,
         )
-        function.launch(launch_grid(config, product.m, product.n), 32 * config.warps, arguments, pdl)
+        warps = config.warps + (role is not Role.plain)
+        function.launch(launch_grid(config, product.m, product.n), 32 * warps, arguments, pdl)
 
 
 def normed_product(

@@ -178,23 +178,24 @@ def choose(shape: CudaShape, gpu: str | None = None, role: Role = Role.plain) ->
 
     In another role, of which none was measured, that of the plain product, with fewer stages where it needs the room.
     """
-    ranked = _ranked(replace(shape, m=shape.bucket))
     if role is Role.plain:
-        return _nearest(shape, tuned(gpu)) or ranked[0]
+        return _nearest(shape, tuned(gpu)) or _ranked(replace(shape, m=shape.bucket))[0]
+    shape = replace(shape, m=8 * NORM_TILES)
     own = _nearest(shape, tuned(gpu, role))
     if own is not None and suits(own, shape, role):
         return own
+    ranked = _ranked(shape)
     plain = _nearest(shape, tuned(gpu)) or ranked[0]
     fewer = (replace(plain, stages=stages) for stages in range(plain.stages, 0, -1))
     return next(config for config in (*fewer, *ranked) if suits(config, shape, role))
 
 
 def suits(config: CudaConfig, shape: CudaShape, role: Role) -> bool:
-    """Whether ``config`` can have ``role``: there is room, and a norm has all rows in one block.
+    """Whether ``config`` can have ``role``: there is room, and a block has all rows.
 
     Partial sums may have to arrive where x was only where they do in a plain product.
     """
-    if role is Role.norm and (config.m_tiles != NORM_TILES or shape.m > 8 * NORM_TILES):
+    if role is not Role.plain and (config.m_tiles != NORM_TILES or shape.m > 8 * NORM_TILES):
         return False
     used, overlay = layout(config, shape.k, shape.bits, role)
     return used <= _room(config) and (not overlay or layout(config, shape.k, shape.bits)[1])
