@@ -32,6 +32,9 @@ from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
 from harness.rollout.norms import enter_stream, residual_norm
 
+STREAMED: dict[int, int] = {16: 2560, 8: 2560, 4: 2560}
+"""Bits of a weight, and the widest model whose layers are faster with their norms in their products' kernels."""
+
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
 """``step(x, modulation, rotary, drop) -> (x - drop * velocity, velocity)``, both float32 ``[B, C, S, S]``."""
@@ -118,12 +121,12 @@ def packed_linears(block: Block) -> list[PackedLinear]:
 
 
 def streams(block: Block, rows: int) -> bool:
-    """Whether :func:`through_layer_streamed` takes ``block`` for a frame of so many rows: by what its Linears are."""
+    """Whether ``block`` runs as :func:`through_layer_streamed` for a frame of so many rows: by what its Linears are."""
     ours = packed_linears(block)
     if len(ours) < 4 or any(rounds_inputs(linear) for linear in ours):
         return False
-    _, out, fc1, _ = ours
-    return fc1.silu and rows <= 8 * NORM_TILES and out.out_features % 16 == 0
+    (_, out, fc1, _), widest = ours, min(STREAMED.get(linear.bits, 0) for linear in ours)
+    return fc1.silu and rows <= 8 * NORM_TILES and out.out_features % 16 == 0 and out.out_features <= widest
 
 
 def _layer_function(block: Block, attention: AttentionKind) -> Layer:

@@ -45,8 +45,10 @@ hopper = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REA
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def whatever_gains(monkeypatch):
+    """Layers of any width and format stream, whether they are faster so or not."""
     torch.manual_seed(0)
+    monkeypatch.setattr(steps, "STREAMED", dict.fromkeys((4, 8, 16), 1536))
 
 
 def modulated_rows(h, scale, shift):
@@ -106,7 +108,7 @@ def test_layers_are_the_models_layers():
     torch.testing.assert_close(stream.total[None], want, rtol=1e-4, atol=1e-4)
 
 
-def test_what_streams():
+def test_what_streams(monkeypatch):
     core = make_core(n_layers=3).bfloat16().requires_grad_(False)
     assert not streams(core.blocks[0], 4)
     apply_mx(core, MXConf(enabled=True, kernel="emulated", include=["*.0.*"], scope="mlp", exclude=["*.1.*", "*.2.*"]))
@@ -116,6 +118,9 @@ def test_what_streams():
     assert not streams(core.blocks[1], 65)
     core.blocks[2].mlp.fc1.silu = False
     assert not streams(core.blocks[2], 4)
+    for widths in ({}, {16: 32}, {8: 1536}):
+        monkeypatch.setattr(steps, "STREAMED", widths)
+        assert not streams(core.blocks[1], 64)
 
 
 def test_only_captured_frames_of_one_clip_do(monkeypatch):
