@@ -32,8 +32,10 @@ from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
 from harness.rollout.norms import enter_stream, residual_norm
 
-STREAMED: dict[int, int] = {16: 2560, 8: 2560, 4: 2560}
-"""Bits of a weight, and the widest model whose layers are faster with their norms in their products' kernels."""
+STREAMED: dict[int, int] = {16: 1536, 8: 1536, 4: 1536}
+"""Bits of a weight, and the widest model whose layers are faster with their norms in their products' kernels.
+
+At 2560 they were slower, with shared memory full without them."""
 
 Rotary = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Modulation, Rotary, Tensor], tuple[Tensor, Tensor]]
