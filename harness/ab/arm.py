@@ -28,7 +28,7 @@ from harness.models.world import WorldModel
 from harness.mx.conf import MXConf
 from harness.mx.weights import WeightSource
 from harness.report.journal import ArmFigures
-from harness.report.sections import PARTS, FrameTimes
+from harness.report.sections import PARTS, FramesFrom, FrameTimes
 from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
 
 DIGITS = 4
@@ -44,13 +44,15 @@ class Rolled:
 
     ``pictures``: in [-1, 1], in the decoder's dtype, and ``times`` of every frame. ``non_finite``: clips (index in the
     batch) with NaN or Inf, and the first frame of it; a rollout that was not patient ends there. ``in_pictures``: those
-    whose latents were finite in that frame: the decoder made it.
+    whose latents were finite in that frame: the decoder made it. ``kept``: of which run the pictures are, where they
+    were not rolled out now; then there are no ``times``.
     """
 
     pictures: Pictures
     times: FrameTimes
     non_finite: dict[int, int]
     in_pictures: frozenset[int] = frozenset()
+    kept: FramesFrom | None = None
 
     def frames(self, clip: int) -> Shown:
         """Of one clip, in [0, 1]."""

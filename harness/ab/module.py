@@ -16,6 +16,7 @@ from harness.ab.arm import Arm, Rolled
 from harness.ab.arms import load_arms
 from harness.ab.fallback import Fallback
 from harness.ab.guard import Guard
+from harness.ab.kept import KeptFrames
 from harness.ab.numerics import FRAMES, layer_numerics
 from harness.config import RunPlan
 from harness.data.datamodule import ClipBatch
@@ -97,6 +98,7 @@ class RolloutModule(LightningModule):
         self.on_frame: Callable[[], None] = lambda: None
         self.first: ClipBatch | None = None
         self.batches_before = 0
+        self.kept: KeptFrames | None = None
 
     def setup(self, stage: str) -> None:
         """Load the model and calibrate the candidate's weights; then per arm: MX Linears, KV cache, compile.
@@ -115,6 +117,8 @@ class RolloutModule(LightningModule):
         if conf.quant.list and self.trainer.is_global_zero:
             print(arms[plan.arm_names[-1]].assembled.summary.listing())
         self.arms = arms
+        if conf.measure.reuse_bf16 and "bf16" in arms:
+            self.kept = KeptFrames(plan, arms["bf16"], self.decode, self.folder.name)
 
     def _load_decoder(self) -> None:
         """Load and warm the decoder, which both arms share: the same frames for the same latents."""
@@ -143,7 +147,8 @@ class RolloutModule(LightningModule):
         order = list(self.arms) if (self.batches_before + batch_idx) % 2 == 0 else list(self.arms)[::-1]
         rolled: dict[str, Rolled] = {}
         for name in order:
-            rolled[name] = self.arms[name].roll(batch, noise, self.on_frame, self.guard.patient, self.folder)
+            roll = self.kept.roll if self.kept is not None and name == "bf16" else self.arms[name].roll
+            rolled[name] = roll(batch, noise, self.on_frame, self.guard.patient, self.folder)
             self.guard.check_finite(name, self.arms[name], rolled[name], batch, noise)
         recording = self._recording(batch)
         if "bf16" in rolled:
@@ -154,10 +159,15 @@ class RolloutModule(LightningModule):
                 rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame, folder=self.folder)
         # A clip with NaN (only if the run was told to go on) has no score to give.
         scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
-        spans = {name: rolled[name].times for name in self.arms}
-        times = BatchTimes(batch.clip_ids[:clips], order, spans, self.guard.fallback)
+        times = self._times(batch.clip_ids[:clips], order, rolled)
         outcomes = [self._outcome(batch, clip, rolled, recording) for clip in scored]
         return BatchOutcome(outcomes, times, {name: arm.take() for name, arm in self.arms.items()})
+
+    def _times(self, clips: list[str], order: list[str], rolled: dict[str, Rolled]) -> BatchTimes:
+        now = [name for name in self.arms if rolled[name].kept is None]
+        spans = {name: rolled[name].times for name in now}
+        kept = rolled["bf16"].kept if "bf16" in rolled else None
+        return BatchTimes(clips, [name for name in order if name in now], spans, self.guard.fallback, kept)
 
     def rebuild(self, fallback: Fallback) -> None:
         """Set the candidate up again, from the BF16 arm's weights; other formats than calibrated ones are rounded."""

@@ -217,6 +217,19 @@ def _notes(plan: RunPlan, choices: dict[str, str], arms: dict[str, Arm], weights
     return notes
 
 
+def _kept_notes(blocks: Sequence[BatchTimes]) -> list[str]:
+    """Which batches' BF16 frames an earlier run rolled out."""
+    found: dict[str, list[str]] = {}
+    for kept in (block.bf16_from for block in blocks):
+        if kept is not None:
+            found.setdefault(kept.run, []).append(kept.rolled)
+    return [
+        f"BF16's frames of {len(rolled)} of {len(blocks)} batches are reused from run {run}, rolled out at "
+        f"{min(rolled)} with the same weights, clips, noise, settings and code here; BF16 was not timed there."
+        for run, rolled in found.items()
+    ]
+
+
 def _broken_off(error: BaseException | None) -> list[IncidentRecord]:
     """What broke the run off, unless the guard has told of it."""
     if error is None or isinstance(error, InstabilityError):
@@ -285,7 +298,10 @@ class Recorder(Callback):
             arms=self._arms(module),
             quality=summarise_quality(clips),
             clips=clips,
-            notes=_notes(plan, context.choices, module.arms, module.weights_choice),
+            notes=[
+                *_notes(plan, context.choices, module.arms, module.weights_choice),
+                *_kept_notes(results.times),
+            ],
             incidents=[IncidentRecord(**asdict(incident)) for incident in module.guard.incidents],
             drift=summarise_drift(clips, plan.conf.drift) if clips else None,
             fallbacks=read(list[FallbackRecord], module.guard.taken),

@@ -18,7 +18,7 @@ from harness.measure.figures import FrameScores
 from harness.measure.pictures import Shown
 from harness.report.files import FRAMES, VIDEOS, FileRecord
 from harness.report.journal import FinishedBatch, Journal, Line, in_order
-from harness.report.sections import BatchTimes, ClipRecord, FallbackRecord, IncidentRecord
+from harness.report.sections import BatchTimes, ClipRecord, ClipScores, FallbackRecord, FrameTimes, IncidentRecord
 from harness.report.video import Panel, Picture, write_comparison
 
 COLUMNS = (
@@ -166,18 +166,26 @@ def _logged(clip: ClipRecord) -> dict[str, float]:
 
 
 def _rows(batch: FinishedBatch) -> Iterable[dict[str, Any]]:
-    """One row per clip, arm and frame: its times and scores."""
+    """One row per clip, arm and frame: its times, where it was rolled out, and scores."""
     for clip in batch.clips:
-        for arm, spans in batch.times.arms.items():
-            scored = {"": clip.scores.get(arm)}
+        for arm in sorted({*batch.times.arms, *batch.arms}):
+            spans, scored = batch.times.arms.get(arm), {"": clip.scores.get(arm)}
             if arm == "candidate":
                 scored["fidelity_"] = clip.scores.get("fidelity")
-            for frame, (dit, decoder) in enumerate(zip(spans.dit_ms, spans.decoder_ms, strict=True)):
-                row = {"clip_id": clip.clip_id, "tag": clip.tag, "arm": arm, "frame": frame}
-                row |= {"dit_ms": dit, "decoder_ms": decoder, "total_ms": round(dit + decoder, DIGITS)}
+            for frame in range(_frames(spans, scored[""])):
+                row: dict[str, Any] = {"clip_id": clip.clip_id, "tag": clip.tag, "arm": arm, "frame": frame}
+                if spans is not None:
+                    dit, decoder = spans.dit_ms[frame], spans.decoder_ms[frame]
+                    row |= {"dit_ms": dit, "decoder_ms": decoder, "total_ms": round(dit + decoder, DIGITS)}
                 for prefix, scores in scored.items():
                     row |= _scores_at(None if scores is None else scores.frames, frame, prefix)
                 yield row
+
+
+def _frames(spans: FrameTimes | None, scores: ClipScores | None) -> int:
+    if spans is not None:
+        return len(spans.dit_ms)
+    return 0 if scores is None else len(scores.frames.psnr)
 
 
 def _plain(text: str) -> str:

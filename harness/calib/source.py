@@ -15,9 +15,10 @@ from harness.calib.calibrate import calibrate
 from harness.calib.clips import open_clips, read_clips
 from harness.calib.conf import CalibConf
 from harness.calib.sequences import Clips
-from harness.calib.store import Facts, StaleError, fingerprint, load, locked, save
+from harness.calib.store import Facts, fingerprint, load, save
 from harness.data.datamodule import Encoder
 from harness.data.sources import ClipShape
+from harness.files.kept import StaleError, locked
 from harness.kv import KVConf
 from harness.measure.memory import PeakProbe
 from harness.models.bf16 import widen

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from harness.files.locks import lock
-from harness.files.tensors import check_header, read_safetensors, write_tensors
-from harness.files.text import FileError, check_file
+from harness.files import kept
+from harness.files.digest import Digest
+from harness.files.kept import Shapes, StaleError
 from harness.formats.mx import BLOCK, MXBlocks
 from harness.mx.linears.base import LinearFormat, MXWeight
 from harness.report.codec import decode, read
 
-log = logging.getLogger(__name__)
-
 ROOMS = ("calib", "formats", "kv", "models", "mx", "rollout")
 """Rooms of this package whose code decides what a calibration gives."""
-
-SLACK_BYTES = 1 << 20
-"""A stored calibration's header is no larger."""
 
 
 @dataclass(frozen=True)
@@ -44,50 +35,10 @@ class Facts:
     linears: int
 
 
-class StaleError(ValueError):
-    """A stored calibration that is damaged, or not what its name says."""
-
-
 def fingerprint(model: nn.Module, clips: Sequence[Tensor], **settings: Any) -> str:
     """SHA-256 of all that decides a calibration: the model's weights, clips, settings, this code, torch's version."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        _add(digest, name, tensor)
-    for index, tensor in enumerate(clips):
-        _add(digest, str(index), tensor)
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    digest.update(torch.__version__.encode())
-    package = Path(__file__).resolve().parents[1]
-    for room in ROOMS:
-        for file in sorted((package / room).rglob("*.py")):
-            digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-
-
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        _add(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is at ``path``: of several that want one calibration, one makes it.
-
-    Raises:
-        OSError: if its folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as file:
-        if (unlocked := lock(file.fileno(), wait=True)) is not None:
-            log.warning("%s: no lock here (%s); runs side by side may calibrate the same weights", path, unlocked)
-        yield
+    digest = Digest().tensors(model.state_dict()).tensors({str(index): clip for index, clip in enumerate(clips)})
+    return digest.settings(torch=torch.__version__, **settings).code(ROOMS).hex()
 
 
 def save(path: Path, weights: Mapping[str, MXWeight], facts: Facts) -> None:
@@ -99,9 +50,8 @@ def save(path: Path, weights: Mapping[str, MXWeight], facts: Facts) -> None:
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         parts = {"elements": weight.blocks.elements, "scales": weight.blocks.scales, "bias": weight.bias}
-        tensors |= {f"{name}.{part}": x.cpu().contiguous() for part, x in parts.items() if x is not None}
-    metadata = {"facts": json.dumps(asdict(facts)), "content": _content(tensors), "fingerprint": path.stem}
-    write_tensors(path, tensors, metadata)
+        tensors |= {f"{name}.{part}": x for part, x in parts.items() if x is not None}
+    kept.keep(path, tensors, json.dumps(asdict(facts)))
 
 
 def load(path: Path, model: nn.Module, formats: Mapping[str, LinearFormat]) -> tuple[dict[str, MXWeight], Facts]:
@@ -110,25 +60,14 @@ def load(path: Path, model: nn.Module, formats: Mapping[str, LinearFormat]) -> t
     Raises:
         StaleError: if the file is damaged, or holds anything but what was stored under its name.
     """
-    expected = {
-        name: tensor
-        for path_, fmt in formats.items()
-        for name, tensor in _expected(path_, model.get_submodule(path_), fmt).items()
-    }
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, fmt in formats.items():
+        shapes |= _shapes(name, model.get_submodule(name), fmt)
+    tensors, said = kept.read(path, shapes)
     try:
-        check_file(path, "a stored calibration", sum(tensor.nbytes for tensor in expected.values()) + SLACK_BYTES)
-        check_header(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        tensors = read_safetensors(path)
-        facts = read(Facts, decode(metadata["facts"]))
-    except (FileError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        facts = read(Facts, decode(said))
+    except ValueError as error:
         raise StaleError(f"{path}: {error}") from error
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if shapes != {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}:
-        raise StaleError(f"{path}: its tensors are not those of this model's Linears")
-    if metadata.get("fingerprint") != path.stem or metadata.get("content") != _content(tensors):
-        raise StaleError(f"{path}: its content is not what was stored")
     device = next(model.parameters()).device
     weights = {}
     for name, fmt in formats.items():
@@ -140,12 +79,14 @@ def load(path: Path, model: nn.Module, formats: Mapping[str, LinearFormat]) -> t
     return weights, facts
 
 
-def _expected(name: str, linear: nn.Module, fmt: LinearFormat) -> dict[str, Tensor]:
-    """What is stored for a Linear, on the meta device."""
+def _shapes(name: str, linear: nn.Module, fmt: LinearFormat) -> Shapes:
+    """What is stored for a Linear."""
     assert isinstance(linear, nn.Linear)
     outputs, inputs = linear.weight.shape
-    shapes = {"elements": (outputs, inputs * fmt.element.bits // 8), "scales": (outputs, inputs // BLOCK)}
-    found = {f"{name}.{part}": torch.empty(shape, dtype=torch.uint8, device="meta") for part, shape in shapes.items()}
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        f"{name}.elements": ((outputs, inputs * fmt.element.bits // 8), torch.uint8),
+        f"{name}.scales": ((outputs, inputs // BLOCK), torch.uint8),
+    }
     if linear.bias is not None:
-        found[f"{name}.bias"] = torch.empty(outputs, dtype=linear.bias.dtype, device="meta")
+        found[f"{name}.bias"] = ((outputs,), linear.bias.dtype)
     return found

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +17,9 @@ from harness.calib.conf import CalibMethod
 from harness.config.places import CONF
 from harness.kv.conf import KVConf
 from harness.mx.conf import MXConf
+
+if TYPE_CHECKING:
+    from harness.export.read import Export
 
 SECTIONS: dict[str, type] = {"quant": MXConf, "kv": KVConf}
 SAY_NOTHING = {"list", "kernel"}
@@ -80,14 +83,30 @@ def _shown(value: Any) -> str:
 def register_label() -> None:
     """Register ``${label:group}``, the label as part of a folder's name. May be called again.
 
-    That of ``quant`` ends in what chose the weights, unless they are rounded to nearest: ``mxfp4_all_gptq``.
+    That of ``quant`` ends in what chose the weights, unless they are rounded to nearest: ``mxfp4_all_gptq``. Where
+    ``model.checkpoint`` is an exported file, formats and calibration are the file's.
     """
 
     def folder_name(group: str, _root_: DictConfig) -> str:
-        section = OmegaConf.to_object(_root_[group])
-        text = label(group, section, str(_root_.hydra.runtime.choices.get(group)))
-        if group == "quant" and (method := str(_root_.calib.method)) != CalibMethod.none:
+        section, method = OmegaConf.to_object(_root_[group]), str(_root_.calib.method)
+        choice = str(_root_.hydra.runtime.choices.get(group))
+        if (export := _export(_root_.model.checkpoint)) is not None:
+            section, choice = getattr(export, group), ""
+            method = str(export.header.calibration.get("method", CalibMethod.none))
+        text = label(group, section, choice)
+        if group == "quant" and method != CalibMethod.none:
             text += f" {method}"
         return re.sub(r"[^A-Za-z0-9_.=-]+", "_", text).strip("_")[:80]
 
     OmegaConf.register_new_resolver("label", folder_name, replace=True)
+
+
+def _export(checkpoint: str | None) -> Export | None:
+    """The exported file that ``checkpoint`` is; None where it is none. A damaged one is told of by the plan."""
+    from harness.export.layout import ExportError  # torch comes with it, and a mistyped word is told of without
+    from harness.export.read import Export, is_export
+
+    try:
+        return Export(checkpoint) if checkpoint is not None and is_export(checkpoint) else None
+    except ExportError:
+        return None

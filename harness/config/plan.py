@@ -288,6 +288,7 @@ def _check_values(conf: RunConf, arch: GameRFTConfig, device: torch.device, prob
         )
         if value < least
     ]
+    problems += _reuse_problems(conf, device)
     if conf.model.weights is not None and conf.model.checkpoint is None:
         problems.append(f"model.weights={conf.model.weights} chooses a set of model.checkpoint, and there is none")
     if conf.resume and conf.overwrite:
@@ -317,6 +318,19 @@ def _encoder_problems(conf: RunConf) -> Iterator[str]:
             f"{decoder.checkpoint or 'null'}, which is not the demo's: its latents mean something else. Give "
             "decoder.encoder=FILE, the encoder trained with your decoder, or decoder.encoder=null where "
             "decoder.checkpoint has both"
+        )
+
+
+def _reuse_problems(conf: RunConf, device: torch.device) -> Iterator[str]:
+    """Why BF16's frames cannot be an earlier run's: what is asked for takes a rollout beside the candidate's."""
+    if not conf.measure.reuse_bf16:
+        return
+    if device.type != "cpu":
+        yield "measure.reuse_bf16=true: on a CPU alone; a GPU's runs are for speed, which needs both arms side by side"
+    if conf.gates.enabled and conf.gates.asks("speed"):
+        yield (
+            "measure.reuse_bf16=true and a gate that asks for speed, for which BF16 must be timed beside the "
+            "candidate: leave it out by name ('gates.without=[speed]'), or reuse nothing"
         )
 
 

@@ -143,6 +143,10 @@ class MeasureConf:
         parts_frames: frames of the instrumented pass that splits a frame into its parts; 0 = none.
         videos: write an A/B video per clip.
         numerics_rows: input rows on which the error of each MX Linear is measured, after the rollouts; 0 = none.
+        reuse_bf16: take BF16's frames, and the latents of recorded ones, from an earlier run on this CPU with the same
+            weights, clips, noise, settings and code, and keep them for later ones. Times are never reused: refused on a
+            GPU, and with a gate that asks for speed.
+        kept: where such frames and latents are kept.
     """
 
     warmup_frames: int = 2
@@ -150,6 +154,8 @@ class MeasureConf:
     parts_frames: int = 4
     videos: bool = True
     numerics_rows: int = 64
+    reuse_bf16: bool = False
+    kept: str = "outputs/kept"
 
 
 @dataclass

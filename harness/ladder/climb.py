@@ -14,17 +14,20 @@ from omegaconf import OmegaConf
 
 from harness.config import RunPlan, plan_run
 from harness.config.compose import compose
+from harness.data.sources import open_source
 from harness.entries import entry
 from harness.ladder import rungs
 from harness.ladder.child import INTERRUPTED, LOG, Launch, last_words, launch_process, quoted
 from harness.ladder.rungs import BASELINE, Candidate, Rung, Variant
 from harness.ladder.state import Failure, LadderError, Result, State, load, save
+from harness.measure.conf import OnInstability
 from harness.measure.environment import git_state
 from harness.report.files import JOURNAL, is_running
 from harness.report.gates import DO_NOT_SHIP, EXIT_CODES, FAIL, OPEN, SHIP, UNDECIDED, GatesConf, unsound
 from harness.report.gates.reading import Unmeasured, clip_drops
 from harness.report.record import FAILED, RecordError, RunRecord, load_record
 from harness.report.verdict import Verdict
+from harness.threads import usable_cores
 
 OWN_WORDS = ("quant", "kv", "gates", "experiment", "hydra")
 """Config groups that the ladder sets itself."""
@@ -100,7 +103,29 @@ class Ladder:
             raise LadderError(str(error)) from error
         self.variants = [variant for variant in rungs.VARIANTS if self._can_be_tried(variant)]
         # A CPU's speed says nothing about MX: it is left out by name, and every verdict says so.
-        self.asking = ["gates.without=[speed]"] if self.plan.device.type == "cpu" else []
+        on_cpu = self.plan.device.type == "cpu"
+        self.asking = ["gates.without=[speed]"] if on_cpu else []
+        self.sparing = self._sparing(set(names.values())) if on_cpu else []
+
+    def _sparing(self, said: set[str]) -> list[str]:
+        """Words that spare time where no times are asked for, but for those that the user chose.
+
+        BF16 is rolled out once, and each core gets clips of its own, since two threads do less than two processes.
+        """
+        words = {"measure.reuse_bf16": "true", "measure.parts_frames": "0", "measure.videos": "false"}
+        conf = self.plan.conf
+        alone = not said & {"trainer", "trainer.devices", "trainer.strategy", "threads"}
+        if alone and conf.on_instability is not OnInstability["fallback"]:
+            words["trainer.devices"] = str(max(1, min(usable_cores(), self._clips())))
+        return [f"{name}={value}" for name, value in words.items() if name not in said]
+
+    def _clips(self) -> int:
+        conf = self.plan.conf.data
+        try:
+            found = [one for one in open_source(conf, self.plan.clip_shape).entries() if conf.tag in (None, one.tag)]
+        except ValueError as error:
+            raise LadderError(str(error)) from error
+        return len(found[: conf.limit])
 
     def _can_be_tried(self, variant: Variant) -> bool:
         """Whether the model has what ``variant`` needs, such as clips to calibrate on."""
@@ -172,7 +197,7 @@ class Ladder:
     def _run(self, rung: Rung, candidate: Candidate, stand: Result | None) -> Result | None:
         """The candidate's result, known from before or from a run now; ``None`` if its run broke."""
         asked = [] if stand is None else [*self.asking]
-        words = [*self.common, *candidate.quant, *candidate.kv, f"gates={rung.gate}", *asked]
+        words = [*self.common, *self.sparing, *candidate.quant, *candidate.kv, f"gates={rung.gate}", *asked]
         config, _ = compose_run([*words, *(["gates.against=bf16"] if stand else [])])
         parts = [config, self.commit, stand and stand.key]  # what the words say, not how they are written
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

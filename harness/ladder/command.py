@@ -6,7 +6,11 @@ python scripts/ladder.py --out outputs/ladder --kv mx_kv data.limit=4 data.futur
 Steps: BF16; MXFP8 in the MLPs; MXFP8 in every Linear; a quantised KV cache on top; MXFP4 in the MLPs; MXFP4 in the
 last 8 layers, then everywhere. A step that its gate rejects, or that noise leaves undecided, is narrowed (early layers
 BF16, attention BF16, K back to BF16, fewer KV layers, scales per token) until it ships or nothing is left of it; then
-the ladder stays where it stood. On a CPU speed is left out by name.
+the ladder stays where it stood.
+
+On a CPU speed is left out by name, and what only speed or a viewer asks for is spared: BF16 is rolled out once and its
+frames serve every run (measure.reuse_bf16), there are no parts of a frame and no videos, and each core rolls out clips
+of its own (trainer.devices). Any of these words, if given, is left as it is.
 
 Words of the form name=value go to every run, in any order; without data.limit every clip is taken. Each run is a
 process of its own; its folder and the state of the ladder are under --out, where one ladder works at a time. A ladder

@@ -23,6 +23,8 @@ PACKAGES = (
     "numpy",
     "av",
 )
+COMPUTING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_", "TORCHINDUCTOR_")
+"""How variables begin by which libraries choose how they compute."""
 ROOT = Path(__file__).resolve().parents[2]
 """The repository (or whatever folder holds the installed package)."""
 
@@ -83,6 +85,19 @@ def git_state(folder: Path = ROOT) -> dict[str, Any]:
     return {
         "commit": _output("git", "-C", str(folder), "rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
+    }
+
+
+def what_computes() -> dict[str, Any]:
+    """What the last bit of a result on this CPU depends on, beside code and inputs."""
+    chosen = {name: value for name, value in os.environ.items() if name.startswith(COMPUTING)}
+    return {
+        "torch": torch.__config__.show(),
+        "version": torch.__version__,
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "environment": chosen,
     }
 
 

@@ -163,6 +163,10 @@ class LatentDecoder:
         """Groups in which each grouped convolution runs; known after the first call."""
         return self._decode.groups
 
+    def weights(self) -> dict[str, Tensor]:
+        """What it decodes with, by name."""
+        return dict(self._decode.decoder.state_dict())
+
     @torch.inference_mode()
     def warmup(self, latent: Tensor) -> float:
         """Decode latents like ``latent`` until no later call pays for it; returns the seconds that took."""

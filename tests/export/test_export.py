@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from harness.config import ROOT
+from harness.config.compose import compose
 from harness.export.layout import KEY, ExportError, ExportHeader
 from harness.export.read import Export, is_export
 from harness.export.write import weights_fingerprint, write_export
@@ -90,6 +91,24 @@ def test_what_was_judged_comes_back_bit_for_bit(exported):
     again, loaded = frames(export.skeleton(cpu), export.quant, export.source(cpu))
     assert torch.equal(again, judged)
     assert weights_fingerprint(loaded) == weights_fingerprint(model) == export.header.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("by", "called"), [({}, "mxfp4_all_mx_v_only"), ({"method": "gptq"}, "mxfp4_all_gptq_mx_v_only")]
+)
+def test_a_run_of_the_file_is_named_after_the_formats_in_it(tmp_path, by, called):
+    path, cache = tmp_path / "model.safetensors", {"storage": "mx", "quantize_k": False}
+    _, model = frames(core(), FORMATS["mxfp4_all"])
+    write_export(model, header(FORMATS["mxfp4_all"], kv=cache, calibration=by), path)
+
+    def folder():
+        return compose("model=doom", f"model.checkpoint={path}").__dict__["hydra_part"].runtime.output_dir
+
+    assert folder().endswith(f"_doom_{called}")
+    content = bytearray(path.read_bytes())
+    content = content.replace(b"late_layers", b"late_lazers")
+    path.write_bytes(content)  # the plan refuses it; a name is no place to do so
+    assert folder().endswith("_doom_bf16_bf16")
 
 
 def test_no_weight_of_an_mx_linear_is_ever_bf16(exported):

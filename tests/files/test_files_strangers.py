@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.calib.store import StaleError
 from harness.calib.store import load as load_calibration
 from harness.files import locks
+from harness.files.kept import StaleError
 from harness.files.text import FileError, parse_json
 from harness.ladder.state import LadderError, locked
 from harness.ladder.state import load as load_ladder

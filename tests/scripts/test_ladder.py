@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from gate_cases import scores
 from report_cases import completed
@@ -413,6 +414,31 @@ def test_every_clip_is_taken_unless_the_words_say_otherwise_and_a_cpus_speed_is_
     world = World()
     climb(world)
     assert not any("data.limit=null" in words for words in world.launched)
+
+
+def test_on_a_cpu_bf16_is_rolled_out_once_and_each_core_has_clips_of_its_own(climb, monkeypatch, tmp_path):
+    monkeypatch.setattr("harness.ladder.climb.usable_cores", lambda: 8)
+
+    def words(*common):
+        world = World()
+        ladder, best = climb(world, common=(*COMMON, *common), out=tmp_path / str(len(common)))
+        assert "measure.reuse_bf16" not in recommendation(best, ladder.common)  # what spares time is no part of it
+        assert all(set(ladder.sparing) <= set(launched) for launched in world.launched)
+        return ladder.sparing
+
+    spared = ["measure.reuse_bf16=true", "measure.parts_frames=0", "measure.videos=false"]
+    assert words() == [*spared, "trainer.devices=3"]  # no more processes than clips
+    chosen = ("measure.reuse_bf16=false", "threads=1", "measure.videos=true")
+    assert words(*chosen) == ["measure.parts_frames=0"]
+    assert words("trainer=ddp_cpu") == spared
+
+
+def test_where_speed_is_judged_bf16_is_rolled_out_beside_every_candidate(monkeypatch, tmp_path):
+    config, plan = composed((*COMMON, "data.limit=null"))
+    on_gpu = dataclasses.replace(plan, device=torch.device("cuda"))
+    monkeypatch.setattr("harness.ladder.climb.compose_run", lambda words: (config, on_gpu))
+    ladder = Ladder(tmp_path, COMMON, "mx_v_only", launch=World())
+    assert ladder.asking == ladder.sparing == []
 
 
 def test_what_noise_leaves_undecided_is_narrowed_and_says_how_many_clips_would_decide(climb, tmp_path):

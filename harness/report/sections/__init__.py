@@ -31,7 +31,17 @@ from harness.report.sections.quality import (
     Scores,
     StandStill,
 )
-from harness.report.sections.speed import PARTS, BatchTimes, Compilation, FrameTimes, Overlapped, Parts, Speed, timed
+from harness.report.sections.speed import (
+    PARTS,
+    BatchTimes,
+    Compilation,
+    FramesFrom,
+    FrameTimes,
+    Overlapped,
+    Parts,
+    Speed,
+    timed,
+)
 from harness.report.sections.stability import FallbackRecord, IncidentRecord
 
 __all__ = [
@@ -51,6 +61,7 @@ __all__ = [
     "Environment",
     "FallbackRecord",
     "FrameTimes",
+    "FramesFrom",
     "Git",
     "Gpu",
     "IncidentRecord",

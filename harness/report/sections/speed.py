@@ -72,16 +72,26 @@ class FrameTimes:
 
 
 @dataclass
+class FramesFrom:
+    """Frames that an earlier run rolled out: its name, and when (ISO 8601, UTC)."""
+
+    run: str
+    rolled: str
+
+
+@dataclass
 class BatchTimes:
     """Both arms' times of one batch of clips, frame by frame: frame i of one arm and of the other are a pair.
 
     ``order``: in which the arms were rolled out. An arm that broke off has fewer frames. ``fallback``: in force.
+    ``bf16_from``: whose frames BF16's are, where it was not rolled out; it is not among the ``arms`` then.
     """
 
     clips: list[str]
     order: list[str]
     arms: dict[str, FrameTimes]
     fallback: str | None = None
+    bf16_from: FramesFrom | None = None
 
 
 def timed(blocks: Sequence[BatchTimes], arm: str, skip: int) -> dict[str, list[float]]:
