@@ -5,7 +5,7 @@ import re
 import pytest
 
 from harness.kernels import tuned
-from harness.kernels.cuda.shapes import CudaConfig, CudaShape, fits
+from harness.kernels.cuda.shapes import CudaConfig, CudaShape, Role, choose, fits, suits
 
 CUDA = "harness.kernels.cuda"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -20,8 +20,12 @@ def test_every_file_says_gpu_date_and_commit_and_its_shapes_fit():
             assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
             assert re.fullmatch(r"[0-9a-f]{7,}", run["commit"])
             for shape in run["shapes"]:
-                product = CudaShape(shape["m"], shape["n"], shape["k"], shape["bits"])
-                assert fits(CudaConfig(*shape["config"]), product), shape
+                product, config = CudaShape(shape["m"], shape["n"], shape["k"], shape["bits"]), shape["config"]
+                assert fits(CudaConfig(*config), product), shape
+                role = Role(shape.get("role", Role.plain))
+                assert suits(CudaConfig(*config), product, role), shape
+                if run is file["runs"][-1] and file["gpu"] == H100:
+                    assert choose(product, H100, role).as_ints() == config
 
 
 @pytest.fixture
@@ -47,3 +51,15 @@ def test_a_gpus_own_shapes_win_over_those_of_its_kind_and_later_runs_over_earlie
 
 def test_a_package_without_measurements_has_none():
     assert tuned.read("harness.kernels.triton") == ()
+
+
+@pytest.mark.parametrize("role", [Role.norm, Role.residual])
+def test_a_role_that_nobody_measured_has_a_shape_that_fits(role, monkeypatch):
+    for bits in (4, 8, 16):
+        for n, k, rows in ((4608, 1536, 64), (2560, 10240, 49), (48, 96, 3)):
+            product = CudaShape(rows, n, k, bits)
+            assert suits(choose(product, H100, role), product, role)
+            assert suits(choose(product, "a GPU without a file", role), product, role)
+            with monkeypatch.context() as nothing:
+                nothing.setattr("harness.kernels.cuda.shapes.tuned", lambda *args: {})
+                assert suits(choose(product, H100, role), product, role)

@@ -187,18 +187,19 @@ def choose(shape: CudaShape, gpu: str | None = None, role: Role = Role.plain) ->
     ranked = _ranked(shape)
     plain = _nearest(shape, tuned(gpu)) or ranked[0]
     fewer = (replace(plain, stages=stages) for stages in range(plain.stages, 0, -1))
-    return next(config for config in (*fewer, *ranked) if suits(config, shape, role))
+
+    def squeezed(config: CudaConfig) -> bool:  # partial sums arrive where x was, as in a plain product they do not
+        now, before = (layout(config, shape.k, shape.bits, each)[1] for each in (role, Role.plain))
+        return now and not before
+
+    return min((config for config in (*fewer, *ranked) if suits(config, shape, role)), key=squeezed)
 
 
 def suits(config: CudaConfig, shape: CudaShape, role: Role) -> bool:
-    """Whether ``config`` can have ``role``: there is room, and a block has all rows.
-
-    Partial sums may have to arrive where x was only where they do in a plain product.
-    """
+    """Whether ``config`` can have ``role``: there is room, and a block has all rows."""
     if role is not Role.plain and (config.m_tiles != NORM_TILES or shape.m > 8 * NORM_TILES):
         return False
-    used, overlay = layout(config, shape.k, shape.bits, role)
-    return used <= _room(config) and (not overlay or layout(config, shape.k, shape.bits)[1])
+    return layout(config, shape.k, shape.bits, role)[0] <= _room(config)
 
 
 def _nearest(shape: CudaShape, measured: dict[tuple[int, int, int, int], CudaConfig]) -> CudaConfig | None:
