@@ -31,11 +31,44 @@ class PatchJudge(nn.Module):
         return self.net(x)
 
 
+class PyramidJudge(nn.Module):
+    """A discriminator with a score per patch at several sizes of patch: texture, things, the whole picture.
+
+    Args:
+        channels: of the input.
+        widths: of its layers, each of which halves the side.
+        heads: indices of the layers that are scored, the first layer being 0.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int], heads: Sequence[int]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Conv2d(a, b, 3, padding=1, stride=2), nn.GroupNorm(8, b))
+            for a, b in pairwise(widths)
+        )
+        self.heads = nn.ModuleDict({str(i): nn.Sequential(nn.SiLU(), nn.Conv2d(widths[i + 1], 1, 1)) for i in heads})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map ``[B, C, h, w]`` to scores ``[B, 1, h', w']``, one tensor per head."""
+        x, scores = self.first(x), []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if str(i) in self.heads:
+                scores.append(self.heads[str(i)](x))
+        return scores
+
+
+def _levels(scores: Tensor | list[Tensor]) -> list[Tensor]:
+    return scores if isinstance(scores, list) else [scores]
+
+
 def realism_loss(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     """What the generator minimises: relativistic paired loss (fake should score above its own real partner)."""
     with torch.no_grad():
-        real_score = judge(real)
-    return F.softplus(real_score - judge(fake)).mean()
+        real_scores = _levels(judge(real))
+    pairs = zip(real_scores, _levels(judge(fake)), strict=True)
+    return torch.stack([F.softplus(a.float() - b.float()).mean() for a, b in pairs]).mean()
 
 
 def judge_loss(judge: nn.Module, real: Tensor, fake: Tensor, sigma: float, smooth: float = 10.0) -> Tensor:
@@ -45,9 +78,12 @@ def judge_loss(judge: nn.Module, real: Tensor, fake: Tensor, sigma: float, smoot
     """
     fake = fake.detach()
     noise = sigma * torch.randn_like(real)
-    real_score, fake_score = judge(real), judge(fake)
-    rough = (real_score - judge(real + noise)).square().mean() + (fake_score - judge(fake + noise)).square().mean()
-    return F.softplus(fake_score - real_score).mean() + smooth * rough
+    inputs = (real, fake, real + noise, fake + noise)
+    losses = []
+    for a, b, rough_a, rough_b in zip(*(_levels(judge(x)) for x in inputs), strict=True):
+        rough = (a - rough_a).square().mean() + (b - rough_b).square().mean()
+        losses.append(F.softplus(b - a).mean() + smooth * rough)
+    return torch.stack(losses).mean()
 
 
 def balanced(regression: Tensor, realism: Tensor, last: Tensor, weight: float) -> Tensor:

@@ -175,6 +175,52 @@ class DecoderTask(AutoencoderTask):
         self.report(realism=realism, verdict=verdict)
 
 
+def load_shallower(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load the weights of an autoencoder half with fewer blocks: the blocks it lacks begin as nearly the identity.
+
+    Raises:
+        ValueError: if ``state`` holds what ``module`` has no place for, or lacks more than residual blocks.
+    """
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    strange = [*unexpected, *(name for name in missing if not name.startswith("blocks."))]
+    if strange:
+        raise ValueError(f"not a shallower half of this autoencoder: {', '.join(strange[:4])}")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in missing and name.endswith("conv3.parametrizations.weight.original0"):
+                parameter.mul_(0.01)  # not 0, at which the weight norm's gain has no gradient
+
+
+class DeepenTask(AutoencoderTask):
+    """Fits a deeper encoder and decoder on from a shallower pair, its latents held near the old ones.
+
+    So a world model of the old latents needs little to learn the new ones.
+
+    Args:
+        encoder, decoder: state dicts of the shallower pair as :class:`AutoencoderTask` saves them.
+        anchor: the shallower encoder.
+        pull: weight of the squared distance from its latents.
+    """
+
+    def __init__(
+        self, *args: Any, encoder: dict, decoder: dict, anchor: nn.Module, pull: float = 0.02, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        load_shallower(self.encoder, encoder)
+        load_shallower(self.decoder, decoder)
+        self.ema = self.make_ema(nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder}))
+        self.anchor, self.pull = anchor.requires_grad_(False), pull
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        """One step on random frames."""
+        x, z, y = self.reconstruct()
+        with torch.no_grad():
+            old = self.anchor(x).float()
+        away = (z - old).square().mean()
+        self.report(away=away)
+        return self.pixel_loss(x, y) + 0.02 * z.mean((0, 2, 3)).square().mean() + self.pull * away
+
+
 @torch.no_grad()
 def encode_all(encoder: nn.Module, frames: Tensor, batch: int = 512) -> Tensor:
     """Latents of every frame, ``[T, Cz, s, s]`` BF16; ``frames`` uint8 ``[T, 3, h, w]``."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
+from doom_world.adversarial import PatchJudge, PyramidJudge, balanced, judge_loss, realism_loss
 from doom_world.attention import StreamAttention
 from doom_world.autoencoder import TimedModule
 from doom_world.bank import SequenceBank
@@ -139,11 +139,15 @@ class ForcedTask(WorldModelTask):
         One two-stream pass: context and step 2 in the first stream, step 1 in the second.
         """
         x0, mouse, btn, noise, states = self.draw()
+        return x0, *self.both_steps(mouse, btn, noise, states)
+
+    def both_steps(self, mouse: Tensor, btn: Tensor, noise: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The two steps' estimates of the latents, ``[B, N, C, S, S]``, from one two-stream pass."""
         first, middle = self.sampler.timesteps
-        frames = x0.shape[1]
-        t = x0.new_tensor([middle, first]).repeat_interleave(frames).expand(len(x0), -1)
+        frames = states.shape[1]
+        t = states.new_tensor([middle, first]).repeat_interleave(frames).expand(len(states), -1)
         v = self.velocity(torch.cat((states, noise), dim=1), t, mouse, btn, streams=2)
-        return x0, noise - first * v[:, frames:], states - middle * v[:, :frames]
+        return noise - first * v[:, frames:], states - middle * v[:, :frames]
 
     def regression(self, x0: Tensor, step1: Tensor, step2: Tensor) -> Tensor:
         """Squared error of both steps, over frames with at least half a window behind them."""
@@ -156,6 +160,37 @@ class ForcedTask(WorldModelTask):
     def loss(self) -> Tensor:
         """Regression to the recording."""
         return self.regression(*self.estimates())
+
+
+class UnrollTask(ForcedTask):
+    """Phase 2 with every frame of the context imagined: all frames of a sequence are sampled at once, several times.
+
+    Each round replaces all states but the first few frames' by those that step 1 reaches from the round before. After k
+    rounds a frame's ancestors were imagined k deep, so the whole context is as worn as after k frames of a rollout, yet
+    the recording is still near enough to be asked for. Rounds cost a third of a training pass, a rollout many.
+
+    Args:
+        rounds: the most; each batch draws its own number from 0 on.
+    """
+
+    def __init__(self, *args: Any, rounds: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rounds = rounds
+
+    def draw(self) -> Batch:
+        """A batch of recorded sequences with the states that the model reaches by itself."""
+        x0, mouse, btn, noise, recorded = super().draw()
+        first, middle = self.sampler.timesteps
+        frames, states = x0.shape[1], recorded
+        known = int(torch.randint(1, self.sampler.window // 2 + 1, ()))
+        is_known = (torch.arange(frames, device=x0.device) < known)[:, None, None, None]
+        # weights cast without gradients must not be kept for the pass with gradients
+        with torch.no_grad(), torch.autocast(x0.device.type, torch.bfloat16, cache_enabled=False):
+            for _ in range(int(torch.randint(self.rounds + 1, ()))):
+                step1, _ = self.both_steps(mouse, btn, noise, states)
+                reached = noise + (first - middle) / first * (step1 - noise)
+                states = torch.where(is_known, recorded, reached)
+        return x0, mouse, btn, noise, states
 
 
 class RolloutTask(ForcedTask):
@@ -243,3 +278,82 @@ class SharpenTask(RolloutTask):
         verdict = judge_loss(self.judge, real, fake, sigma=0.05)
         self.manual_step(judge_opt, verdict, self.judge)
         self.report(every=50, realism=realism, verdict=verdict)
+
+
+class RoamTask(RolloutTask):
+    """Phase 5: long rollouts beside a discriminator, which compares pictures at any time with recorded ones.
+
+    A rollout soon leaves the recording, and regression to it then averages; what a picture far from the start should be
+    is a picture of the game that moved as the player asked. So the recording is asked for in the first ``near``
+    generated frames alone, and the discriminator sees pairs of successive pictures and the controls between them, early
+    and late.
+
+    Args:
+        decode: see :class:`SharpenTask`.
+        weight: of the adversarial gradient beside the regression's.
+        near: generated frames that are held against the recording.
+        span: frames trained on after each window; a rollout gives one early and one late sequence.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        decode: Callable[[Tensor], Tensor],
+        weight: float = 0.5,
+        near: int = 5,
+        span: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.decode, self.weight, self.near, self.span = decode, weight, near, span
+        cfg = self.core.cfg
+        self.judge = PyramidJudge(6 + cfg.n_mouse_axes + cfg.n_buttons, [32, 64, 128, 256, 256, 256], heads=[1, 3, 4])
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        """The model's optimisers and one for the discriminator."""
+        judge = torch.optim.AdamW(self.judge.parameters(), lr=5e-4, betas=(0.5, 0.95), weight_decay=0.01)
+        return [*super().configure_optimizers(), judge]
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Roll out, then cut the start of each rollout and a later part of it."""
+        super().collect()
+        rolled = [torch.cat(part) for part in zip(*self.pool, strict=True)]
+        length, frames = self.sampler.window + self.span, rolled[0].shape[1]
+        count, device = len(rolled[0]), rolled[0].device
+        late = torch.randint(1, frames - length + 1, (count,), device=device)
+        order = torch.stack((torch.arange(count, device=device),) * 2, dim=1).flatten()  # early and late take turns
+        start = torch.stack((torch.zeros_like(late), late), dim=1).flatten()
+        index = start[:, None] + torch.arange(length, device=device)
+        cut = [part[order[:, None], index] for part in rolled]
+        self.pool = list(zip(*(part.split(self.batch) for part in cut), strict=True))
+
+    def pairs(self, latents: Tensor, controls: Tensor, index: Tensor) -> Tensor:
+        """Frame ``index [B]`` beside the one before and its controls ``[B, N, n]``: ``[B, 6 + n, h, w]``."""
+        rows = torch.arange(len(latents), device=latents.device)
+        chosen = torch.stack((latents[rows, index - 1], latents[rows, index]), dim=1)
+        pictures = self.decode(chosen.flatten(0, 1)).float().unflatten(0, (-1, 2)).flatten(1, 2)
+        held = controls[rows, index][:, :, None, None].expand(-1, -1, *pictures.shape[2:])
+        return torch.cat((pictures, held), dim=1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One step of the model, then one of the discriminator, on the generated frames."""
+        *model_opts, judge_opt = self.optimizers()  # type: ignore[misc, attr-defined]
+        x0, mouse, btn, noise, states = self.draw()
+        step1, step2 = self.both_steps(mouse, btn, noise, states)
+        window, frames = self.sampler.window, x0.shape[1]
+        early = slice(0, None, 2)
+        known = slice(0, window + self.near)
+        regression = self.regression(*(part[early, known] for part in (x0, step1, step2)))
+        index = torch.randint(window, frames, (len(x0),), device=x0.device)
+        controls = torch.cat((mouse, btn), dim=2)
+        with torch.no_grad():
+            real = self.pairs(x0, controls, index)
+        fake = self.pairs(step2, controls, index)
+        realism = realism_loss(self.judge, real, fake)
+        last = self.core.proj_out.proj.weight
+        self.manual_step(model_opts, balanced(regression, realism, last, self.weight), self.core)
+        verdict = judge_loss(self.judge, real, fake, sigma=0.05)
+        self.manual_step(judge_opt, verdict, self.judge)
+        sharp = [x.detach()[1::2, 3:6].diff(dim=3).abs().mean() for x in (fake, real)]
+        self.report(every=50, realism=realism, verdict=verdict, late_sharpness=sharp[0] / sharp[1])

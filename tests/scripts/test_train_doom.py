@@ -10,15 +10,20 @@ import pytest
 import torch
 import train_doom
 import yaml
-from doom_world.autoencoder import time_cosine
+from doom_world.autoencoder import AutoencoderTask, load_shallower, time_cosine
 from doom_world.bank import Controls, SequenceBank
 from doom_world.muon import StackedMuon
 from doom_world.world_model import RolloutTask
 from safetensors.torch import load_file
 
 from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
+from harness.models.config_io import read_dcae_config
 
-STAGES = ["autoencoder", "decoder", "flow", "forced", "rollout", "sharpen", "export"]
+WORLD_STAGES = ["flow", "forced", "rollout", "sharpen", "unroll", "settle", "roam", "blend"]
+STAGES = [
+    *("autoencoder", "decoder", "flow", "forced", "rollout", "sharpen"),
+    *("unroll", "deepen", "polish", "settle", "roam", "blend", "export"),
+]
 
 
 @pytest.fixture
@@ -31,6 +36,8 @@ def small(monkeypatch):
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 32, "channels": 8, "sample_size": 2, "tokens_per_frame": 4}
     monkeypatch.setattr(train_doom, "DCAE", dcae)
     monkeypatch.setattr(train_doom, "GAMERFT", replace(train_doom.GAMERFT, **sizes, n_frames=64, local_window=2))
+    deeper = {"encoder_blocks_per_stage": [2, 1, 1, 1], "decoder_blocks_per_stage": [2, 1, 1, 2]}
+    monkeypatch.setattr(train_doom, "DEEPER", deeper)
     monkeypatch.setattr(train_doom, "SAMPLER", replace(train_doom.SAMPLER, window=4))
 
 
@@ -53,23 +60,29 @@ def record(folder, frames: int = 48) -> None:
 def test_every_stage_trains_and_the_export_loads(small, tmp_path, monkeypatch):
     work, out = tmp_path / "work", tmp_path / "out"
     record(work / "recorded")
-    minutes = [f"--{stage}-minutes=0.005" for stage in STAGES[:-1]]
-    argv = ["train_doom.py", f"--work={work}", f"--out={out}", "--batch=2", "--horizon=2", *minutes, *STAGES]
+    minutes = [f"--{stage}-minutes=0.005" for stage in sorted({*STAGES} - {"blend", "export"})]
+    short = ["--horizon=2", "--roam-horizon=12"]
+    argv = ["train_doom.py", f"--work={work}", f"--out={out}", "--batch=2", *short, *minutes, *STAGES]
     monkeypatch.setattr("sys.argv", argv)
     train_doom.main()
 
-    phases = [load_file(work / f"dit_{name}.safetensors") for name in STAGES[2:-1]]
+    phases = [load_file(work / f"dit_{name}.safetensors") for name in WORLD_STAGES]
     states = [random_gamerft(train_doom.GAMERFT, 0).state_dict(), *phases]
     for before, after in pairwise(states):
         assert all(torch.isfinite(value).all() for value in after.values())
         assert any(not torch.equal(before[key], after[key]) for key in after)
+    settled, roamed, blended = phases[-3:]
+    for key, value in blended.items():
+        torch.testing.assert_close(value, (settled[key] + roamed[key]) / 2)
     config = yaml.safe_load((out / "config.yaml").read_text())
     scale = json.loads((work / "autoencoder.json").read_text())["vae_scale"]
     assert config["train"]["vae_scale"] == scale > 0
     exported = load_gamerft(out / "dit.safetensors", train_doom.GAMERFT)
     torch.testing.assert_close(exported.state_dict(), phases[-1], rtol=2**-7, atol=1e-6, check_dtype=False)
-    latent = load_encoder(out / "encoder.safetensors", train_doom.DCAE)(torch.zeros(1, 3, 32, 32))
-    assert load_decoder(out / "decoder.safetensors", train_doom.DCAE)(latent).shape == (1, 3, 32, 32)
+    deeper = read_dcae_config(out / "dcae.yaml")
+    assert deeper.decoder_blocks_per_stage == train_doom.DEEPER["decoder_blocks_per_stage"]
+    latent = load_encoder(out / "encoder.safetensors", deeper)(torch.zeros(1, 3, 32, 32))
+    assert load_decoder(out / "decoder.safetensors", deeper)(latent).shape == (1, 3, 32, 32)
 
 
 def test_the_decoder_stage_leaves_the_latents_as_they_are(small, tmp_path, monkeypatch):
@@ -83,6 +96,17 @@ def test_the_decoder_stage_leaves_the_latents_as_they_are(small, tmp_path, monke
     after = load_file(tmp_path / "encoder.safetensors"), (tmp_path / "autoencoder.json").read_text()
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     assert after[1] == before[1]
+
+
+def test_a_deeper_half_begins_as_the_shallower_one(small):
+    shallow = AutoencoderTask(train_doom.DCAE, torch.zeros(1), 1.0, 2)
+    deep = AutoencoderTask(replace(train_doom.DCAE, **train_doom.DEEPER), torch.zeros(1), 1.0, 2)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    load_shallower(deep.encoder, shallow.encoder.state_dict())
+    torch.testing.assert_close(deep.encoder(x), shallow.encoder(x), rtol=0, atol=0.02)
+    state = {key: value for key, value in shallow.encoder.state_dict().items() if key != "conv_in.bias"}
+    with pytest.raises(ValueError, match=r"not a shallower half of this autoencoder: conv_in\.bias"):
+        load_shallower(deep.encoder, state)
 
 
 def test_sequences_never_cross_an_episodes_end():
