@@ -1,1 +1,1 @@
-"""Training of the Doom demo model: data bank, autoencoder, world model."""
+"""The Doom demo: player, game and recording; data bank, autoencoder and world model."""

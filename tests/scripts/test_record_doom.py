@@ -4,20 +4,11 @@ import sys
 import numpy as np
 import pytest
 import record_doom
-from record_doom import (
-    HELD_OUT_SEEDS,
-    SCENARIOS,
-    A,
-    D,
-    Player,
-    S,
-    View,
-    W,
-    Walls,
-    record_arrays,
-    record_clip,
-    record_many,
-)
+from doom_world import game as game_module
+from doom_world import recording
+from doom_world.game import SCENARIOS, Game
+from doom_world.player import LMB, A, D, Player, S, View, W, Walls
+from doom_world.recording import HELD_OUT_SEEDS, record_arrays, record_clip, record_many
 
 from harness.data.clips import find_clips, read_clip
 
@@ -88,7 +79,7 @@ def test_an_armed_player_turns_to_a_monster_and_shoots():
         player.goal = None
         held, dx, _ = player.act(View(300, 300, heading, 0, np.array([[600.0, 400.0]])))
         heading -= dx
-        shots += int(held[record_doom.LMB])
+        shots += int(held[LMB])
     assert abs(heading - np.degrees(np.arctan2(100, 300))) < 6
     assert shots > 0
 
@@ -112,7 +103,7 @@ def test_arrays_are_as_promised(game):
 
 
 def test_the_segment_changes_where_an_episode_ends(game, monkeypatch):
-    monkeypatch.setattr(record_doom, "EPISODE_TICS", 40)
+    monkeypatch.setattr(game_module, "EPISODE_TICS", 40)
     _, _, _, segment = record_arrays("my_way_home", 0, 60, size=32)
     assert set(np.diff(segment)) == {0, 1}
     assert 2 <= segment[-1] <= 4
@@ -120,7 +111,7 @@ def test_the_segment_changes_where_an_episode_ends(game, monkeypatch):
 
 def test_turning_right_moves_the_picture_left_in_the_frame_it_is_held(game):
     """Frame i is the result of action i: no frame of delay between the mouse and the picture."""
-    with record_doom.Game("my_way_home", 5, 128, 2) as doom:
+    with Game("my_way_home", 5, 128, 2) as doom:
         still = np.zeros(11, np.uint8)
         doom.step(still, 0, 0)
         before, heading = doom.frame().astype(int), doom.view().heading
@@ -134,7 +125,7 @@ def test_turning_right_moves_the_picture_left_in_the_frame_it_is_held(game):
 
 
 def test_looking_down_moves_the_picture_up(game):
-    with record_doom.Game("my_way_home", 5, 128, 2) as doom:
+    with Game("my_way_home", 5, 128, 2) as doom:
         still = np.zeros(11, np.uint8)
         doom.step(still, 0, 0)
         before = doom.frame().astype(int)
@@ -148,7 +139,7 @@ def test_looking_down_moves_the_picture_up(game):
 def test_the_seed_is_the_games_too(game):
     places = []
     for seed in (1, 2):
-        with record_doom.Game("my_way_home", seed, 32, 2) as doom:
+        with Game("my_way_home", seed, 32, 2) as doom:
             places.append((doom.view().x, doom.view().y))
     assert places[0] != places[1]
 
@@ -181,7 +172,7 @@ def test_workers_write_the_shards_that_one_game_gives(game, tmp_path):
 
 
 def test_shards_follow_the_scenarios_shares():
-    names = record_doom._schedule(100)
+    names = recording._schedule(100)
     assert {name: names.count(name) for name in SCENARIOS} == {
         name: round(100 * scenario.share) for name, scenario in SCENARIOS.items()
     }
