@@ -6,7 +6,7 @@ from harness.report.record import load_record
 from harness.run import cli
 
 
-def test_a_multirun_runs_the_whole_grid(tmp_path, monkeypatch):
+def test_a_real_multirun_runs_the_whole_grid(tmp_path, monkeypatch):
     words = ["quant=bf16,mxfp8_all,mxfp4_mlp", "kv=bf16,mx_v_only", "data.limit=1", "data.future_frames=2"]
     words += ["model=smoke", "model.arch.n_layers=2", "measure.parts_frames=0"]
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", *words])

@@ -16,6 +16,7 @@ import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -218,9 +219,24 @@ def _loader(config_dir: str | Path | None) -> ConfigLoaderImpl:
 
 
 class _NamingRepository(ConfigRepository):
-    """Says which file cannot be read."""
+    """Says which file cannot be read, and reads each once, where Hydra begins anew for each of its own passes."""
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self._read: dict[tuple[str, ...], ConfigResult | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NamingRepository:
+        made = copy.copy(self)  # with what was read; Hydra copies a repository to give it other places to search
+        made.sources = list(self.sources)
+        return made
 
     def load_config(self, config_path: str) -> ConfigResult | None:
+        key = (config_path, *(source.path for source in self.sources))
+        if key not in self._read:
+            self._read[key] = self._loaded(config_path)
+        return copy.deepcopy(self._read[key])
+
+    def _loaded(self, config_path: str) -> ConfigResult | None:
         try:
             return super().load_config(config_path)
         except yaml.YAMLError as error:
