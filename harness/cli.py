@@ -32,9 +32,6 @@ COMMANDS = {
 }
 """Where each sub-command is, and what it does. It reads its arguments from ``sys.argv`` and may return an exit code."""
 
-REPEATED = ("run", "ladder", "export", "play")
-"""Sub-commands that may start processes which repeat the command."""
-
 WITH_WORDS = ("play",)
 """Sub-commands whose function takes the arguments."""
 
@@ -73,6 +70,6 @@ def main() -> None:
         print(f"error: {arguments[0]}: {unknown('command', arguments[0], list(COMMANDS))}", file=sys.stderr)
         sys.exit(2)
     # A run in several processes repeats this command in each, so it must mean the same without the sub-command.
-    program = sys.argv[0] if name in REPEATED else f"mx-world {name}"  # as usage lines begin
+    program = sys.argv[0] if name == "run" else f"mx-world {name}"  # as usage lines begin
     sys.argv[:] = [program, *arguments[arguments[0] == name :]]
     sys.exit(call(ready(COMMANDS[name][0]), *([sys.argv[1:]] if name in WITH_WORDS else [])))
