@@ -243,6 +243,42 @@ def test_a_product_of_a_modulated_norm(kernel, name, silu):
         assert torch.equal(kernel(config, *args, silu=True, **role), F.silu(got))
 
 
+@pytest.mark.parametrize("name", ["a cluster of 3, two groups of sums", "more warps than tiles of rows"])
+def test_rows_of_a_norm_do_not_touch_each_other(kernel, name):
+    config, fmt, m, n, k, parts = NORMS[name]
+    torch.manual_seed(0)
+    weight, _ = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
+    _, _, shift, modulated, squares = stream_of(m, k, parts)
+    modulated[7], squares[7] = 0, 0  # of a row of zeros the norm is the shift
+
+    def run():
+        arguments = Arguments(given=squares.data_ptr(), parts=parts, width=1 / k, eps=1e-7)
+        return kernel(config, modulated, weight, None, n, fmt, role=Role.norm, rows=m, stream=arguments)
+
+    clean = run()
+    zeros = torch.zeros(1, k).bfloat16()
+    assert torch.equal(clean[7:8], kernel(config, torch.cat([shift[None], zeros]), weight, None, n, fmt)[:1])
+    modulated[5, 3], squares[5] = torch.nan, torch.nan
+    modulated[9, 2], squares[9] = torch.inf, torch.inf
+    modulated[11], squares[11] = 2.0**100, torch.inf  # its squares overflow: divided by infinity
+    got = run()
+    assert got[5].isnan().all()
+    assert got[9].isnan().all()
+    assert not got[11].isinf().any()
+    kept = [row for row in range(m) if row not in (5, 9, 11)]
+    assert torch.equal(got[kept], clean[kept])
+
+
+def test_a_shift_that_is_not_finite_is_in_every_row(kernel):
+    config, fmt, m, n, k, parts = NORMS["a cluster of 3, two groups of sums"]
+    torch.manual_seed(0)
+    weight, _ = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
+    modulated, squares = stream_of(m, k, parts)[3:]
+    modulated[64, 1] = torch.nan
+    arguments = Arguments(given=squares.data_ptr(), parts=parts, width=1 / k, eps=1e-7)
+    assert kernel(config, modulated, weight, None, n, fmt, role=Role.norm, rows=m, stream=arguments).isnan().all()
+
+
 RESIDUALS = {
     "a cluster of 3": (CudaConfig(8, 1, 4, 1, 3, 1, 2), E4M3, 64, 80, 320),
     "a cluster of 7, split K within a block": (CudaConfig(8, 1, 4, 2, 7, 1, 1), E2M1, 49, 64, 896),
@@ -273,6 +309,31 @@ def test_a_product_added_to_the_residual_stream(kernel, name):
     assert torch.equal(modulated[64], shift)
     assert modulated[m:64].isnan().all()
     assert torch.allclose(squares.sum(1), got.float().square().sum(1), rtol=1e-5)
+
+
+def test_values_that_are_not_finite_stay_in_their_rows_and_columns(kernel):
+    config, fmt, m, n, k = RESIDUALS["a cluster of 3"]
+    torch.manual_seed(0)
+    weight, _ = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
+    x, before = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    vectors = [torch.randn(n).bfloat16() for _ in range(3)]
+    parts = launch_grid(config, m, n)[0] // config.cluster
+
+    def run():
+        modulated, squares = torch.full((65, n), torch.nan).bfloat16(), torch.full((m, parts), torch.nan)
+        pointers = [t.data_ptr() for t in (before, *vectors, modulated, squares)]
+        out = kernel(config, x, weight, None, n, fmt, role=Role.residual, stream=Arguments(*pointers))
+        return out, modulated[:m], squares
+
+    clean = run()
+    before[3, 5], x[8, 2] = torch.nan, torch.inf
+    out, modulated, squares = run()
+    for got in (out, modulated):
+        assert got[3].isnan().nonzero().flatten().tolist() == [5]
+        assert not got[8].isfinite().any()
+    assert squares[3].isnan().sum() == 1
+    kept = [row for row in range(m) if row not in (3, 8)]
+    assert all(torch.equal(got[kept], want[kept]) for got, want in zip((out, modulated, squares), clean, strict=True))
 
 
 def every_value(fmt, low, high):
