@@ -60,7 +60,7 @@ class CudaConfig:
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
+        """Warps of a block that multiply; in a role there is one more."""
         return self.warps_n * self.warps_k
 
 
