@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from harness.config import ROOT, ConfigError, plan_run
 from harness.config import sizes as sizes_room
 from harness.config.command import in_hydras_order, read_command
-from harness.config.compose import compose, load, without_effect
+from harness.config.compose import compose, load
 from harness.config.labels import label
+from harness.config.play import register_play
 from harness.config.slurm import slurm_problems
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 
@@ -271,16 +272,109 @@ def test_digits_without_end_in_a_file_are_told_in_this_products_words(tmp_path):
         compose("model=smoke", "data=own", config_dir=tmp_path)
 
 
-def test_a_field_typed_of_a_section_that_is_off_is_told():
-    def told(*words):
-        return list(without_effect(words, load(["model=smoke", *words], "run")))
+WITHOUT_EFFECT = {
+    "quant.bits=4": "quant.bits: without effect, as quant=bf16; choose an option of quant too",
+    "quant={bits: 4}": "quant.bits: without effect, as quant=bf16",
+    "++quant.bits=4": "quant.bits: without effect, as quant=bf16",
+    "kv.late_layers=2 quant=mxfp8_all": "kv.late_layers: without effect, as kv=bf16",
+    "kv=mx_v_only kv.ema.momentum=0.5": "kv.ema.momentum: without effect, as kv.scales=per_token",
+    "kv=i8_k_mx_v kv.quantize_k=false": "kv.quantize_k: without effect, as kv.k_storage=i8_scale says it",
+    "kv=i8_scale kv.scale_mode=floor": "kv.scale_mode: without effect, as neither K nor V is stored as mx",
+    "quant=mxfp4_mlp quant.element_8bit=e5m2": "quant.element_8bit: without effect, as every Linear in scope has 4",
+    "quant=mxfp8_mlp quant.bits_by_category.mlp=4 quant.bits=8": "quant.bits: without effect, as quant.bits_by",
+    "calib.damping=0.2 quant=mxfp4_mlp": "calib.damping: without effect, as calib=none; choose an option of calib too",
+    "model.calibration=[x] quant=mxfp4_mlp": "model.calibration: without effect, as calib=none",
+    "data=doom data.synthetic_clips=9 decoder=doom": "data.synthetic_clips: without effect, as data.source=clips",
+    "data.seed=3 data=doom": "data.seed: without effect, as data.source=clips: it is about synthetic clips",
+    "data.fps=30 data=doom": "data.fps: without effect, as data.source=clips",
+    "compile.mode=reduce-overhead": "compile.mode: without effect, as compile=off; choose an option of compile too",
+    "+compile.options.max_autotune=true": "compile.options.max_autotune: without effect, as compile=off",
+    "gates.max_psnr_drop=-1": "gates.max_psnr_drop: without effect, as quant=bf16 kv=bf16 is the baseline itself",
+    "quant=mxfp8_mlp gates.min_fps_ratio=0.9": "gates.min_fps_ratio: without effect, as gates.without=[speed]",
+    "quant=mxfp4_mlp gates=d gates.fps=total_fps": "gates.fps: without effect, as this gate does not ask for speed",
+    "model.seed=3 model.checkpoint=x.pt": "model.seed: without effect, as it is about random weights",
+}
 
-    assert told("quant.bits=4") == ["quant.bits: without effect, as quant=bf16; choose an option of quant too"]
-    assert told("kv.late_layers=2", "quant=mxfp8_all")[0].startswith("kv.late_layers: without effect")
-    for words in (
-        ["quant=mxfp8_all", "quant.bits=4"],
-        ["quant.enabled=true", "quant.bits=4"],
-        ["quant.kernel=emulated"],
-    ):
-        assert told(*words) == []
-    assert told("quant=bf16", "quant.bits=4") == [], "said by name, as the ladder does"
+
+@pytest.mark.parametrize("words", WITHOUT_EFFECT)
+def test_a_field_that_would_change_nothing_is_told(words):
+    pieces = [words] if "{" in words else words.split()
+    with pytest.raises(ConfigError) as raised:
+        compose("model=smoke", *pieces)
+    *_, line = str(raised.value).splitlines()  # what else is wrong comes before
+    assert line.startswith(WITHOUT_EFFECT[words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "quant=mxfp8_all quant.bits=4",
+        "quant.enabled=true quant.bits=4",
+        "quant.kernel=emulated",  # of an exported checkpoint too
+        "quant=mxfp4_mlp quant.element_8bit=e5m2 quant.bits=8",
+        "kv.storage=mx kv.bits=4",
+        "kv=i8_k_mx_v kv.k_storage=null kv.quantize_k=true",
+        "kv=mx_ema kv.ema.momentum=0.5",
+        "data.seed=3 data.fps=30 data.synthetic_clips=2",
+        "compile.linears=library",
+        "compile=on compile.mode=default",
+        "quant=mxfp8_mlp gates.min_fps_ratio=0.9 gates.without=[]",
+        "quant=mxfp8_mlp gates.max_psnr_drop=0.1 gates.frames=8",
+        "quant=mxfp8_mlp gates=a gates.fps=total_fps",
+        "quant=mxfp4_mlp gates=d gates.without=[speed]",  # as the ladder says it of every gate
+        "model.seed=3 decoder.seed=4",
+        "quant=bf16 quant.bits=4",  # off by name: what words of several runs have in common goes to each
+        "compile=off compile.backend=eager",
+        "gates=none gates.max_psnr_drop=0.1",
+    ],
+)
+def test_a_field_that_changes_something_is_not(words):
+    compose("model=smoke", *words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("quant.bits=4,8", "quant.bits"),
+        ("quant=bf16,mxfp8_all kv=bf16,mx_v_only quant.bits=4", None),
+        ("kv=bf16,mx_v_only quant.bits=4", "quant.bits"),
+        ("quant.enabled=false,true quant.bits=4", None),
+        ("experiment=gate_a,gate_d quant.late_layers=2", None),
+        ("experiment=gate_a,gate_d kv.late_layers=2", "kv.late_layers"),
+        ("experiment=kv_matrix kv.scale_mode=floor", None),
+        ("experiment=kv_matrix quant.bits=4", "quant.bits"),
+        ("compile=off,on compile.mode=default data.limit=range(1,3)", None),
+        ("quant=glob(*) quant.bits=4", None),
+    ],
+)
+def test_in_a_sweep_a_word_is_told_that_changes_nothing_in_any_of_its_jobs(words, told):
+    pieces = ["model=smoke", *words.split()]
+    if told is None:
+        load(pieces, "run", sweep=True)
+        return
+    with pytest.raises(ConfigError, match=f"^{told}: without effect"):
+        load(pieces, "run", sweep=True)
+
+
+def test_an_experiments_own_fields_are_held_to_the_same(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "own.yaml"
+    own.write_text("# @package _global_\nquant:\n  bits: 4\n")
+    with pytest.raises(ConfigError, match="^quant.bits: without effect, as quant=bf16"):
+        compose("model=smoke", "experiment=own", config_dir=tmp_path)
+    own.write_text("# @package _global_\ndefaults:\n  - override /quant: mxfp8_all\nquant:\n  bits: 4\n")
+    assert compose("model=smoke", "experiment=own", config_dir=tmp_path).quant.bits == 4
+
+
+def test_what_else_is_wrong_with_it_is_told_too():
+    with pytest.raises(ConfigError) as raised:
+        compose("model=smoke", "quant.bits=3")
+    wrong, idle = str(raised.value).splitlines()
+    assert "bits=3: allowed are 8 and 4" in wrong
+    assert idle.startswith("quant.bits: without effect")
+
+
+def test_play_does_not_take_what_only_a_run_does():
+    register_play()
+    with pytest.raises(ConfigError, match="^gates.max_psnr_drop, export: without effect, as play does nothing with it"):
+        compose("model=smoke", "quant=mxfp8_all", "gates.max_psnr_drop=-1", "export=x.safetensors", name="play")

@@ -16,7 +16,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.config.compose import is_sweep, load, use, without_effect
+from harness.config.compose import is_sweep, load, use
 from harness.config.extras import missing_launcher
 from harness.config.problems import ConfigError, nearest
 
@@ -107,8 +107,6 @@ def check_command(command: Command) -> DictConfig:
     multirun = command.multirun or cfg.hydra.mode is RunMode.MULTIRUN
     if not multirun and any(map(is_sweep, command.words)):
         cfg = load(command.words, command.name, command.config_dir)  # which refuses it
-    if not multirun and (problems := list(without_effect(command.words, cfg))):
-        raise ConfigError("\n".join(problems))
     use(cfg)
     if not command.runs:
         return cfg

@@ -20,6 +20,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.config_source import ConfigResult
@@ -27,8 +28,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config.effects import fields_in, told, typed_fields, without_effect
 from harness.config.fields import fields_of
 from harness.config.places import CONF
+from harness.config.plan import plan_run
 from harness.config.problems import LONGEST, ConfigError
 from harness.config.schema import SCHEMAS, register
 from harness.config.values import unknown_keys
@@ -114,6 +117,8 @@ def in_folder(cfg: DictConfig, folder: Path) -> Iterator[DictConfig]:
 def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, sweep: bool = False) -> DictConfig:
     """The composed config with Hydra's part, every word and file checked; ``sweep``: of a multirun's common part.
 
+    A word that changes nothing is refused too, see :mod:`harness.config.effects`.
+
     Raises:
         ConfigError: see :func:`compose`.
     """
@@ -147,28 +152,74 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
     problems = [problem for problem in unknown_keys(cfg.hydra, "hydra") if not problem.startswith("hydra.env:")]
     if problems:
         raise ConfigError("\n".join(problems))
+    if problems := _effect_problems(loader, words, name, cfg):
+        raise ConfigError("\n".join([*([] if sweep else _plan_problems(cfg)), *problems]))
     return cfg
 
 
-OFF = {"quant": "bf16", "kv": "bf16"}
-"""Options that leave a section without effect."""
-STILL = ("quant.kernel", "quant.list")
-"""Fields that an exported checkpoint, whose formats hold, still asks for."""
+def _plan_problems(cfg: DictConfig) -> list[str]:
+    """What else is wrong with a composed config: all is told at once."""
+    before, plain = HydraConfig.instance().cfg, copy.deepcopy(cfg)
+    try:
+        use(copy.deepcopy(cfg), "run")
+        with open_dict(plain):
+            del plain["hydra"]
+        plan_run(plain)
+    except ConfigError as error:
+        return str(error).splitlines()
+    finally:
+        HydraConfig.instance().cfg = before
+    return []
 
 
-def without_effect(words: Sequence[str], cfg: DictConfig) -> Iterator[str]:
-    """Fields typed of a section that is off, and is not by a word of its own: what was meant would not run."""
-    names = [word.partition("=")[0].lstrip("+") for word in words]
-    for group, off in OFF.items():
-        typed = [name for name in names if name.startswith(f"{group}.") and name not in STILL]
-        if not typed or group in names or cfg.hydra.runtime.choices.get(group) != off:
-            continue
-        try:
-            enabled = OmegaConf.to_object(cfg[group]).enabled  # type: ignore[union-attr]
-        except OmegaConfBaseException:
-            continue  # whoever plans the run says what is wrong with it
-        if not enabled:
-            yield f"{', '.join(typed)}: without effect, as {group}={off}; choose an option of {group} too"
+def _effect_problems(loader: ConfigLoaderImpl, words: Sequence[str], name: str, cfg: DictConfig) -> list[str]:
+    """Fields of words, and of experiments, that change nothing: of a sweep, in none of its jobs.
+
+    Each value of a sweep is looked at beside the first ones of the others: what one word turns on, one word shows.
+    """
+    fields = list(typed_fields(words))
+    params = cfg.hydra.sweeper.get("params") or {}
+    swept = [word for word in words if is_sweep(word)]
+    keys = {word.partition("=")[0].lstrip("+") for word in words}
+    swept += [f"{key}={value}" for key, value in params.items() if key not in keys and is_sweep(f"{key}={value}")]
+    single = [word for word in words if not is_sweep(word)]
+    found: dict[str, str] | None = None
+    for picked in _jobs(swept):
+        job = [*single, *picked]
+        composed = loader.load_configuration(name, job, RunMode.RUN, from_shell=True) if picked else cfg
+        chosen = composed.hydra.runtime.choices.get("experiment")
+        own = _experiment_fields(loader, job, name) if chosen else ()
+        told_here = without_effect([*fields, *own], composed, name)
+        found = told_here if found is None else {field: found[field] for field in found if field in told_here}
+        if not found:
+            return []
+    return list(told(found or {}))
+
+
+def _jobs(swept: Sequence[str]) -> Iterator[list[str]]:
+    """The first values of all ``swept`` words, then each further value of one beside the first ones of the others."""
+    parser, values = OverridesParser.create(), []
+    for word in swept:
+        override = parser.parse_override(word)
+        if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            return  # its values are not known here
+        name = word.partition("=")[0]
+        values.append([f"{name}={value}" for value in override.sweep_string_iterator()])
+    first = [each[0] for each in values]
+    yield first
+    for index, each in enumerate(values):
+        for word in each[1:]:
+            yield [*first[:index], word, *first[index + 1 :]]
+
+
+def _experiment_fields(loader: ConfigLoaderImpl, words: Sequence[str], name: str) -> Iterator[str]:
+    """The fields that the chosen experiment sets itself."""
+    _, repo = loader._parse_overrides_and_create_caching_repo(name, list(words))
+    for part in loader.compute_defaults_list(name, list(words), RunMode.RUN).defaults:
+        path = part.config_path
+        if path is not None and path.startswith("experiment/") and (found := repo.load_config(path)) is not None:
+            content = OmegaConf.to_container(found.config, resolve=False)
+            yield from (field for field in fields_in(content, "") if not field.startswith("hydra."))
 
 
 def _check_files(folder: Path) -> None:

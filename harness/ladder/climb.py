@@ -36,6 +36,16 @@ WRONG_INPUT = 2
 JUDGED = tuple(EXIT_CODES.values())
 
 
+def _of_calibration(word: str) -> bool:
+    return word.lstrip("+~").startswith(("calib.", "model.calibration="))
+
+
+def beside(common: Sequence[str], own: Sequence[str]) -> list[str]:
+    """The common words and a step's own; what the user says of calibration only where the step calibrates."""
+    calibrates = any(word.startswith("calib=") for word in own)
+    return [*(word for word in common if calibrates or not _of_calibration(word)), *own]
+
+
 class BrokenOff(RuntimeError):
     """The climb cannot go on: BF16 itself did not run, or a run was stopped from outside."""
 
@@ -95,13 +105,13 @@ class Ladder:
         if own:
             raise LadderError(f"{' '.join(own)}: the ladder chooses {', '.join(OWN_WORDS)} itself; drop it")
         try:
-            _, self.plan = compose_run([*self.common, f"kv={self.kv}"])
+            _, self.plan = compose_run(self._words(f"kv={self.kv}"))
             for name in rungs.QUANTS:
-                compose_run([*self.common, f"quant={name}"])
-            _, self.four_bit_plan = compose_run([*self.common, f"kv={rungs.FOUR_BIT_CACHE}"])
+                compose_run(self._words(f"quant={name}"))
+            _, self.four_bit_plan = compose_run(self._words(f"kv={rungs.FOUR_BIT_CACHE}"))
+            self.variants = [variant for variant in rungs.VARIANTS if self._can_be_tried(variant)]
         except ValueError as error:
             raise LadderError(str(error)) from error
-        self.variants = [variant for variant in rungs.VARIANTS if self._can_be_tried(variant)]
         # A CPU's speed says nothing about MX: it is left out by name, and every verdict says so.
         on_cpu = self.plan.device.type == "cpu"
         self.asking = ["gates.without=[speed]"] if on_cpu else []
@@ -127,11 +137,20 @@ class Ladder:
             raise LadderError(str(error)) from error
         return len(found[: conf.limit])
 
+    def _words(self, *own: str) -> list[str]:
+        return beside(self.common, own)
+
     def _can_be_tried(self, variant: Variant) -> bool:
-        """Whether the model has what ``variant`` needs, such as clips to calibrate on."""
+        """Whether the model has what ``variant`` needs, such as clips to calibrate on.
+
+        Raises:
+            ValueError: if it has not, though the user said how it should be done.
+        """
         try:
-            compose_run([*self.common, f"quant={rungs.QUANTS[0]}", *variant.words])
+            compose_run(self._words(f"quant={rungs.QUANTS[0]}", *variant.words))
         except ValueError:
+            if any(map(_of_calibration, self.common)):
+                raise
             return not variant.words
         return True
 
@@ -191,13 +210,13 @@ class Ladder:
         return replace(rung, candidates=tuple(c for c in rung.candidates if self._cache_bits(c.kv) < held))
 
     def _cache_bits(self, kv: Sequence[str]) -> float:
-        _, plan = compose_run([*self.common, *kv])
+        _, plan = compose_run(self._words(*kv))
         return rungs.cache_bits(plan.conf.kv, plan.arch.n_layers)
 
     def _run(self, rung: Rung, candidate: Candidate, stand: Result | None) -> Result | None:
         """The candidate's result, known from before or from a run now; ``None`` if its run broke."""
         asked = [] if stand is None else [*self.asking]
-        words = [*self.common, *self.sparing, *candidate.quant, *candidate.kv, f"gates={rung.gate}", *asked]
+        words = self._words(*self.sparing, *candidate.quant, *candidate.kv, f"gates={rung.gate}", *asked)
         config, _ = compose_run([*words, *(["gates.against=bf16"] if stand else [])])
         parts = [config, self.commit, stand and stand.key]  # what the words say, not how they are written
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -360,5 +379,5 @@ def line(result: Result) -> str:
 
 def recommendation(best: Result, common: Sequence[str]) -> str:
     """The command to paste."""
-    words = [*common, *best.quant, *best.kv]
+    words = beside(common, [*best.quant, *best.kv])
     return " ".join([entry("run"), *(f'"{word}"' if "'" in word else word for word in words)])

@@ -22,7 +22,7 @@ from harness.ladder.child import launch_process, quoted
 from harness.ladder.climb import BrokenOff, Ladder, compose_run, recommendation
 from harness.ladder.command import main
 from harness.ladder.show import gained, show
-from harness.ladder.state import LadderError, locked
+from harness.ladder.state import Failure, LadderError, locked
 from harness.report.codec import read
 from harness.report.gates import EXIT_CODES, GatesConf, evaluate
 from harness.report.record import RunRecord, load_record
@@ -476,6 +476,31 @@ def test_weights_are_calibrated_where_the_model_has_clips_for_it(tmp_path):
     }
     with pytest.raises(LadderError, match="calib=gptq: the ladder chooses"):
         Ladder(tmp_path, ("model=doom", "calib=gptq"), "mx_v_only", launch=World())
+
+
+def test_what_is_said_of_calibration_goes_to_the_steps_that_calibrate(tmp_path):
+    ladder = Ladder(tmp_path, ("model=doom", "calib.damping=0.2"), "mx_v_only", launch=World())
+    launched = []
+    ladder._measure = lambda rung, candidate, stand, words, key: launched.append(words) or Failure(1, "", "", "")
+    for candidate in rungs.linears(2, "MXFP8 MLP", "mxfp8_mlp", "a", ("kv=bf16",), 12).candidates[:2]:
+        ladder._run(rungs.BASELINE, candidate, None)
+    assert (
+        ["calib.damping=0.2" in words for words in launched] == [False, True] == ["calib=gptq" in w for w in launched]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("model=smoke", "calib.damping=0.2"), "paths is empty"),  # there is nothing to calibrate on
+        (("model=doom", "calib.damping=7"), "damping=7.0: must be at least 0 and below 1"),
+        (("model=doom", "quant.bits=4"), "the ladder chooses"),
+        (("model=doom", "data.synthetic_clips=3"), "data.synthetic_clips: without effect"),
+    ],
+)
+def test_a_word_of_which_no_step_would_take_notice_is_refused(tmp_path, words, said):
+    with pytest.raises(LadderError, match=said):
+        Ladder(tmp_path, words, "mx_v_only", launch=World())
 
 
 def test_the_table_says_what_calibration_gained_and_cost(climb):
