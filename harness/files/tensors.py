@@ -8,6 +8,7 @@ elements in the file as it says.
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 import zipfile
@@ -44,15 +45,38 @@ _BUILDERS = {
 """What a pickle of plain tensors names, by module; beside element types and storages of them."""
 
 
+MAX_NAME = 500
+"""Characters of a tensor's name."""
+
+
 def check_header(path: Path) -> None:
-    """Raise :class:`FileError` if a safetensors file claims a header that no checkpoint needs: it is parsed whole."""
+    """Raise :class:`FileError` if a safetensors file claims a header that no checkpoint needs, or names a tensor twice.
+
+    Of two tensors of one name the library takes the last one and says nothing. What else is wrong, it says itself.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise FileError(f"{path}: not a readable safetensors file: {name!r:.60} is given twice")
+            found[name] = value
+        return found
+
     try:
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size) if size <= MAX_HEADER_BYTES else b""
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error}") from error
-    if header > MAX_HEADER_BYTES:
-        raise FileError(f"{path}: not a readable safetensors file: its header claims {header} bytes")
+    if size > MAX_HEADER_BYTES:
+        raise FileError(f"{path}: not a readable safetensors file: its header claims {size} bytes")
+    try:
+        json.loads(header, object_pairs_hook=once)
+    except FileError:
+        raise
+    except (ValueError, RecursionError):
+        return
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -194,7 +218,12 @@ def _tensors(path: Path, content: Any, name: str = "", depth: int = 0) -> Iterat
 
 
 def check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise :class:`FileError` if ``tensor`` is not dense, on the CPU, with every element of it in the file."""
+    """Raise :class:`FileError` if ``tensor`` is not dense, on the CPU, with every element of it in the file.
+
+    Or if its name is none to be shown: messages list names, and a terminal would do what is in them.
+    """
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise FileError(f"{path}: {name!r:.80} is no name of a tensor: at most {MAX_NAME} printable characters")
     kind = None
     if type(tensor) not in (Tensor, nn.Parameter):
         kind = f"a {type(tensor).__name__}"

@@ -239,7 +239,7 @@ def _shape(tensor: Tensor) -> str:
 def _listed(entries: list[str], limit: int = 60) -> str:
     """Entries that differ in the block's number alone are one, such as ``transformer.blocks.{0-11}.attn.out.bias``."""
     blocks: dict[tuple[str, ...], list[str]] = {}
-    for entry in entries:
+    for entry in (entry if entry.isprintable() else f"{entry!r:.80}" for entry in (one[:500] for one in entries)):
         before, number, after = _BLOCK.match(entry).groups()  # type: ignore[union-attr]  # it matches everything
         blocks.setdefault((before, after), []).append(number or "")
     folded = [before + _span(numbers) + after for (before, after), numbers in blocks.items()]

@@ -1,6 +1,7 @@
 """Checkpoints from strangers: plain dense tensors come out, or one error that names the file; never a surprise."""
 
 import io
+import json
 import pickle
 import zipfile
 
@@ -134,6 +135,31 @@ def test_safetensors_whose_header_lies_are_refused(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(FileError, match=r"a\.safetensors: not a readable"):
             read_safetensors(path)
+
+
+def header_of(*names):
+    entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    text = "{" + ",".join(f"{json.dumps(name)}:{entry}" for name in names) + "}"
+    return len(text).to_bytes(8, "little") + text.encode() + b"1234"
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("a", "a"), "'a' is given twice"),
+        (("a\x1b[31mred",), r"'a\\x1b\[31mred' is no name of a tensor"),
+        (("k" * 501,), "is no name of a tensor: at most 500 printable characters"),
+    ],
+)
+def test_names_that_can_be_read_two_ways_or_not_be_shown_are_refused(tmp_path, names, told):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header_of("k" * 500))
+    assert list(read_safetensors(path)) == ["k" * 500]
+    path.write_bytes(header_of(*names))
+    with pytest.raises(FileError, match=told) as raised:
+        read_safetensors(path)
+    assert len(str(raised.value)) < 300 + len(str(path))
+    assert str(raised.value).isprintable()
 
 
 def test_a_safetensors_header_of_a_hundred_megabytes_is_not_parsed(tmp_path):
