@@ -5,14 +5,12 @@ import statistics
 import pytest
 
 from harness.bench.world_model import MARGIN_DB, WorldModelFigures, main, world_model_figures
-from harness.config import ROOT
 
 
 @pytest.mark.slow
 def test_the_demo_model_predicts_play_and_listens_to_the_player():
-    clips = sorted((ROOT / "assets" / "doom" / "clips").glob("*_motion.mp4"))[::2]
-    figures = world_model_figures([f"data.paths=[{','.join(map(str, clips))}]"], frames=12)
-    assert len(figures.clip_ids) == len(clips) >= 5
+    figures = world_model_figures(frames=16)
+    assert len(figures.clip_ids) >= 6
     assert figures.mean("model") >= figures.mean("repeat") + MARGIN_DB
     assert figures.mean("model") > figures.mean("shuffled")
     obeyed = [look.action_fidelity for look in figures.looks]
