@@ -104,10 +104,11 @@ def calibrated_weights(
     }
     key = fingerprint(core, tensors, **settings)
     path = Path(conf.folder) / f"{key}.safetensors"
+    there = path.exists()  # one that another process of this run makes meanwhile is not kept from an earlier run
     with locked(path):
         if path.exists():
             try:
-                return CalibratedWeights(*load(path, core, formats), key, found=True)
+                return CalibratedWeights(*load(path, core, formats), key, found=there)
             except StaleError as error:
                 print(f"calibrating again: {error}")
         weights, facts = _calibrated(core, formats, clips, [entry.id for entry in data.entries], sampler, kv, conf)

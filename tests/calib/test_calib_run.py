@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,22 @@ def test_a_damaged_calibration_is_made_again_and_never_used(calibrated, record, 
     assert not again.candidate.calibration.found
     assert again.quality.all.fidelity.psnr == pytest.approx(good.quality.all.fidelity.psnr, abs=1e-3)
     assert record(*calibrated()).candidate.calibration.found
+
+
+def test_what_another_process_made_meanwhile_is_not_told_as_kept(calibrated, record, tmp_path, monkeypatch):
+    first = record(*calibrated())
+    (path,) = stored(tmp_path)
+    path.rename(tmp_path / "made")
+
+    @contextmanager
+    def waiting(wanted):
+        (tmp_path / "made").rename(wanted)
+        yield
+
+    monkeypatch.setattr("harness.calib.source.locked", waiting)
+    again = record(*calibrated()).candidate
+    assert again.calibration == first.candidate.calibration  # its seconds too: it was not made twice
+    assert not again.calibration.found
 
 
 def test_clips_that_are_judged_are_refused_whatever_they_are_called(calibrated, composed, game, tmp_path):
