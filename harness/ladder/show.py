@@ -12,6 +12,7 @@ from harness.ladder.rungs import BASELINE
 from harness.ladder.state import Result
 from harness.report.gates import DO_NOT_SHIP, SHIP, UNDECIDED
 from harness.report.table import bytes_text
+from harness.report.verdict import clips_in_words
 
 
 def show(ladder: Ladder, best: Result, console: Console) -> None:
@@ -46,7 +47,7 @@ def headline(ladder: Ladder, best: Result) -> str:
         text = f"Recommended: {' '.join([*best.quant, *best.kv])}, {sizes} of weights and cache{drop}"
     needs = [result.needs_clips for result in ladder.results if result.verdict == UNDECIDED and result.needs_clips]
     if needs:
-        text += f"; about {max(filter(None, needs))} clips would decide what is undecided"
+        text += f"; {clips_in_words(max(needs))} would decide what is undecided"
     if ladder.failed:
         names = ", ".join(failure.name for failure in ladder.failed)
         text += f"; NOT EVERYTHING RAN: {names} failed, start the ladder again to retry"

@@ -26,6 +26,15 @@ class Check:
     needs_clips: int | None = None
 
 
+MANY_CLIPS = 1000
+"""Beyond so many an estimate of clips says only that the figure lies at the threshold."""
+
+
+def clips_in_words(needed: int) -> str:
+    """How many clips would decide a check, as a person is told."""
+    return f"about {needed} clips" if needed <= MANY_CLIPS else f"more than {MANY_CLIPS} clips"
+
+
 @dataclass(frozen=True)
 class Advice:
     """What to do next: a sentence, and a command where one says it (else empty)."""

@@ -152,6 +152,20 @@ def test_an_undecided_drop_asks_for_clips_that_there_are_and_then_for_new_ones()
     assert config["data"]["paths"] == [str(ROOT / "assets/doom/clips"), "more_clips"]
 
 
+def test_where_thousands_of_clips_were_needed_no_number_is_told_and_the_formats_are_to_change():
+    near = record(drops=[-0.3, 0.8, 0.31, 0.4])  # their mean is 0.0025 dB from the threshold
+    near["data"]["available"] = 12
+    text, command, judged = advised(near, gate("a"))
+    assert checks(judged)["psnr"]["needs_clips"] > 1000
+    assert "more than 1000 clips would decide it" in checks(judged)["psnr"]["note"]
+    assert "take all 12 there are first" in text
+    assert "data.limit=null" in words_of(command)
+    near["data"]["available"] = 4
+    text, command, _ = advised(near, gate("a"))
+    assert "narrow or calibrate the formats" in text
+    assert command == ""
+
+
 def test_a_step_on_a_record_is_told_that_its_baseline_needs_the_clips_too():
     noisy, before = record(drops=[-0.1, 0.1, 0.5, 0.0]), record(drops=[0.0] * 4)
     judged = evaluate(noisy, gate("b", baseline="a", without=["speed"]), before)

@@ -12,7 +12,7 @@ from typing import Any
 from harness.entries import entry
 from harness.report.gates.reading import finite, setting
 from harness.report.record import RunRecord
-from harness.report.verdict import Advice, Check, Verdict
+from harness.report.verdict import MANY_CLIPS, Advice, Check, Verdict, clips_in_words
 
 CHOSEN = ("quant", "kv", "gates", "experiment", "hydra", "attention")
 """Groups whose words the ladder sets itself, or that say how one run ran."""
@@ -22,6 +22,8 @@ OF_RANDOM = ("model", "decoder", "data.synthetic")
 """Begins words that say what a model without weights is and sees: a named model brings its own shape and clips."""
 NEW_SEED = 1_001_000
 """Of the first clip to record for the demo: beyond the clips that are there."""
+
+AT_THRESHOLD = "the figure is what is allowed, to within noise: narrow or calibrate the formats, or allow more"
 
 
 def advise(record: RunRecord, found: Verdict) -> Advice:
@@ -200,7 +202,7 @@ def _after_doubt(record: RunRecord, check: Check, clips: int, on_record: bool) -
         kept = [word for word in words if not _key(word).startswith(OF_RANDOM)]
         return Advice(text, command(changed(kept, *files, "data=clips", "data.paths=[FOLDER]")))
     if "no number of clips" in check.note:
-        return Advice("the drop is what is allowed, to within noise: narrow the formats, or allow more")
+        return Advice(AT_THRESHOLD)
     if "fell back" in check.note:
         return Advice("judge the formats it ended with: run them by themselves (record.json, fallbacks)")
     return Advice(f"what is missing: {check.note}", command(words))
@@ -223,9 +225,11 @@ def _more_clips(record: RunRecord, clips: int, words: list[str]) -> Advice:
         text = f"take about {clips} of the {available} clips there are"
         return Advice(text, command(changed(words, f"data.limit={clips}")))
     if available is not None and len(record.clips) < available:
-        text = f"about {clips} clips would decide it; take all {available} there are first"
+        text = f"{clips_in_words(clips)} would decide it; take all {available} there are first"
         return Advice(text, command(changed(words, "data.limit=null")))
-    text = f"about {clips} clips would decide it, and there are {len(record.clips)}: add clips"
+    if clips > MANY_CLIPS:
+        return Advice(AT_THRESHOLD)
+    text = f"{clips_in_words(clips)} would decide it, and there are {len(record.clips)}: add clips"
     paths = setting(record.config, "data", "paths")
     if not isinstance(paths, list) or not any("assets/doom" in str(path) for path in paths):
         return Advice(f"{text} to data.paths", command(changed(words, "data.limit=null")))

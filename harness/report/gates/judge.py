@@ -16,7 +16,7 @@ from harness.report.gates.conf import COUNTED_BYTES, THRESHOLDS, Against, GateEr
 from harness.report.gates.intervals import Interval, difference_interval, mean_interval, values_needed
 from harness.report.gates.reading import Unmeasured, setting
 from harness.report.record import RunRecord
-from harness.report.verdict import Check, Verdict
+from harness.report.verdict import Check, Verdict, clips_in_words
 
 SHIP, DO_NOT_SHIP, UNDECIDED = "ship", "do not ship", "undecided"
 EXIT_CODES = {SHIP: 0, DO_NOT_SHIP: 3, UNDECIDED: 4}
@@ -154,7 +154,8 @@ def _with_clips(check: Check, values: Sequence[float], clips: int, conf: GatesCo
         return replace(check, note="it lies at the threshold, and no number of clips would decide it")
     # Clips of which nothing can be judged will be among the new ones as well.
     needed = math.ceil(max(needed, len(values) + 1) * NEEDS_MORE * clips / len(values))
-    return replace(check, needs_clips=needed, note=f"{check.note}; about {needed} clips would decide it at this spread")
+    needs = f"{clips_in_words(needed)} would decide it at this spread"
+    return replace(check, needs_clips=needed, note=f"{check.note}; {needs}")
 
 
 def _figure(criterion: str, conf: GatesConf) -> str:
