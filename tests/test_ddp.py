@@ -15,8 +15,9 @@ from harness.ab import processes as parallel
 from harness.ab.processes import ProcessError, Processes, check_clips, check_processes
 from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
 from harness.measure.conf import OnInstability
+from harness.measure.stability import RUN_ENDED, InstabilityError
 from harness.report.journal import End, FinishedBatch, Journal, Line
-from harness.report.record import load_record
+from harness.report.record import FAILED, load_record
 from harness.report.sections import BatchTimes, IncidentRecord
 from harness.run import run
 
@@ -78,7 +79,7 @@ def test_two_processes_give_the_figures_of_one(two, composed, tmp_path):
         expected = getattr(alone.quality.all.fidelity, metric)
         assert getattr(both.quality.all.fidelity, metric) == pytest.approx(expected, abs=0.02)
     for name, arm in both.arms.items():
-        assert arm.speed.total_ms.n == alone.arms[name].speed.total_ms.n == 3
+        assert arm.speed.total_ms.n == alone.arms[name].speed.total_ms.n == 3 * (3 - 1)  # clips, frames but the first
     rows = (folder / "run" / "frames.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 3 * 2
     assert all((folder / "run" / clip.video).stat().st_size > 500 for clip in both.clips)
@@ -142,6 +143,14 @@ def test_a_partner_that_died_is_not_waited_for(first_process):
     first_process.partner.poll = lambda: -9
     with pytest.raises(ProcessError, match="process 1 ended before it was done"):
         first_process.processes.on_predict_end(first_process.trainer, None)
+
+
+def test_a_partner_whose_candidate_is_unstable_ends_the_run_as_its_own_would(first_process):
+    lost = IncidentRecord("structure", "arm candidate: clip a", "candidate", "a", 3, None, RUN_ENDED)
+    first_process.told(BATCH, Line(end=End(FAILED, "InstabilityError: arm candidate: clip a", [lost])))
+    with pytest.raises(InstabilityError, match="^arm candidate: clip a$") as raised:
+        first_process.processes.on_predict_end(first_process.trainer, None)
+    assert raised.value.incident.frame == 3
 
 
 def test_a_partner_that_hangs_is_given_up(first_process):

@@ -16,7 +16,7 @@ from harness.data.conf import BUTTON_NAMES
 from harness.data.datamodule import ClipBatch
 from harness.measure.conf import OnInstability
 from harness.measure.pictures import Shown
-from harness.measure.stability import NON_FINITE, Incident, InstabilityError, detect
+from harness.measure.stability import NON_FINITE, RUN_ENDED, Incident, InstabilityError, detect
 from harness.report.sections import FallbackRecord, IncidentRecord
 
 MOVES = [BUTTON_NAMES.index(name) for name in "WASD"]
@@ -111,7 +111,7 @@ class Guard:
         return fallback
 
     def _raise(self, incident: Incident) -> None:
-        incident = replace(incident, action="run ended")
+        incident = replace(incident, action=RUN_ENDED)
         self.incidents.append(incident)
         raise InstabilityError(incident)
 

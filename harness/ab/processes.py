@@ -22,6 +22,7 @@ from harness.ab.module import RolloutModule
 from harness.ab.results import Results, log_clips
 from harness.config import RunConf
 from harness.measure.conf import OnInstability
+from harness.measure.stability import RUN_ENDED, Incident, InstabilityError
 from harness.report.journal import End, FinishedBatch, Journal, Line
 from harness.report.record import COMPLETE, FAILED
 from harness.report.sections import IncidentRecord
@@ -136,9 +137,14 @@ class Processes(Callback):
         return len(lines)
 
     def _raise_failure(self, rank: int) -> None:
+        """As the process did: a candidate that is unstable in its clips is unstable, not a process that broke."""
         end = self._ends.get(rank)
-        if end is not None and end.status == FAILED:
-            raise ProcessError(f"process {rank}: {end.error}")
+        if end is None or end.status != FAILED:
+            return
+        for one in end.incidents:
+            if one.action == RUN_ENDED:
+                raise InstabilityError(Incident(**asdict(one)))
+        raise ProcessError(f"process {rank}: {end.error}")
 
     def _wait(self, rank: int) -> None:
         """Until process ``rank`` is done.

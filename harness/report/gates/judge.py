@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.measure.stability import RUN_ENDED
 from harness.measure.trust import distrust
 from harness.report.gates import reading
 from harness.report.gates.advice import advise
@@ -109,7 +110,7 @@ def _ended_by_candidate(record: RunRecord, conf: GatesConf) -> bool:
     """
     try:
         bf16_lost = any(row.kind == reading.NON_FINITE for row in reading.incidents(record, "bf16"))
-        ended = any(row.action == "run ended" for row in reading.candidate_instabilities(record))
+        ended = any(row.action == RUN_ENDED for row in reading.candidate_instabilities(record))
         reading.check_weights(record)
     except Unmeasured:
         return False
