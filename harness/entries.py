@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
@@ -51,8 +52,35 @@ def spelt(text: str | None) -> str:
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` begins with ``doc``, a module's docstring, laid out as it stands and :func:`spelt`."""
-    return argparse.ArgumentParser(description=spelt(doc), formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose ``--help`` begins with ``doc``, a module's docstring, laid out as it stands and :func:`spelt`.
+
+    Its numbers (``type=int``, ``type=float``) are finite, not negative and of 64 bits; :func:`count` is at least 1.
+    """
+    parser = argparse.ArgumentParser(description=spelt(doc), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("type", int, _whole)
+    parser.register("type", float, _finite)
+    return parser
+
+
+def _whole(text: str, least: int = 0) -> int:
+    if len(text) > 19 or not text.isascii() or not text.isdigit() or not least <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text:.24}: must be a whole number of at least {least}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1, for a parser's ``type``."""
+    return _whole(text, 1)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text:.24}: must be a finite number of at least 0")
+    return value
 
 
 def module_doc(name: str) -> str:

@@ -9,6 +9,7 @@ Without --gates the run's own gate is used. Exit code: 0 ship, 3 do not ship, 4 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from harness.config import CONF
+from harness.config.problems import unknown
 from harness.entries import command_parser
 from harness.files.writing import write_text
 from harness.report.gates import EXIT_CODES, GateError, GatesConf, build_table, evaluate, next_lines, verdict_line
@@ -54,11 +56,18 @@ def gates_conf(name: str | None, own: Any, changes: Sequence[str]) -> GatesConf:
     if name is None and not isinstance(own, dict):
         raise GateError("the record's own gate cannot be read; name one with --gates (" + ", ".join(names) + ")")
     chosen = OmegaConf.create(own) if name is None else OmegaConf.load(FOLDER / f"{name}.yaml")
+    fields = [item.name for item in dataclasses.fields(GatesConf)]
+    for change in changes:
+        name, equals, _ = change.partition("=")
+        if not equals:
+            raise GateError(f"{change}: not of the form field=value")
+        if name.partition(".")[0] not in fields:
+            raise GateError(f"{name}: {unknown('field of a gate', name, fields)}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(GatesConf), chosen, OmegaConf.from_dotlist(list(changes)))
         conf = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise GateError(f"gates: {error}") from error
+        raise GateError(f"gates: {str(error).splitlines()[0]}") from error
     assert isinstance(conf, GatesConf)
     if not conf.enabled:
         raise GateError("this run had no gates; name one with --gates (" + ", ".join(names) + ")")
@@ -68,7 +77,8 @@ def gates_conf(name: str | None, own: Any, changes: Sequence[str]) -> GatesConf:
 def asked_again(record: RunRecord, name: str | None, changes: Sequence[str]) -> list[str]:
     """The run's overrides as they would ask for this gate: what to do next is said in the words of a run."""
     words = [] if name is None else [f"gates={name}"]
-    return changed(record.overrides, *words, *(f"gates.{change}" for change in changes))
+    kept = [word for word in record.overrides if name is None or not word.lstrip("+").startswith("gates.")]
+    return changed(kept, *words, *(f"gates.{change}" for change in changes))
 
 
 def rewrite(record: RunRecord, folder: Path) -> None:

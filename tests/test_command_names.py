@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from harness import entries
+from harness.bench import arguments
 from harness.cli import COMMANDS
 from harness.config import ROOT
 
@@ -33,3 +34,24 @@ def test_without_a_clone_there_is_no_script_to_name(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["notebook"])
     monkeypatch.setattr(entries, "__file__", str(tmp_path / "site" / "harness" / "entries.py"))
     assert entries.entry("run") == "mx-world run"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seconds", "nan"], "--seconds: nan: must be a finite number of at least 0"),
+        (["--seconds", "inf"], "must be a finite number"),
+        (["--seconds=-1"], "--seconds: -1: must be a finite number of at least 0"),
+        (["--warmup", "1_000"], "--warmup: 1_000: must be a whole number of at least 0"),
+        (["--iterations", "0"], "--iterations: 0: must be a whole number of at least 1"),
+        (["--batch", "1", str(2**63)], "must be a whole number of at least 1"),
+        (["--iterations", "9" * 5000], "must be a whole number"),
+    ],
+)
+def test_numbers_of_a_measuring_command_are_bounded(words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        arguments.micro().parse_args(words)
+    assert ended.value.code == 2
+    assert told in (said := capsys.readouterr().err)
+    assert len(said) < 1500
+    assert arguments.micro().parse_args(["--seconds", "1.5", "--warmup", "0"]).seconds == 1.5

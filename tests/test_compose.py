@@ -174,6 +174,8 @@ def test_a_config_composed_is_a_config_like_any_other():
         ({}, None),
         ({"SLURM_NTASKS": "1"}, None),
         ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash"}, None),
+        ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS=x: no number, as SLURM sets it; unset it, or start the run through srun"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": ""}, "SLURM_PROCID=: no number"),
         ({"SLURM_NTASKS": "2"}, "ask SLURM for --ntasks-per-node=1, or share the clips out among 2 processes"),
     ],
 )

@@ -1,14 +1,18 @@
 """Instabilities of whole runs: faults put into a candidate, and what the run makes of them."""
 
 import dataclasses
+import functools
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from harness.ab.arm import Arm
+from harness.ab.guard import Guard
+from harness.config import plan_run
 from harness.measure.pictures import Pictures
-from harness.measure.stability import InstabilityError
+from harness.measure.stability import Incident, InstabilityError
 from harness.report.record import load_record
 from harness.rollout import assembly
 from harness.run import run
@@ -218,3 +222,31 @@ def test_gates_b_and_c_stand_on_the_record_before(record, game, overrides, tmp_p
         run(composed(*words, "experiment=gate_b", f"gates.baseline={kept}", "data.future_frames=3"))
     with pytest.raises(ValueError, match="is the baseline; use gates=none"):
         run(composed(*words, "gates=a"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "frame", "ends"),
+    [("structure", 23, False), ("frozen", 10, False), ("structure", 9, True), ("non_finite", 23, True)],
+)
+@pytest.mark.parametrize("policy", ["raise", "fallback"])
+def test_what_comes_after_bf16_itself_was_lost_ends_no_run(composed, monkeypatch, kind, frame, ends, policy):
+    plan = plan_run(composed("model=smoke", "quant=mxfp8_all", f"on_instability={policy}"))
+    guard = Guard(plan)
+    bf16, theirs = Incident("structure", "bf16", "a", 10, "lost"), Incident(kind, "candidate", "a", frame, "lost too")
+    guard.incidents.append(bf16)
+    monkeypatch.setattr(guard, "_non_finite", lambda *_: [theirs] if kind == "non_finite" else [])
+    monkeypatch.setattr(guard, "_visible", lambda *_: [theirs])
+    clip = {0} if kind == "non_finite" else set()  # of which no picture is looked at
+    rolled = {
+        "candidate": SimpleNamespace(non_finite=clip),
+        "bf16": SimpleNamespace(frames=lambda clip: None),
+    }
+    settle = functools.partial(guard.settle, None, rolled, None, 1, None, None)
+    if not ends:
+        assert settle() is None
+        assert guard.incidents == [bf16, theirs]
+    elif policy == "fallback":
+        assert settle() is not None
+    else:
+        with pytest.raises(InstabilityError, match="lost too"):
+            settle()

@@ -94,21 +94,32 @@ class Guard:
                 if "bf16" in rolled:
                     reference = rolled["bf16"].frames(clip)
                 found += self._visible("candidate", ours, batch, clip, reference)
-        if not found:
-            return None
-        if self.policy is OnInstability["record"]:
-            self.incidents += found
+        lost = self._lost()
+        idle = [one for one in found if one.kind != NON_FINITE and one.frame >= lost.get(one.clip, one.frame + 1)]
+        own = [one for one in found if one not in idle]
+        if not own or self.policy is OnInstability["record"]:
+            self.incidents += (
+                found  # idle: after BF16 itself was lost in that clip, they prove nothing of the candidate
+            )
             return None
         if self.policy is OnInstability["raise"] or not self._left:
-            self._raise(found[0])
+            self._raise(own[0])
         fallback = self._left.pop(0)
-        self.incidents += [replace(one, action=f"fallback: {fallback.step}") for one in found]
+        self.incidents += [replace(one, action=f"fallback: {fallback.step}") for one in own]
         formats = {
             name: OmegaConf.to_container(OmegaConf.structured(conf), enum_to_str=True)
             for name, conf in (("quant", fallback.quant), ("kv", fallback.kv))
         }
-        self.taken.append({"step": fallback.step, "clip": found[0].clip, "frame": found[0].frame, **formats})
+        self.taken.append({"step": fallback.step, "clip": own[0].clip, "frame": own[0].frame, **formats})
         return fallback
+
+    def _lost(self) -> dict[str, int]:
+        """The first frame, by clip, in which BF16 itself was black, frozen or without its structure."""
+        lost: dict[str, int] = {}
+        for one in self.incidents:
+            if one.arm == "bf16" and one.kind != NON_FINITE:
+                lost[one.clip] = min(one.frame, lost.get(one.clip, one.frame))
+        return lost
 
     def _raise(self, incident: Incident) -> None:
         incident = replace(incident, action=RUN_ENDED)

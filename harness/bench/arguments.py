@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.entries import command_parser, module_doc
+from harness.entries import command_parser, count, module_doc
 from harness.mx.conf import KernelChoice
 
 LINEAR_FORMATS = ("W8A16", "W8A8", "W4A16", "W4A8", "W4A4")
@@ -28,7 +28,7 @@ def rollout() -> argparse.ArgumentParser:
     parser.add_argument("--match", default="", help="regular expression; rows whose name it finds are measured")
     parser.add_argument("--compile", default="on", help="config of conf/compile")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--frames", type=int, default=200, help="timed frames of each row")
+    parser.add_argument("--frames", type=count, default=200, help="timed frames of each row")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds that setting up one row may take")
     parser.add_argument("--total", type=float, default=1e9, help="seconds after which no further group begins")
     parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s that the floor assumes")
@@ -41,7 +41,7 @@ def micro() -> argparse.ArgumentParser:
     """Of ``mx-world microbench``."""
     parser = command_parser(module_doc("harness.bench.micro"))
     parser.add_argument("--model", default="dit_v4", help="a model config by name, or a YAML file")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="clips")
+    parser.add_argument("--batch", type=count, nargs="+", default=[1], help="clips")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     parts = ("linear", "attention", "kv")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
@@ -51,7 +51,7 @@ def micro() -> argparse.ArgumentParser:
     parser.add_argument("--kernels", nargs="+", choices=named, help="only these (default: all but emulated ones)")
     tune = "search launch shapes of kernel=triton and cuda; prints entries for tuned/"
     parser.add_argument("--tune", action="store_true", help=tune)
-    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--iterations", type=count, default=50)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=150.0, help="start nothing new after this long")
     parser.add_argument("--json", type=Path, help="where to write every figure")
@@ -62,8 +62,8 @@ def profile() -> argparse.ArgumentParser:
     """Of ``mx-world profile``."""
     parser = command_parser(module_doc("harness.bench.profile"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--frames", type=int, default=10)
-    parser.add_argument("--top", type=int, default=15)
+    parser.add_argument("--frames", type=count, default=10)
+    parser.add_argument("--top", type=count, default=15)
     parser.add_argument("--out", type=Path, default=Path("outputs/profile/frame.json"))
     parser.add_argument("--before", type=Path, help="an earlier JSON to compare with")
     parser.add_argument("overrides", nargs="*", help="as for harness/run.py")
@@ -75,9 +75,9 @@ def tune_layer() -> argparse.ArgumentParser:
     parser = command_parser(module_doc("harness.bench.tune_layer"))
     parser.add_argument("--model", default="dit_v4", help="a model config by name, or a YAML file")
     parser.add_argument("--bits", type=int, nargs="+", default=list(TUNED_BITS), choices=TUNED_BITS)
-    parser.add_argument("--layers", type=int, default=8, help="layers of the graph: more than L2 holds")
-    parser.add_argument("--batch", type=int, default=1, help="clips")
-    parser.add_argument("--most", type=int, default=180, help="launch shapes of each Linear that are tried")
+    parser.add_argument("--layers", type=count, default=8, help="layers of the graph: more than L2 holds")
+    parser.add_argument("--batch", type=count, default=1, help="clips")
+    parser.add_argument("--most", type=count, default=180, help="launch shapes of each Linear that are tried")
     parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
     parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
     parser.add_argument("--json", type=Path, help="where to write every figure")

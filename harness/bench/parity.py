@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(figure.line(), flush=True)
                 status = max(status, 0 if figure.passed else 1)
         except ValueError as error:  # BadInput, and what the loaders raise for a config or checkpoint
-            print(f"  cannot compare: {folder}: {error}", file=sys.stderr)
+            print(f"error: {folder}: {error}", file=sys.stderr)
             status = 2
     return status
 

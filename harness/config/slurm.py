@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 INTERACTIVE = ("bash", "interactive")
 """Names of jobs in which Lightning starts the processes itself, whatever SLURM says."""
 
+READ = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+"""Numbers that Lightning reads."""
+
 
 def slurm_problems(devices: int, num_nodes: int, environ: Mapping[str, str]) -> Iterator[str]:
     """What to change, if it started another number; Lightning would advise flags that start even more.
@@ -14,6 +17,10 @@ def slurm_problems(devices: int, num_nodes: int, environ: Mapping[str, str]) -> 
     Args:
         devices: ``trainer.devices``. num_nodes: ``trainer.num_nodes``. environ: the environment.
     """
+    numbers = {name: environ[name] for name in READ if name in environ}
+    if wrong := [f"{name}={text:.24}" for name, text in numbers.items() if not (text.isascii() and text.isdigit())]:
+        yield f"{', '.join(wrong)}: no number, as SLURM sets it; unset it, or start the run through srun"
+        return
     asked, processes = environ.get("SLURM_NTASKS", ""), devices * num_nodes
     if not asked.isdigit() or environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +110,10 @@ def locked(folder: Path) -> Iterator[None]:
         LadderError: if another ladder holds it.
         OSError: if the folder cannot be written.
     """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise LadderError(f"--out {folder}: {there} is a file; name a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ladder.lock").open("a+", encoding="utf-8") as file:
         try:
@@ -120,4 +124,12 @@ def locked(folder: Path) -> Iterator[None]:
             ) from error
         if unlocked is not None:
             print(f"note: no lock keeps another ladder out of {folder} ({unlocked}); see that none is started in it")
-        yield
+        try:
+            yield
+        except LadderError:  # refused before anything ran: what was made for the lock alone goes with it
+            if made and [path.name for path in folder.iterdir()] == ["ladder.lock"]:
+                with suppress(OSError):  # somebody else may have begun to use it
+                    (folder / "ladder.lock").unlink()
+                    for path in made:
+                        path.rmdir()
+            raise

@@ -7,6 +7,7 @@ import report_cases
 from gate_cases import GPU, arm, checks, evaluate, full, gate, incident, judged, record, scores
 from rich.console import Console
 
+from harness.judge import asked_again
 from harness.judge import main as judge
 from harness.report.codec import encode, read
 from harness.report.gates import (
@@ -19,7 +20,7 @@ from harness.report.gates import (
     next_lines,
     verdict_line,
 )
-from harness.report.record import load_record
+from harness.report.record import RunRecord, load_record
 from harness.report.verdict import Verdict
 
 
@@ -403,6 +404,13 @@ def test_a_run_judged_again_gets_the_verdict_in_record_table_and_page(tmp_path, 
     assert "with --print any file can be judged" in capsys.readouterr().err
 
 
+def test_by_another_gate_the_next_command_is_that_gates_alone():
+    ran = read(RunRecord, full())
+    ran.overrides = ["quant=mxfp8_mlp", "gates=d", "gates.without=[speed]", "gates.max_psnr_drop=2"]
+    assert asked_again(ran, "a", ["min_clips=3"]) == ["quant=mxfp8_mlp", "gates=a", "gates.min_clips=3"]
+    assert asked_again(ran, None, ["frames=8"]) == [*ran.overrides, "gates.frames=8"]
+
+
 def test_the_command_judges_old_records(tmp_path, capsys):
     def judge_only(words):
         return judge([*words, "--print"])
@@ -419,8 +427,14 @@ def test_the_command_judges_old_records(tmp_path, capsys):
         ["--gates", "z"],
         [],
         ["--gates", "b"],
-        ["--gates", "a", "max_psnr=1"],
+        ["--gates", "a", "max_psnr_dop=1"],
+        ["--gates", "a", "min_clips"],
         ["--gates", "a", "without=3"],
     ):
+        capsys.readouterr()
         assert judge_only([str(ours), *words]) == 2
+        (line,) = (said := capsys.readouterr().err).splitlines()
+        assert line.startswith("error: ")
+        assert ("did you mean max_psnr_drop?" in said) == ("max_psnr_dop=1" in words)
+    assert judge_only([str(ours), "--gates", "z"]) == 2
     assert "allowed are a, b, c, d" in capsys.readouterr().err

@@ -174,7 +174,8 @@ def test_a_step_on_a_record_is_told_that_its_baseline_needs_the_clips_too():
 
 def test_what_ships_is_followed_by_its_speed_on_a_gpu_or_by_the_ladder():
     cpu = record(meaningful=False)
-    cpu["overrides"] = ["quant=mxfp8_mlp", "gates=a", "gates.without=[speed]"]
+    spared = ["measure.reuse_bf16=true", "trainer.devices=2"]  # of a CPU, and refused beside a gate that asks for speed
+    cpu["overrides"] = ["quant=mxfp8_mlp", *spared, "gates=a", "gates.without=[speed]"]
     words = words_of(advised(cpu, gate("a", without=["speed"]))[1])
     assert words == ["quant=mxfp8_mlp", "gates=a", "trainer=gpu", "compile=on"]
     gpu = record()

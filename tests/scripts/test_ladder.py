@@ -504,6 +504,16 @@ def test_a_word_of_which_no_step_would_take_notice_is_refused(tmp_path, words, s
         Ladder(tmp_path, words, "mx_v_only", launch=World())
 
 
+def test_a_ladder_that_is_refused_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["model=smoke", "gates=d"]) == 2
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert main(["model=smoke", "--out", "file/below"]) == 2
+    assert "error: --out file/below: " in (said := capsys.readouterr().err)
+    assert said.endswith("file is a file; name a folder\n")
+
+
 def test_the_table_says_what_calibration_gained_and_cost(climb):
     ladder, _ = climb(World())
     nearest = ladder.results[4]

@@ -57,6 +57,15 @@ def changed(words: Sequence[str], *new: str) -> list[str]:
     return [*(word for word in words if _key(word) not in keys), *new]
 
 
+def _untied(words: Sequence[str]) -> list[str]:
+    """Words without those that were about this machine's cores, and would be refused or idle on a GPU."""
+    return [word for word in words if _key(word) not in ("measure.reuse_bf16", "trainer.devices", "threads")]
+
+
+def _on_gpu(words: Sequence[str]) -> list[str]:
+    return changed(_untied(words), "trainer=gpu", "compile=on")
+
+
 def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
@@ -65,7 +74,7 @@ def _after_ship(record: RunRecord, found: Verdict) -> Advice:
     words = record.overrides
     alone = found.baseline is None  # a record to stand on is of its own machine
     if alone and "speed" in found.not_asked and not (record.candidate and record.candidate.speed_is_meaningful):
-        words = changed([word for word in words if _key(word) != "gates.without"], "trainer=gpu", "compile=on")
+        words = _on_gpu([word for word in words if _key(word) != "gates.without"])
         words = words if any(_key(word) in ("gates", "experiment") for word in words) else [*words, "gates=a"]
         return Advice("measure its speed on the GPU it is for", command(words))
     common = [word for word in words if _key(word).split(".")[0] not in CHOSEN]
@@ -192,7 +201,7 @@ def _after_doubt(record: RunRecord, check: Check, clips: int, on_record: bool) -
     if check.criterion == "speed":
         return _speed_doubt(check, words)
     if check.criterion == "memory":
-        return Advice("measure memory on a GPU", command(changed(words, "trainer=gpu")))
+        return Advice("measure memory on a GPU", command(changed(_untied(words), "trainer=gpu")))
     if check.needs_clips is not None:
         advice = _more_clips(record, clips, words)
         return replace(advice, text=f"{advice.text}; the baseline needs them too") if on_record else advice
@@ -216,7 +225,7 @@ def _speed_doubt(check: Check, words: list[str]) -> Advice:
     if "another machine" in check.note:
         return Advice("run the baseline on this machine too")
     text = "measure speed on the GPU it is for; to judge without it, add gates.without=[speed]"
-    return Advice(text, command(changed(words, "trainer=gpu", "compile=on")))
+    return Advice(text, command(_on_gpu(words)))
 
 
 def _more_clips(record: RunRecord, clips: int, words: list[str]) -> Advice:
