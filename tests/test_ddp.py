@@ -14,8 +14,8 @@ import cells
 from harness.ab import processes as parallel
 from harness.ab.processes import ProcessError, Processes, check_clips, check_processes
 from harness.config import ROOT, ConfigError, RunConf, TrainerConf, plan_run
-from harness.measure.conf import OnInstability
-from harness.measure.stability import RUN_ENDED, InstabilityError
+from harness.measure.conf import RUN_ENDED, OnInstability
+from harness.measure.stability import InstabilityError
 from harness.report.journal import End, FinishedBatch, Journal, Line
 from harness.report.record import FAILED, load_record
 from harness.report.sections import BatchTimes, IncidentRecord

@@ -14,9 +14,9 @@ from harness.ab.fallback import Fallback, fallbacks
 from harness.config import RunPlan
 from harness.data.conf import BUTTON_NAMES
 from harness.data.datamodule import ClipBatch
-from harness.measure.conf import OnInstability
+from harness.measure.conf import RUN_ENDED, OnInstability
 from harness.measure.pictures import Shown
-from harness.measure.stability import NON_FINITE, RUN_ENDED, Incident, InstabilityError, detect
+from harness.measure.stability import NON_FINITE, Incident, InstabilityError, detect
 from harness.report.sections import FallbackRecord, IncidentRecord
 
 MOVES = [BUTTON_NAMES.index(name) for name in "WASD"]

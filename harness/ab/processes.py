@@ -21,8 +21,8 @@ from lightning import Callback, LightningModule, Trainer
 from harness.ab.module import RolloutModule
 from harness.ab.results import Results, log_clips
 from harness.config import RunConf
-from harness.measure.conf import OnInstability
-from harness.measure.stability import RUN_ENDED, Incident, InstabilityError
+from harness.measure.conf import RUN_ENDED, OnInstability
+from harness.measure.stability import Incident, InstabilityError
 from harness.report.journal import End, FinishedBatch, Journal, Line
 from harness.report.record import COMPLETE, FAILED
 from harness.report.sections import IncidentRecord

@@ -31,7 +31,6 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config.effects import fields_in, told, typed_fields, without_effect
 from harness.config.fields import fields_of
 from harness.config.places import CONF
-from harness.config.plan import plan_run
 from harness.config.problems import LONGEST, ConfigError
 from harness.config.schema import SCHEMAS, register
 from harness.config.values import unknown_keys
@@ -159,6 +158,8 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
 
 def _plan_problems(cfg: DictConfig) -> list[str]:
     """What else is wrong with a composed config: all is told at once."""
+    from harness.config.plan import plan_run  # torch, which composing does without
+
     before, plain = HydraConfig.instance().cfg, copy.deepcopy(cfg)
     try:
         use(copy.deepcopy(cfg), "run")

@@ -15,7 +15,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.export.read import is_export
 from harness.kv.conf import TENSORS, KVScales, KVStorage
 from harness.report.gates.conf import THRESHOLDS
 
@@ -48,7 +47,13 @@ class _Chosen:
 
     @property
     def is_baseline(self) -> bool:
-        return not (self.quant.enabled or self.kv.enabled or is_export(self.model.checkpoint))
+        if self.quant.enabled or self.kv.enabled:
+            return False
+        if self.model.checkpoint is None:
+            return True
+        from harness.export.read import is_export  # torch, which composing does without
+
+        return not is_export(self.model.checkpoint)
 
 
 def typed_fields(words: Sequence[str]) -> Iterator[str]:

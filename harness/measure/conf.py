@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+RUN_ENDED = "run ended"
+"""The ``action`` of an incident that broke its run off."""
+
 OnInstability = StrEnum("OnInstability", ["raise", "fallback", "record"])
 """What an instability of the candidate does: end the run, rebuild the candidate in safer formats, or be written down.
 

@@ -18,8 +18,6 @@ from harness.measure.conf import StabilityConf
 from harness.measure.pictures import Shown, pieces
 
 NON_FINITE, BLACK, FROZEN, STRUCTURE = "non_finite", "black", "frozen", "structure"
-RUN_ENDED = "run ended"
-"""The ``action`` of an incident that broke its run off."""
 START_FRAMES = 4
 """First frames of a clip whose mean gradient energy is the BF16 arm's own start."""
 LUMA = (0.299, 0.587, 0.114)

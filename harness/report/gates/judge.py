@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.measure.stability import RUN_ENDED
+from harness.measure.conf import RUN_ENDED
 from harness.measure.trust import distrust
 from harness.report.gates import reading
 from harness.report.gates.advice import advise
