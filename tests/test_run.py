@@ -147,10 +147,10 @@ def test_a_full_disk_ends_with_the_table_on_the_screen_and_the_file_named(monkey
 
 
 def test_a_sweep_goes_on_after_a_job_that_cannot_run(command, tmp_path):
-    words = [*QUICK, "measure.videos=false", "kv=mx_v_only", "hydra.sweep.dir=sweep"]
+    words = [*QUICK, "measure.videos=false", "quant=mxfp8_mlp", "kv=mx_v_only", "hydra.sweep.dir=sweep"]
     code, err = command("-m", *words, "quant.bits=3,8")
     assert code == 2
     assert "bits=3: allowed are 8 and 4" in err
     assert "Traceback" not in err
     finished = list((tmp_path / "sweep").glob("*/record.json"))
-    assert [path.parent.name for path in finished] == ["1_smoke_bf16_mx_v_only"]
+    assert [path.parent.name for path in finished] == ["1_smoke_mxfp8_mlp_mx_v_only"]
