@@ -95,12 +95,11 @@ class Guard:
                     reference = rolled["bf16"].frames(clip)
                 found += self._visible("candidate", ours, batch, clip, reference)
         lost = self._lost()
+        # After BF16 itself was lost in a clip, what the candidate shows there proves nothing of it.
         idle = [one for one in found if one.kind != NON_FINITE and one.frame >= lost.get(one.clip, one.frame + 1)]
         own = [one for one in found if one not in idle]
         if not own or self.policy is OnInstability["record"]:
-            self.incidents += (
-                found  # idle: after BF16 itself was lost in that clip, they prove nothing of the candidate
-            )
+            self.incidents += found
             return None
         if self.policy is OnInstability["raise"] or not self._left:
             self._raise(own[0])
