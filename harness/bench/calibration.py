@@ -194,8 +194,8 @@ def table(args: argparse.Namespace) -> None:
     for row in rows:
         kernel = ["quant.kernel=emulated"] if row.linears else []
         for calibrated in (True,) if args.calibrated and row.linears else (False, True)[: 1 + row.linears]:
-            calib = ["calib=gptq"] if calibrated else []
-            plans.append((row, calibrated, compose_plan([*common, *row.words, *kernel, *calib], args.out)))
+            calib = f"calib={'gptq' if calibrated else 'none'}"  # by name: words that set its fields hold for every row
+            plans.append((row, calibrated, compose_plan([*common, *row.words, *kernel, calib], args.out)))
     if not plans:
         raise ConfigError(f"--match {args.match}: no row has it; rows are {', '.join(row.name for row in ROWS)}")
     bench = Bench(plans[-1][2])
