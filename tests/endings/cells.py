@@ -105,6 +105,12 @@ def small_disk(small: bool) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def as_in_a_terminal() -> None:
+    """Signals as a terminal's commands have them: a shell's background ignores SIGINT, and nohup SIGHUP."""
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+
+
 def start(words: Sequence[str], kind: str = "", told: dict[str, Any] | None = None) -> tuple[int, str]:
     """Exit code and what was said on standard error, in a session of its own as in a terminal."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "fault"), "OMP_NUM_THREADS": "1"}
@@ -119,7 +125,7 @@ def start(words: Sequence[str], kind: str = "", told: dict[str, Any] | None = No
         text=True,
         timeout=300,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+        preexec_fn=as_in_a_terminal,
         check=False,
     )
     return done.returncode, done.stderr

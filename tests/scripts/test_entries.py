@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -108,8 +109,16 @@ def test_ctrl_c_ends_a_command_without_a_traceback_and_with_its_cleaning_up(tmp_
         "    start('command:work')\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    words = [sys.executable, str(script)]
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background ignores
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
     assert (tmp_path / "cleaned").exists()
 
