@@ -9,27 +9,30 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import ConfigCompositionException, HydraException
-from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.effects import fields_in, told, typed_fields, without_effect
-from harness.config.fields import fields_of
+from harness.config.fields import Field, fields_of
 from harness.config.places import CONF
 from harness.config.problems import LONGEST, ConfigError
 from harness.config.schema import SCHEMAS, register
@@ -133,11 +136,9 @@ def load(words: Sequence[str], name: str, config_dir: str | Path | None = None, 
         if problems:
             raise ConfigError("\n".join(problems))
         single = [word for word in words if not is_sweep(word)]
-        problems = _file_problems(loader, single, name, vocabulary)
         for word in _swept(words, vocabulary):
-            problems += _file_problems(loader, [*single, word], name, vocabulary)
-        if problems:
-            raise ConfigError("\n".join(dict.fromkeys(problems)))
+            loader.problems += _problems_with(loader, [*single, word], name, vocabulary)
+        loader.vocabulary = vocabulary
         cfg = loader.load_configuration(name, single, RunMode.RUN, from_shell=True)
     except ConfigError:
         raise
@@ -254,20 +255,60 @@ def _swept(words: Sequence[str], vocabulary: Vocabulary) -> Iterator[str]:
             yield from (f"{group}={option.strip()}" for option in options.split(",") if option.strip().isidentifier())
 
 
+@lru_cache(4096)
 def is_sweep(word: str) -> bool:
     """Whether ``word``, which is of Hydra's grammar, has several values."""
     return OverridesParser.create().parse_override(word).is_sweep_override()
 
 
-def _loader(config_dir: str | Path | None) -> ConfigLoaderImpl:
+class _Loader(ConfigLoaderImpl):
+    """Checks the files that words choose before they are merged, and copies what merging changes."""
+
+    def __init__(self, path: ConfigSearchPath) -> None:
+        super().__init__(path)
+        self.repository = _NamingRepository(path)
+        self.vocabulary: Vocabulary | None = None
+        self.problems: list[str] = []
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        if self.vocabulary is not None:
+            problems = [*_file_problems(defaults, repo, self.vocabulary), *self.problems]
+            if problems:
+                raise ConfigError("\n".join(dict.fromkeys(problems)))
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
+    def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:
+        found = repo.load_config(str(default.config_path))
+        if found is not None:
+            package = found.header["package"] if default.package is None else default.package
+            if default.primary or not package:  # in a package of its own Hydra itself copies it
+                found.config = copy.deepcopy(found.config)
+        return super()._load_single_config(default, repo)
+
+
+def _loader(config_dir: str | Path | None) -> _Loader:
     path = create_config_search_path(str(CONF))
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError(f"{config_dir}: no such folder of configs")
         path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
-    loader = ConfigLoaderImpl(path)
-    loader.repository = _NamingRepository(path)
-    return loader
+    return _Loader(path)
+
+
+_STAMPED: dict[tuple[str, str, str], tuple[Any, ConfigResult]] = {}
+"""What this process read, by provider, place and name of a config, and the stamp it had: a sweep, a ladder and a
+notebook compose the same files again and again."""
+
+
+def _stamp(source: ConfigSource, config_path: str) -> Any:
+    """What is another once a config is: of a file its time and size, of a schema the schema; Hydra's own stay."""
+    name = source._normalize_file_name(config_path)
+    if source.scheme() == "structured":
+        return ConfigStore.instance()._load(name)
+    if source.scheme() != "file":
+        return None
+    found = Path(source.path, name).stat()
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 class _NamingRepository(ConfigRepository):
@@ -283,10 +324,28 @@ class _NamingRepository(ConfigRepository):
         return made
 
     def load_config(self, config_path: str) -> ConfigResult | None:
+        """What was read, shared by all who compose: :class:`_Loader` copies what composing changes."""
         key = (config_path, *(source.path for source in self.sources))
         if key not in self._read:
-            self._read[key] = self._loaded(config_path)
-        return copy.deepcopy(self._read[key])
+            self._read[key] = self._stamped(config_path)
+        found = copy.copy(self._read[key])
+        if found is not None:  # which Hydra fills in
+            found.defaults_list = [copy.copy(default) for default in found.defaults_list or ()]
+        return found
+
+    def _stamped(self, config_path: str) -> ConfigResult | None:
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None:
+            return None
+        key = (source.provider, source.full_path(), config_path)
+        stamp = _stamp(source, config_path)
+        known = _STAMPED.get(key)
+        if known is not None and (known[0] is stamp or known[0] == stamp):
+            return known[1]
+        read = self._loaded(config_path)
+        if read is not None:
+            _STAMPED[key] = (stamp, read)
+        return read
 
     def _loaded(self, config_path: str) -> ConfigResult | None:
         try:
@@ -312,15 +371,24 @@ def _vocabulary(loader: ConfigLoaderImpl, words: Sequence[str], name: str) -> Vo
             yield from groups(path)
 
     options = {group: repo.get_group_options(group, ObjectType.CONFIG) for group in groups("")}
-    fields = {field.path: field for field in fields_of(SCHEMAS.get(name, SCHEMAS["run"]))}
+    fields = _fields_by_path(SCHEMAS.get(name, SCHEMAS["run"]))
     return Vocabulary({group: names for group, names in options.items() if names}, fields)
 
 
-def _file_problems(loader: ConfigLoaderImpl, words: Sequence[str], name: str, vocabulary: Vocabulary) -> list[str]:
+@cache
+def _fields_by_path(schema: type) -> dict[str, Field]:
+    return {field.path: field for field in fields_of(schema)}
+
+
+def _problems_with(loader: ConfigLoaderImpl, words: Sequence[str], name: str, vocabulary: Vocabulary) -> list[str]:
     """What is wrong with the config files that these words choose."""
     _, repo = loader._parse_overrides_and_create_caching_repo(name, list(words))
+    return _file_problems(loader.compute_defaults_list(name, list(words), RunMode.RUN).defaults, repo, vocabulary)
+
+
+def _file_problems(defaults: Sequence[ResultDefault], repo: IConfigRepository, vocabulary: Vocabulary) -> list[str]:
     problems = []
-    for part in loader.compute_defaults_list(name, list(words), RunMode.RUN).defaults:
+    for part in defaults:
         path = part.config_path
         if path is None or path.startswith("hydra") or part.parent is None:
             continue

@@ -244,8 +244,9 @@ def register() -> None:
 
 def register_schema(name: str, schema: type) -> None:
     """Make ``schema`` the type of ``conf/<name>.yaml``, which names it ``<name>_schema``."""
+    if SCHEMAS.get(name) is not schema or f"{name}_schema.yaml" not in ConfigStore.instance().repo:
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     SCHEMAS[name] = schema
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
 register()  # on import: a launcher's worker imports this module, but does not run the command
