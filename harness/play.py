@@ -19,7 +19,7 @@ if __name__ == "__main__":
     hush()
     require()
 
-from harness.imports import import_torchmetrics
+from harness.imports import import_lightning
 from harness.threads import share_arenas
 
 NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     share_arenas()
-    import_torchmetrics()
+    import_lightning()
     from harness.live.process import settle_threads
     from harness.live.server import Game, run_server
     from harness.session.open import load_play

@@ -31,7 +31,7 @@ from harness.config import CONF, ConfigError, reference
 from harness.config.command import UserError, check_command, in_hydras_order, read_command
 from harness.config.compose import one_line
 from harness.config.help import run_help
-from harness.imports import import_torchmetrics
+from harness.imports import import_lightning
 from harness.kernels.cache import place_compilers
 from harness.signals import Signals, Stopped
 from harness.streams import patient_streams
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
 
 def _job() -> Any:
     """What computes: it imports torch and Lightning, so not before what was typed is known to be right."""
-    import_torchmetrics()
+    import_lightning()
     return importlib.import_module("harness.job")
 
 

@@ -49,3 +49,22 @@ def test_what_was_hidden_can_be_imported_afterwards(beside):
         "from importlib.metadata import version; print(matplotlib.here, version('scipy'))"
     )
     assert started(beside, "-c", code).stdout.split() == ["True", "99.0"]
+
+
+def test_torchs_compiler_is_imported_once_something_is_compiled(tmp_path):
+    """Where nothing is, a run ends without it; and Lightning still knows a compiled module by its class."""
+    words = ["model=smoke", "model.arch.n_layers=1", "quant=mxfp4_mlp", "kv=mx_kv", "data.limit=1"]
+    words += ["data.future_frames=1", "measure.videos=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    code = (
+        "import sys; from harness.run import cli; cli();"
+        "print('compiler', 'torch._dynamo' in sys.modules);"
+        "import torch; from lightning.fabric.wrappers import _unwrap_compiled;"
+        "linear = torch.nn.Linear(1, 1); compiled = torch.compile(linear, backend='eager');"
+        "print(_unwrap_compiled(linear)[0] is linear, _unwrap_compiled(compiled)[0] is linear)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=HERE, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["compiler False", "True True"]
+    assert (tmp_path / "run/record.json").exists()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.entries import command_parser
-from harness.imports import import_torchmetrics
+from harness.imports import import_lightning
 from harness.report.record import load_record
 from harness.report.table import bytes_text
 from harness.streams import patient
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out.suffix != ".safetensors" or args.out.exists():
             raise ValueError(f"--out {args.out}: {'exists' if args.out.exists() else 'name a .safetensors file'}")
         record = load_record(args.run / "record.json" if args.run.is_dir() else args.run)
-        import_torchmetrics()
+        import_lightning()
         from harness.ab.judged import export_run  # here: with it comes torch, and what was typed is right
 
         header = export_run(record, args.out)

@@ -32,7 +32,7 @@ from rich.console import Console
 from harness.config import ConfigError
 from harness.config.compose import compose
 from harness.entries import command_parser
-from harness.imports import import_torchmetrics
+from harness.imports import import_lightning
 from harness.ladder.state import LadderError, locked
 from harness.signals import Signals, Stopped
 from harness.streams import patient
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
-    import_torchmetrics()
+    import_lightning()
     from harness.ladder.climb import BrokenOff, Ladder
     from harness.ladder.show import show
     from harness.measure.environment import git_state

@@ -8,6 +8,7 @@ a block is an ``nn.Linear`` that may be swapped from outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -155,10 +156,11 @@ class FinalLayer(nn.Module):
 
 
 def make_rotary(cfg: GameRFTConfig) -> MotionRotary | OrthoRotary:
-    """The position embedding that ``cfg`` names."""
-    if cfg.rope_impl == "motion":
-        return MotionRotary(cfg.head_dim, cfg.sample_size, cfg.rope_ats_delta)
-    return OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
+    """The position embedding that ``cfg`` names; its tables, which no checkpoint holds, never on the meta device."""
+    with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
+        if cfg.rope_impl == "motion":
+            return MotionRotary(cfg.head_dim, cfg.sample_size, cfg.rope_ats_delta)
+        return OrthoRotary(cfg.head_dim, cfg.sample_size, cfg.n_frames)
 
 
 class GameRFTCore(WorldModel):
@@ -205,7 +207,7 @@ class GameRFTCore(WorldModel):
         """
         with torch.device("meta"):
             core = cls(cfg).to(torch.bfloat16)
-        core.rotary = make_rotary(cfg).to(device)
+        core.rotary.to(device)
         return core.eval().requires_grad_(False)
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from harness.rollout.conf import BACKENDS, LINEARS, MODES, SCOPES, CompileConf
 
@@ -137,6 +137,9 @@ class CompileCounters:
 
 
 def _compiled_so_far() -> tuple[int, int]:
+    if "torch._dynamo.utils" not in sys.modules:  # it takes a second to import, and comes with what is compiled
+        return 0, 0
+    counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
