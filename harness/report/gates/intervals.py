@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -34,12 +35,11 @@ def t_cdf(t: float, freedom: int) -> float:
     Abramowitz & Stegun 1964, 26.7.3 and 26.7.4.
     """
     angle = math.atan(t / math.sqrt(freedom))
-    squared, term = math.cos(angle) ** 2, 1.0
+    squared = math.cos(angle) ** 2
     odd = freedom % 2 == 1
     total = 0.0 if odd and freedom == 1 else 1.0
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= squared * (k - 1) / k
-        total += term
+    k = np.arange(3 if odd else 2, freedom - 1, 2, dtype=np.float64)
+    total += float(np.cumprod(squared * (k - 1) / k).sum())
     inner = math.sin(angle) * total
     if odd:
         inner = 2 / math.pi * (angle + math.cos(angle) * inner)
@@ -98,8 +98,13 @@ def values_needed(values: Sequence[float], threshold: float, confidence: float) 
     distance, spread = abs(float(sample.mean()) - threshold), float(sample.std(ddof=1))
     if distance == 0 or spread / distance > math.sqrt(MOST_CLIPS) / 2:
         return None
-    count = 2
-    while t_quantile(confidence, count - 1) * spread / math.sqrt(count) > distance:
+    # Student's quantile lies beyond the normal one, which says of most counts at once that they do not suffice.
+    normal, count = NormalDist().inv_cdf(confidence), 2
+
+    def beyond(quantile: float) -> bool:
+        return quantile * spread / math.sqrt(count) > distance
+
+    while beyond(normal) or beyond(t_quantile(confidence, count - 1)):
         count += max(1, count // 50)  # coarse where it is a thousand anyway
     return count
 
