@@ -13,11 +13,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own library reads it then
 
 import dataclasses
+import importlib.util
 import itertools
 import shutil
 import sys
 
 import chromium
+import interpreter
 import pytest
 import torch._dynamo
 import yaml
@@ -37,6 +39,8 @@ from harness.run import cli, run
 
 register()
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    interpreter.quicken()
 TINY_MODEL = {
     "n_layers": 2,
     "n_heads": 1,

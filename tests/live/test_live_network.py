@@ -50,7 +50,7 @@ class Proxy:
                 if rate is not None:
                     self.passed += len(data)
                     time.sleep(len(data) / rate)
-        except OSError:
+        except (OSError, ValueError):  # closed beneath it by another thread, of which select says ValueError
             pass
         for end in (source, sink):
             end.close()
