@@ -9,7 +9,7 @@ import sys
 
 from harness import __version__
 from harness.start import call, hush, ready, require
-from harness.streams import patient
+from harness.streams import complain, patient
 
 COMMANDS = {
     "run": (
@@ -67,7 +67,7 @@ def main() -> None:
     if name == "run" and arguments[0].isidentifier() and arguments[0] != "run":
         from harness.config.problems import unknown
 
-        print(f"error: {arguments[0]}: {unknown('command', arguments[0], list(COMMANDS))}", file=sys.stderr)
+        complain(f"{arguments[0]}: {unknown('command', arguments[0], list(COMMANDS))}")
         sys.exit(2)
     # A run in several processes repeats this command in each, so it must mean the same without the sub-command.
     program = sys.argv[0] if name == "run" else f"mx-world {name}"  # as usage lines begin

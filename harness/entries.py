@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from harness.files.writing import why_unwritable
+
 SCRIPTS = {
     "run": "harness/run.py",
     "play": "harness/play.py",
@@ -71,6 +73,34 @@ def _whole(text: str, least: int = 0) -> int:
 def count(text: str) -> int:
     """A number of things, at least 1, for a parser's ``type``."""
     return _whole(text, 1)
+
+
+def counts(text: str) -> list[int]:
+    """Such numbers with commas between, for a parser's ``type``."""
+    return [count(one) for one in text.split(",")]
+
+
+def pattern(text: str) -> str:
+    """A regular expression, for a parser's ``type``."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text:.60}: no regular expression: {error}") from error
+    return text
+
+
+def output(text: str) -> Path:
+    """A file to write, for a parser's ``type``: tried at once, not when all is measured."""
+    if (why := why_unwritable(Path(text))) is not None:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written ({why}); name another file")
+    return Path(text)
+
+
+def output_folder(text: str) -> Path:
+    """A folder to write into, likewise."""
+    if (why := why_unwritable(Path(text) / "written")) is not None:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written to ({why}); name another folder")
+    return Path(text)
 
 
 def _finite(text: str) -> float:

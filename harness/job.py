@@ -17,6 +17,7 @@ from harness.ab.processes import ProcessError
 from harness.config.command import UserError
 from harness.measure.stability import InstabilityError
 from harness.report.gates import EXIT_CODES
+from harness.streams import shown
 
 
 def run(cfg: DictConfig) -> str | None:
@@ -47,7 +48,7 @@ def one_of_hydras(cfg: DictConfig) -> None:
         rank = getattr(rank_zero_only, "rank", 0)
         who = f"process {rank}: " if rank else ""
         notes = getattr(error, "__notes__", [])  # what went wrong on the way out
-        print(f"{who}error: {error}", *(f"and: {note}" for note in notes), sep="\n", file=sys.stderr)
+        print(shown("\n".join([f"{who}error: {error}", *(f"and: {note}" for note in notes)])), file=sys.stderr)
         sys.exit(1 if isinstance(error, InstabilityError | ProcessError) else 2)
     finally:
         # A sweep runs its jobs in one process: hand back what this one held.

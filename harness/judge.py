@@ -38,7 +38,7 @@ from harness.report.page.run_page import run_page, write_run_page
 from harness.report.record import RecordError, RunRecord, load_record, save_record
 from harness.report.table import render
 from harness.report.verdict import Verdict
-from harness.streams import patient
+from harness.streams import complain, patient
 
 RECORD = "record.json"
 FOLDER = CONF / "gates"
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.print:
             rewrite(replace(record, gates=found), args.record.parent)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     return EXIT_CODES[found.verdict]
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     require()
 
 from harness.imports import import_lightning
+from harness.streams import complain
 from harness.threads import share_arenas
 
 NEEDED = ("starlette", "uvicorn", "wsproto", "simplejpeg")
@@ -73,7 +74,7 @@ def main(words: Sequence[str]) -> int:
         print(describe())
         return 0
     if (problem := missing_packages()) is not None:
-        print(f"error: {problem}", file=sys.stderr)
+        complain(problem)
         return 2
     from hydra.errors import HydraException
 
@@ -84,7 +85,7 @@ def main(words: Sequence[str]) -> int:
         register_play()
         compose(*words, name="play")  # a misspelt word is told before torch is imported
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     share_arenas()
     import_lightning()
@@ -103,7 +104,7 @@ def main(words: Sequence[str]) -> int:
             )
         run_server(game)
     except (ValueError, OSError, HydraException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         pass

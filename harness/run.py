@@ -34,7 +34,7 @@ from harness.config.help import run_help
 from harness.imports import import_lightning
 from harness.kernels.cache import place_compilers
 from harness.signals import Signals, Stopped
-from harness.streams import patient_streams
+from harness.streams import complain, patient_streams
 
 if TYPE_CHECKING:
     from harness.api import RunResult
@@ -97,11 +97,11 @@ def _compose_and_run(asked: list[str]) -> None:
             main()
     except (ConfigError, CompactHydraException, OmegaConfBaseException, OSError) as error:
         plain = isinstance(error, ConfigError | UserError)
-        print(f"error: {error if plain else one_line(error)}", file=sys.stderr)
+        complain(error if plain else one_line(error))
         sys.exit(2)
     except Exception as error:
         if {"-m", "--multirun"} & set(asked):
-            print(f"error: the sweep broke off: {error}\n{AFTER_BREAK}", file=sys.stderr)
+            complain(f"the sweep broke off: {error}", [AFTER_BREAK])
         raise
 
 

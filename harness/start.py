@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.streams import complain
+
 PYTHON = (3, 11)
 REQUIRED = {
     "hydra": "hydra-core",
@@ -59,7 +61,7 @@ def require() -> None:
     """End the process with one line, exit code 2, if something is missing that every command needs."""
     problem = why_not()
     if problem is not None:
-        print(f"error: {problem}", file=sys.stderr)
+        complain(problem)
         sys.exit(2)
 
 
@@ -92,7 +94,10 @@ def _named(place: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
-    """Call a command's function. Ctrl-C ends it where it stands, what it holds is put back, and the code is 130."""
+    """Call a command's function. Ctrl-C ends it where it stands, what it holds is put back, and the code is 130.
+
+    Words that make no config, and files that cannot be read, end it with their message and exit code 2.
+    """
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,5 +105,13 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return 130
+    except ValueError as error:
+        from harness.config.problems import ConfigError
+        from harness.files.text import FileError
+
+        if not isinstance(error, ConfigError | FileError):
+            raise
+        complain(error)
+        return 2
     finally:
         hush()

@@ -5,13 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def shown(text: str) -> str:
+    """``text`` as a terminal may have it: of what a file brought into it, control characters are shown, not obeyed."""
+    plain = (one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+    return "".join(plain)
+
+
+def complain(error: object, more: Iterable[str] = ()) -> None:
+    """Tell on standard error what is wrong, and ``more`` lines of it."""
+    print(shown("\n".join([f"error: {error}", *more])), file=sys.stderr)
 
 
 class PatientStream:
@@ -29,10 +40,17 @@ class PatientStream:
         """Write ``text``, or drop it; returns its length."""
         try:
             if self.lost is None:
-                self._stream.write(text)
+                self._written(text)
         except OSError as error:
             self._lose(error)
         return len(text)
+
+    def _written(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # a path that is no UTF-8, or a terminal of fewer letters
+            coding = self._stream.encoding
+            self._stream.write(text.encode(coding, "backslashreplace").decode(coding))
 
     def flush(self) -> None:
         """Flush, or drop what waits."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.entries import command_parser, count, module_doc
+from harness.entries import command_parser, count, counts, module_doc, output, output_folder, pattern
 from harness.mx.conf import KernelChoice
 
 LINEAR_FORMATS = ("W8A16", "W8A8", "W4A16", "W4A8", "W4A4")
@@ -22,17 +22,17 @@ def rollout() -> argparse.ArgumentParser:
     """Of ``mx-world bench``."""
     parser = command_parser(module_doc("harness.bench.rollout"))
     parser.add_argument("--models", default="dit_v4", help="comma-separated configs of conf/model")
-    parser.add_argument("--batches", default="1,4,16", help="comma-separated numbers of clips")
+    parser.add_argument("--batches", type=counts, default="1,4,16", help="comma-separated numbers of clips")
     parser.add_argument("--attention", default="sdpa,flex,fused", help="comma-separated configs of conf/attention")
     # Not --only: Inductor takes the value of an option of that name into the names of its kernels.
-    parser.add_argument("--match", default="", help="regular expression; rows whose name it finds are measured")
+    parser.add_argument("--match", type=pattern, default="", help="regular expression; rows it finds are measured")
     parser.add_argument("--compile", default="on", help="config of conf/compile")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=count, default=200, help="timed frames of each row")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds that setting up one row may take")
     parser.add_argument("--total", type=float, default=1e9, help="seconds after which no further group begins")
     parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s that the floor assumes")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--out", type=output_folder, default="outputs/bench")
     parser.add_argument("overrides", nargs="*", help="further overrides of every row's config")
     return parser
 
@@ -54,7 +54,7 @@ def micro() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=count, default=50)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=150.0, help="start nothing new after this long")
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser.add_argument("--json", type=output, help="where to write every figure")
     return parser
 
 
@@ -64,7 +64,7 @@ def profile() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--frames", type=count, default=10)
     parser.add_argument("--top", type=count, default=15)
-    parser.add_argument("--out", type=Path, default=Path("outputs/profile/frame.json"))
+    parser.add_argument("--out", type=output, default="outputs/profile/frame.json")
     parser.add_argument("--before", type=Path, help="an earlier JSON to compare with")
     parser.add_argument("overrides", nargs="*", help="as for harness/run.py")
     return parser
@@ -80,7 +80,7 @@ def tune_layer() -> argparse.ArgumentParser:
     parser.add_argument("--most", type=count, default=180, help="launch shapes of each Linear that are tried")
     parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
     parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser.add_argument("--json", type=output, help="where to write every figure")
     return parser
 
 

@@ -19,14 +19,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.entries import command_parser
+from harness.entries import command_parser, count, counts, output
 from harness.kv import KVCache, KVConf, KVStorage
 from harness.measure.environment import environment
 from harness.measure.timing import samples_ms
@@ -139,13 +138,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     sizes = (("batch", 1), ("heads", 24), ("dim", 64), ("tokens", 64), ("replays", 50))
     for name, default in sizes:
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--frames", default="16,60", help="comma-separated windows")
+        parser.add_argument(f"--{name}", type=count, default=default)
+    parser.add_argument("--frames", type=counts, default="16,60", help="comma-separated windows")
     parser.add_argument("--kinds", default="sdpa,flex,fused")
     parser.add_argument("--storages", default=",".join(STORAGES))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--device", default="cuda", type=torch.device)
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench/attention.json"))
+    parser.add_argument("--out", type=output, default="outputs/bench/attention.json")
     args = parser.parse_args(argv)
     args.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     return args
@@ -156,8 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, write JSON; 1 if a row failed."""
     args = parse(argv)
     rows, failed = [], False
-    windows = [int(frames) for frames in args.frames.split(",")]
-    for frames, storage, kind in itertools.product(windows, args.storages.split(","), args.kinds.split(",")):
+    for frames, storage, kind in itertools.product(args.frames, args.storages.split(","), args.kinds.split(",")):
         if kind != "fused" and storage != "bf16":
             continue
         for config in SWEEP if args.sweep and kind == "fused" else [WindowConfig()]:

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -38,7 +37,7 @@ from harness.config import RunPlan
 from harness.config.problems import ConfigError
 from harness.data.datamodule import ClipBatch, ClipDataModule
 from harness.data.noise import batch_noise
-from harness.entries import command_parser
+from harness.entries import command_parser, count, output_folder, pattern
 from harness.kv import KVConf
 from harness.measure.quality import frame_psnr
 from harness.models.dcae import to_frames
@@ -48,6 +47,7 @@ from harness.mx.linears.decoded import KeepDecoded, keep_decoded
 from harness.report.gates.intervals import mean_interval
 from harness.report.table import bytes_text
 from harness.rollout import LatentDecoder, load_core, load_dcae
+from harness.streams import complain
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
 
@@ -175,12 +175,12 @@ def line(row: Row, calibrated: bool, out: Outcome) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments."""
     parser = command_parser(__doc__)
-    parser.add_argument("--clips", type=int, default=12, help="clips that are judged, all at once (default 12)")
-    parser.add_argument("--frames", type=int, default=48, help="frames rolled out of each (default 48)")
-    parser.add_argument("--match", default="", help="only rows whose name has this regular expression")
+    parser.add_argument("--clips", type=count, default=12, help="clips that are judged, all at once (default 12)")
+    parser.add_argument("--frames", type=count, default=48, help="frames rolled out of each (default 48)")
+    parser.add_argument("--match", type=pattern, default="", help="only rows whose name has this regular expression")
     parser.add_argument("--calibrated", action="store_true", help="leave out rounding to nearest")
     parser.add_argument("--only-calibrate", action="store_true", help="time one calibration of the words' candidate")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder that words are composed for")
+    parser.add_argument("--out", type=output_folder, default="outputs/bench", help="folder that words are composed for")
     parser.add_argument("words", nargs="*", help="words for every row, such as trainer=gpu")
     return parser.parse_intermixed_args(argv)
 
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         (only_calibrate if args.only_calibrate else table)(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     return 0
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harness.entries import command_parser
+from harness.entries import command_parser, count
 from harness.live.pictures import compress, psnr
 from harness.session import Action, open_session
 
@@ -49,7 +49,7 @@ def measured(frames: list[Tensor], codec: str, quality: int) -> tuple[float, flo
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = command_parser(__doc__)
-    parser.add_argument("--frames", type=int, default=60)
+    parser.add_argument("--frames", type=count, default=60)
     parser.add_argument("words", nargs="*", help="as for harness/play.py")
     given = parser.parse_args(argv)
     frames = played(given.words, given.frames)

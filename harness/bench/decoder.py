@@ -26,6 +26,7 @@ from torch import Tensor
 
 from harness.bench.inputs import build, compose_plan
 from harness.config import register
+from harness.entries import count
 from harness.kernels.cuda import conv, nvrtc
 from harness.measure.timing import samples_ms
 from harness.models.dcae import DCAEDecoder, ResBlock
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="dit_v4", help="a config of conf/model")
-    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--batch", type=count, default=1, help="clips")
     parser.add_argument("--tune", action="store_true", help="search launch shapes of the fused stages first")
     parser.add_argument("--compiled", action="store_true", help="time the decoder as Inductor compiles it, too")
     args = parser.parse_args(argv)
@@ -166,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     plan = compose_plan([f"model={args.model}", "trainer=gpu", f"data.batch_size={args.batch}"], Path("outputs/bench"))
     cfg = plan.dcae
     if args.tune:
-        count = len(cfg.decoder_blocks_per_stage)
-        for number, channels in enumerate(cfg.widths(count)):
+        stages = len(cfg.decoder_blocks_per_stage)
+        for number, channels in enumerate(cfg.widths(stages)):
             if channels <= conv.WIDEST:
                 tune(channels, cfg.latent_size * 2 ** (number + 1))
     generator = torch.Generator("cuda").manual_seed(0)

@@ -32,7 +32,7 @@ from harness.measure.memory import module_bytes
 from harness.models.checkpoint import random_gamerft
 from harness.models.gamerft import GameRFTCore
 from harness.mx.transform import apply_mx
-from harness.streams import patient
+from harness.streams import complain, patient
 
 
 def write(words: Sequence[str], path: Path) -> int:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             plain = write(words, path)
         except (ConfigError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
             return 2
         done = subprocess.run(**child("export", "--load", str(path)), capture_output=True, text=True, check=True)
         peak, seconds = (float(number) for number in done.stdout.split()[-2:])

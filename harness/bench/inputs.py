@@ -10,16 +10,23 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from harness.config import RunPlan, plan_run, register
+from harness.config import ConfigError, RunPlan, plan_run, register
 from harness.config.compose import compose
-from harness.models.config_io import gamerft_config, model_section
+from harness.models.config_io import ConfigFileError, gamerft_config, model_section
 from harness.models.gamerft import GameRFTConfig
 
 
 def read_model(name: str) -> tuple[GameRFTConfig, int]:
-    """Architecture and window (frames) of a model config by name, or of a YAML file with a ``model:`` section."""
+    """Architecture and window (frames) of a model config by name, or of a YAML file with a ``model:`` section.
+
+    Raises:
+        ConfigError: for a name or a file that gives none.
+    """
     if name.endswith((".yaml", ".yml")):
-        return gamerft_config(model_section(name), name), 60
+        try:
+            return gamerft_config(model_section(name), name), 60
+        except ConfigFileError as error:
+            raise ConfigError(str(error)) from error
     register()
     conf = OmegaConf.to_container(compose(f"model={name}").model, resolve=True)
     assert isinstance(conf, dict)

@@ -16,8 +16,9 @@ from statistics import NormalDist
 import numpy as np
 
 from harness.entries import command_parser
+from harness.entries import count as at_least_one
 from harness.report.gates.intervals import mean_interval, t_quantile
-from harness.streams import patient
+from harness.streams import complain, patient
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -93,11 +94,11 @@ def misses(shape: str, count: int, samples: int) -> dict[str, tuple[float, float
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0, or 2 where an argument makes no sense."""
     parser = command_parser(__doc__)
-    parser.add_argument("--samples", type=int, default=2000, help="samples of each kind (default 2000)")
-    parser.add_argument("--clips", type=int, nargs="+", default=[4, 8, 12, 24], help="sizes of a sample")
+    parser.add_argument("--samples", type=at_least_one, default=2000, help="samples of each kind (default 2000)")
+    parser.add_argument("--clips", type=at_least_one, nargs="+", default=[4, 8, 12, 24], help="sizes of a sample")
     args = parser.parse_args(argv)
-    if args.samples < 1 or min(args.clips) < 2:
-        print("error: at least 1 sample, of at least 2 clips", file=sys.stderr)
+    if min(args.clips) < 2:
+        complain("--clips: at least 2 give an interval")
         return 2
     print("| drops | clips | " + " | ".join(f"{name}: above, below" for name in METHODS) + " |")
     print("|---|---|" + "---|" * len(METHODS))

@@ -31,7 +31,7 @@ from harness.models.checkpoint import load_decoder, load_gamerft, read_state
 from harness.models.config_io import read_dcae_config, read_gamerft_config, read_yaml
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
 from harness.rollout import AttentionKind, CompileConf, Rollout, SamplerConf, make_cache
-from harness.streams import patient
+from harness.streams import complain, patient
 
 BOUND, DECODER_BOUND = 1e-5, 5e-5
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(figure.line(), flush=True)
                 status = max(status, 0 if figure.passed else 1)
         except ValueError as error:  # BadInput, and what the loaders raise for a config or checkpoint
-            print(f"error: {folder}: {error}", file=sys.stderr)
+            complain(f"{folder}: {error}")
             status = 2
     return status
 

@@ -24,7 +24,7 @@ import uvicorn
 from torch import Tensor
 
 from harness.bench.child import child
-from harness.entries import command_parser
+from harness.entries import command_parser, count
 from harness.live.pipeline import Pipeline
 from harness.live.process import settle_threads
 from harness.live.server import SWITCH_S, Game, build_app, uvicorn_config
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = command_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=10, help="of each game")
-    parser.add_argument("--frames", type=int, default=100, help="of the engine alone")
+    parser.add_argument("--frames", type=count, default=100, help="of the engine alone")
     parser.add_argument("--curve", type=float, help="print the memory every so many seconds")
     parser.add_argument("--arms", default="bf16,candidate", help="which to play, and split")
     parser.add_argument("words", nargs="*", help="as for harness/play.py")

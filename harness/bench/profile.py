@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from harness.bench import arguments
 from harness.bench.inputs import build, compose_plan, random_inputs
 from harness.config import RunPlan, register
+from harness.files.text import read_json
 from harness.measure.environment import environment
 from harness.models.gamerft import GameRFTCore
 from harness.rollout import assemble
@@ -133,7 +134,7 @@ def report(now: dict[str, Any], before: dict[str, Any] | None, top: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
     args = arguments.profile().parse_args(argv)
-    before = json.loads(args.before.read_text()) if args.before else None
+    before = read_json(args.before, "an earlier profile") if args.before else None
     register()
     trainer = f"trainer={'gpu' if args.device == 'cuda' else 'cpu'}"
     plan = compose_plan([trainer, "data.batch_size=1", *args.overrides], args.out.parent)

@@ -74,8 +74,7 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     On a GPU BF16 with our attention is measured with each kind of Linears, whichever ``auto`` would take: what MX gains
     is told against the fastest.
     """
-    batches = [int(batch) for batch in args.batches.split(",")]
-    product = itertools.product(args.models.split(","), batches, FORMATS, args.attention.split(","))
+    product = itertools.product(args.models.split(","), args.batches, FORMATS, args.attention.split(","))
     rows = []
     for model, batch, formats, attention in product:
         both = formats == ("bf16", "bf16") and attention == "fused" and args.device == "cuda"

@@ -29,7 +29,7 @@ import websocket
 
 import harness
 from harness.bench.play_client import Client
-from harness.entries import command_parser
+from harness.entries import command_parser, output
 
 SAMPLE_S, ROW_S = 10.0, 300.0
 SETTLE_S = 900.0
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = command_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=Path("soak.csv"))
+    parser.add_argument("--out", type=output, default="soak.csv")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("words", nargs="*", help="as for harness/play.py")
     given = parser.parse_args(argv)

@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.bench import rollout
 from harness.bench.child import child
-from harness.entries import command_parser
+from harness.entries import command_parser, count, output_folder
 from harness.streams import patient
 
 LINEARS = {"dit_v4": ("mlp.fc1", "1536→6144"), "dit_v4_5b": ("mlp.fc1", "2560→10240")}
@@ -35,9 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(LINEARS), help="model configs; the first is the main one")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--frames", type=int, default=200, help="timed frames of each rollout")
-    parser.add_argument("--window", type=int, default=60, help="frames that attention is timed over")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--frames", type=count, default=200, help="timed frames of each rollout")
+    parser.add_argument("--window", type=count, default=60, help="frames that attention is timed over")
+    parser.add_argument("--out", type=output_folder, default="outputs/bench")
     parser.add_argument("overrides", nargs="*", help="further config overrides of the rollouts")
     return parser.parse_args(argv)
 

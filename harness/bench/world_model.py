@@ -13,6 +13,7 @@ input.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
@@ -30,13 +31,16 @@ from harness.config import RunPlan, plan_run, register
 from harness.config.compose import compose
 from harness.data.clips import ClipError, find_clips, probe_clip, read_clip
 from harness.data.datamodule import ClipBatch
+from harness.entries import count
 from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance
 from harness.measure.quality import frame_psnr
 from harness.models.checkpoint import load_encoder
 from harness.models.dcae import to_frames
-from harness.streams import patient
+from harness.streams import complain, patient
 
+FRAMES = 16
+"""Generated frames that are judged where no number is given."""
 MARGIN_DB = 1.5
 """What the model must gain over the repeated frame."""
 
@@ -167,6 +171,14 @@ def looks_table(figures: WorldModelFigures) -> Table:
 
 
 @patient
+def _frames(counts: list[str]) -> int:
+    """The last of the numbers that were given. Raises ``ValueError`` if it is none."""
+    try:
+        return count(counts[-1]) if counts else FRAMES
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"future_frames={error}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; 0 if it is a world model, 1 if not, 2 on bad input."""
     words = arguments.world_model().parse_args(argv).words
@@ -174,9 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [word for word in words if not word.startswith("future_frames=")]
     register()
     try:
-        figures = world_model_figures(overrides, int(counts[-1]) if counts else 16)
+        figures = world_model_figures(overrides, _frames(counts))
     except (ValueError, ClipError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     table = Table(title="PSNR dB against the recording", title_justify="left")
     for column in ("clip", "model", "repeat last frame", "another clip's actions"):

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.entries import command_parser
+from harness.files.writing import why_unwritable
 from harness.imports import import_lightning
 from harness.report.record import load_record
 from harness.report.table import bytes_text
-from harness.streams import patient
+from harness.streams import complain, patient
 
 
 @patient
@@ -29,13 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.out.suffix != ".safetensors" or args.out.exists():
             raise ValueError(f"--out {args.out}: {'exists' if args.out.exists() else 'name a .safetensors file'}")
+        if (why := why_unwritable(args.out)) is not None:
+            raise ValueError(f"--out {args.out}: cannot be written ({why}); name another file")
         record = load_record(args.run / "record.json" if args.run.is_dir() else args.run)
         import_lightning()
         from harness.ab.judged import export_run  # here: with it comes torch, and what was typed is right
 
         header = export_run(record, args.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     verdict = header.verdict["verdict"]
     print(f"{args.out}: {header.label}, {bytes_text(args.out.stat().st_size)}, verdict of {record.run_id}: {verdict}")

@@ -15,7 +15,7 @@ from harness.report.page.compare_page import write_compare_page
 from harness.report.page.run_page import write_run_page
 from harness.report.record import RecordError
 from harness.report.sweep import SweepError, write_sweep_page
-from harness.streams import patient
+from harness.streams import complain, patient
 
 
 @patient
@@ -29,13 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             print(write_sweep_page(folder, rebuild_runs=True) if options.sweep else write_run_page(folder))
         except (RecordError, SweepError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
             return 2
     if len(options.folder) == 2 and not options.sweep:
         try:
             print(write_compare_page(*options.folder))
         except (RecordError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
             return 2
     return 0
 

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from harness.config.fields import Field, fields_of, wants
 from harness.config.problems import nearest
 from harness.config.schema import RunConf
-from harness.streams import patient
+from harness.streams import complain, patient
 
 DOCUMENTED = re.compile(r"(?:^|\s)``?(\w+)``?: |(?:^|(?<=[.;:\n]) *)(\w+): ")
 """Where a docstring begins to speak of a field: its name and a colon, at the start of a line or of a sentence."""
@@ -88,7 +88,7 @@ def main() -> int:
         print(f"{path}\n    {takes}; default {value}\n    {text}")
     if not found:
         like = nearest(names[0], [row[0] for row in rows()])
-        print(f"error: {names[0]}: no such field" + (f"; did you mean {like}?" if like else ""), file=sys.stderr)
+        complain(f"{names[0]}: no such field" + (f"; did you mean {like}?" if like else ""))
     return 0 if found else 2
 
 

@@ -45,6 +45,8 @@ SMALL_SIDE = 256
 MAX_SIDE = 8192
 """Pixels of a stored picture along a side, at most: H.264's own bound (level 6.2) is 8192 at 16:9."""
 MAX_FRAMES = 10**6
+EDGE = 128
+"""Pixels along a side that FFmpeg allocates beside a picture, at most."""
 MAX_BUTTONS = 256
 MAX_TEXT = 200
 """Characters of a name in a clip's JSON."""
@@ -267,7 +269,7 @@ def probe_clip(path: str | Path) -> ClipInfo:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ClipError(f'{path}: not a clip; its "format" must be "{FORMAT}"')
     if content.get("version") != VERSION:
-        raise ClipError(f"{path}: version {content.get('version')}; this reads version {VERSION}")
+        raise ClipError(f"{path}: version {content.get('version')!r:.60}; this reads version {VERSION}")
     _check_fields(path, content)
     info = ClipInfo(
         id=path.stem,
@@ -380,24 +382,31 @@ def _check_sum(video: Path, info: ClipInfo) -> None:
 
 def _decode(video: Path, info: ClipInfo) -> Iterable[NDArray[np.float32]]:
     """The stored pictures, RGB ``[h, w, 3]`` each, about 0 to 255."""
+    # A larger picture than the JSON says is none that FFmpeg allocates. The file is read as an MP4 and nothing else:
+    # FFmpeg would take text for a playlist, and open what that names.
+    height, width = info.height * info.pixel_scale, info.width * info.pixel_scale
+    most = {"max_pixels": str((height + EDGE) * (width + EDGE))}
     try:
-        with av.open(str(video)) as container:
+        with av.open(f"file:{video}", format="mp4", metadata_errors="replace") as container:
             if len(container.streams.video) != 1:
                 raise ClipError(f"{video}: has {len(container.streams.video)} video streams; a clip has one")
             stream = container.streams.video[0]
             _check_stream(video, stream, info)
-            stream.codec_context.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
+            # A damaged picture is an error, not a guess.
+            stream.codec_context.options = {"err_detect": "explode", **most}
             times: list[int] = []
             for frame in container.decode(stream):
-                _check_picture(video, frame, stream, times)
+                _check_picture(video, frame, stream, (height, width), times)
                 planes = frame.to_ndarray().astype(np.uint8, copy=False)
                 yield yuv420_to_rgb(planes, MATRICES[frame.colorspace])
     except (av.FFmpegError, OSError) as error:
-        raise ClipError(f"{video}: not a readable video: {error}") from error
+        raise ClipError(f"{video}: not a readable video: {error.strerror or error}") from error
 
 
 def _check_stream(video: Path, stream: av.VideoStream, info: ClipInfo) -> None:
     """Does the video's header say what the JSON says?"""
+    if stream.codec_context is None:
+        raise ClipError(f"{video}: says nothing that is known of how it is encoded; a clip is H.264: re-encode it")
     if (stream.height, stream.width) != (info.height * info.pixel_scale, info.width * info.pixel_scale):
         raise ClipError(
             f"{video}: pictures of {stream.height}×{stream.width}, but {info.path.name} says {info.height}×"
@@ -419,13 +428,18 @@ def _check_stream(video: Path, stream: av.VideoStream, info: ClipInfo) -> None:
         )
 
 
-def _check_picture(video: Path, frame: av.VideoFrame, stream: av.VideoStream, times: list[int]) -> None:
+def _check_picture(
+    video: Path, frame: av.VideoFrame, stream: av.VideoStream, size: tuple[int, int], times: list[int]
+) -> None:
     """Is the picture what the header promised, and does it come when a constant rate has it?
 
-    ``times``: presentation times of the pictures before it, at most two; kept here.
+    ``size``: height and width; the stream's own are those of the newest picture. ``times``: presentation times of the
+    pictures before it, at most two; kept here.
     """
-    if (frame.height, frame.width) != (stream.height, stream.width):
-        raise ClipError(f"{video}: a picture of {frame.height}×{frame.width} among {stream.height}×{stream.width}")
+    if (frame.height, frame.width) != size:
+        raise ClipError(f"{video}: a picture of {frame.height}×{frame.width} among {size[0]}×{size[1]}")
+    if frame.format.name != "yuv420p":
+        raise ClipError(f"{video}: a picture of pixel format {frame.format.name}; all must be yuv420p: re-encode it so")
     if frame.interlaced_frame:
         raise ClipError(f"{video}: is interlaced; a clip is progressive: re-encode it (ffmpeg -vf yadif)")
     if getattr(frame, "rotation", 0):

@@ -226,17 +226,28 @@ class ClipDataModule(LightningDataModule):
         return self._read(entry, conf.start, shape.window + conf.future_frames)
 
     def _read(self, entry: ClipEntry, first: int, count: int) -> Excerpt:
-        """These frames, checked to be of the model's shapes."""
-        shape, excerpt = self.shape, self.source.read(entry, first, count)
-        found: dict[str, tuple[Sequence[int], Sequence[int] | None]] = {
-            "buttons": (excerpt.btn.shape[1:], [shape.buttons]),
-            "latents": (_shape(excerpt.latents), [shape.channels, shape.side, shape.side]),
-            "frames": (_shape(excerpt.frames), shape.frame_size and [3, *shape.frame_size]),
-        }
-        for name, (given, wanted) in found.items():
-            if given and wanted and list(given) != list(wanted):
-                raise ClipError(f"{entry.origin}: {name} of shape {list(given)}; the model has {list(wanted)}")
+        """These frames, checked to be of the model's shapes: before they are decoded, where the clip says its own."""
+        self._check_shapes(
+            entry,
+            buttons=() if entry.buttons is None else (entry.buttons,),
+            frames=() if entry.frame_size is None else (3, *entry.frame_size),
+        )
+        excerpt = self.source.read(entry, first, count)
+        latents, frames = _shape(excerpt.latents), _shape(excerpt.frames)
+        self._check_shapes(entry, buttons=excerpt.btn.shape[1:], latents=latents, frames=frames)
         return excerpt
+
+    def _check_shapes(self, entry: ClipEntry, **found: Sequence[int]) -> None:
+        """Raise ``ClipError`` for what is known of a clip's shapes (else empty) and differs from the model's."""
+        shape = self.shape
+        wanted: dict[str, Sequence[int] | None] = {
+            "buttons": [shape.buttons],
+            "latents": [shape.channels, shape.side, shape.side],
+            "frames": shape.frame_size and [3, *shape.frame_size],
+        }
+        for name, given in found.items():
+            if given and (ours := wanted[name]) and list(given) != list(ours):
+                raise ClipError(f"{entry.origin}: {name} of shape {list(given)}; the model has {list(ours)}")
 
     def setup(self, stage: str | None = None) -> None:
         """Check the clips, once."""

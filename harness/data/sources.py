@@ -39,12 +39,17 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """A clip of a source: its id, its tag, how many frames it has, and what to call it in errors."""
+    """A clip of a source: its id, its tag, how many frames it has, and what to call it in errors.
+
+    ``frame_size``: height and width of a frame, ``buttons``: of an action, as far as they are known unread.
+    """
 
     id: str
     tag: str
     frames: int
     origin: str
+    frame_size: tuple[int, int] | None = None
+    buttons: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,10 @@ class VideoSource:
     def entries(self) -> list[ClipEntry]:
         """All clips under the paths, sorted by id."""
         infos = [probe_clip(path) for path in find_clips(self.paths)]
-        return [ClipEntry(info.id, info.tag, info.frames, str(info.path)) for info in infos]
+        return [
+            ClipEntry(info.id, info.tag, info.frames, str(info.path), (info.height, info.width), len(info.button_names))
+            for info in infos
+        ]
 
     def read(self, entry: ClipEntry, first: int, count: int) -> Excerpt:
         """Decode the video; the frames still have to be encoded."""

@@ -22,6 +22,8 @@ MAX_YAML_BYTES = 2**20
 MAX_DEPTH = 32
 """Brackets within brackets in YAML."""
 MAX_JSON_DEPTH = 64
+MAX_JSON_LISTS, MAX_JSON_VALUES = 2**22, 2**24
+"""Brackets, and brackets and commas together, in JSON: what 64 MiB of them become takes gigabytes."""
 MAX_NODES = 100_000
 """Values that a YAML file may stand for once its aliases are written out."""
 MAX_CHAIN = 16
@@ -79,6 +81,9 @@ def read_json(path: Path, what: str = "a JSON file", limit: int = MAX_JSON_BYTES
 
 def parse_json(text: str) -> Any:
     """:func:`read_json` of text at hand, whose length is already bounded. Raises :class:`FileError` without a file."""
+    lists = text.count("[") + text.count("{")
+    if lists > MAX_JSON_LISTS or lists + text.count(",") > MAX_JSON_VALUES:
+        raise FileError(f"more than {MAX_JSON_LISTS} lists and objects, or {MAX_JSON_VALUES} values")
     try:
         content = json.loads(
             text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer

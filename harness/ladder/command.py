@@ -35,7 +35,7 @@ from harness.entries import command_parser
 from harness.imports import import_lightning
 from harness.ladder.state import LadderError, locked
 from harness.signals import Signals, Stopped
-from harness.streams import patient
+from harness.streams import complain, patient
 
 BROKE, WRONG_INPUT = 1, 2
 FILE_WIDTH = 160
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         compose(*args.overrides)  # a misspelt word is told before torch is imported
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return WRONG_INPUT
     import_lightning()
     from harness.ladder.climb import BrokenOff, Ladder
@@ -73,17 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("note: the working tree differs from its commit; a resumed ladder does not see such changes")
             best = ladder.climb()
     except (LadderError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return WRONG_INPUT
     except BrokenOff as error:
-        print(f"error: {error}; {again}", file=sys.stderr)
+        complain(f"{error}; {again}")
         return BROKE
     except Stopped as stop:
         print(f"stopped by {stop.signal.name}; {again}", file=sys.stderr)
         return stop.exit_code
     show(ladder, best, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     if ladder.failed:
-        print(f"error: {len(ladder.failed)} of the runs failed; {again}", file=sys.stderr)
+        complain(f"{len(ladder.failed)} of the runs failed; {again}")
         return BROKE
     return 0
 

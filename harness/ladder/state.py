@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.files.locks import lock
 from harness.files.text import read_text
-from harness.files.writing import write_text
+from harness.files.writing import why_unwritable, write_text
 from harness.report.codec import CodecError, decode, encode, read
 from harness.report.sections import Calibration
 
@@ -113,6 +113,8 @@ def locked(folder: Path) -> Iterator[None]:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise LadderError(f"--out {folder}: {there} is a file; name a folder")
+    if (why := why_unwritable(folder / "ladder.json")) is not None:
+        raise LadderError(f"--out {folder}: cannot be written to ({why}); name another folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ladder.lock").open("a+", encoding="utf-8") as file:

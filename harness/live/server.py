@@ -133,14 +133,15 @@ def refusal(connection: HTTPConnection, game: Game) -> str | None:
     addresses are protected by the token.
     """
     host = connection.headers.get("host", "")
+    origin = connection.headers.get("origin")
     try:
         name = urlsplit(f"//{host}").hostname or ""
+        page = host if origin is None else urlsplit(origin).netloc
     except ValueError:
-        return "the Host header is none"
+        return "the Host or the Origin header is no address"
     if game.conf.is_local and name not in {*LOOPBACK, game.conf.host}:
         return f"Host {host!r} is not this server's"
-    origin = connection.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if page != host:
         return f"Origin {origin!r} is not this server's page"
     given = connection.query_params.get("token", "")
     if game.token is not None and not secrets.compare_digest(given.encode(), game.token.encode()):
@@ -252,19 +253,22 @@ async def _receive(websocket: WebSocket, player: Player) -> None:
     """Messages in; closes the connection of whoever sends too many, or what cannot be read."""
     complaints, second, count = 0, 0, 0
     while True:
-        message = await websocket.receive()
-        if message["type"] == "websocket.disconnect":
+        received = await websocket.receive()
+        if received["type"] == "websocket.disconnect":
             return
         now = int(time.monotonic())
         second, count = (now, 1) if now != second else (second, count + 1)
         if count > MOST_MESSAGES:
             await _close(websocket, Close.POLICY, f"more than {MOST_MESSAGES} messages a second")
             return
-        text = message.get("text")
+        text = received.get("text")
         try:
             if text is None:
                 raise ProtocolError("a binary message; messages to the server are text")
-            player.receive(parse(text))
+            message = parse(text)
+            if message.type == "hello":
+                raise ProtocolError("hello: it was said already")
+            player.receive(message)
         except ProtocolError as error:
             complaints += 1
             player.outbox.put_notice("error", f"not understood: {error}"[:600])

@@ -206,9 +206,7 @@ def check_fits(target: Mapping[str, Tensor], state: Mapping[str, Tensor], origin
     raise CheckpointError(
         f"{origin}: the checkpoint does not fit the {what} of this config"
         + (f". It looks like {looks}" if looks else "")
-        + ":\n  "
-        + "\n  ".join(problems)
-        + "\n  Check that the config belongs to this checkpoint (width, depth, channels, uncond)."
+        + f": {'; '.join(problems)}. Check that the config belongs to this checkpoint (width, depth, channels, uncond)"
     )
 
 

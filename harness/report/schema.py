@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from harness.report.record import SCHEMA_VERSION, RunRecord
-from harness.streams import patient
+from harness.streams import complain, patient
 
 SIMPLE: dict[Any, dict[str, Any]] = {
     str: {"type": "string"},
@@ -81,6 +81,9 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(main.__doc__)
         return 0
+    if sys.argv[1:]:
+        complain(f"{sys.argv[1]:.80}: the schema takes no arguments; see --help")
+        return 2
     print(json.dumps(record_schema(), indent=1))
     return 0
 

@@ -10,7 +10,6 @@ import atexit
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +50,7 @@ from harness.report.page.figures import (
 from harness.report.page.run_page import write_run_page
 from harness.report.page.sweep_verdict import Judged, sweep_verdict
 from harness.report.record import COMPLETE, RUNNING, RunRecord
+from harness.streams import complain
 
 REJECTED = "rejected: "
 """Begins what ended a job that never ran: its command, config or files were wrong."""
@@ -399,6 +399,6 @@ class SweepPage(Callback):
         except SweepError:
             return  # not one job began: whatever ended the sweep has been said
         except OSError as error:
-            print(f"error: {error}", file=sys.stderr)  # at exit nobody is left to raise it to
+            complain(error)  # at exit nobody is left to raise it to
             return
         print(f"Comparison of the sweep: {page}")

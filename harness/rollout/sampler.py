@@ -290,6 +290,12 @@ class Rollout:
         times = torch.full(x.shape[:2], self.sampler.context_noise, device=self.cache.device)
         return self._modulate(self.core.conditioning(times, mouse, btn))
 
+    @property
+    def frame_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a frame of all clips: its ``latents``, ``mouse`` and ``btn``."""
+        buffers = {"latents": self._noise, "mouse": self._mouse, "btn": self._btn}
+        return {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+
     @without_grad
     def saved(self) -> list[Tensor]:
         """A copy of all that the next frames depend on beside the model: the cache and its counters."""

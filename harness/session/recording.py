@@ -86,16 +86,25 @@ class Recording:
             raise StateError(f"{path}: holds no actions")
         if not len(mouse) == len(btn) == len(digests) > 0 or digests.shape[1] != 32 or digests.dtype != torch.uint8:
             raise StateError(f"{path}: {len(mouse)} mouse rows, {len(btn)} of buttons, {len(digests)} digests")
-        state = SessionState.of(tensors, header.get("counters", {}))
-        about = header.get("about")
-        events = [_event(path, row) for row in header.get("events", [])]
+        if mouse.shape[1] != 2 or mouse.dtype != torch.float32 or not torch.isfinite(mouse).all():
+            raise StateError(f"{path}: its rows of the mouse are no pairs of finite numbers")
+        if btn.dtype != torch.uint8 or (btn > 1).any():
+            raise StateError(f"{path}: its rows of buttons are not of 0 and 1")
+        about, rows_of_events = header.get("about"), header.get("events")
+        if not isinstance(about, dict) or not isinstance(rows_of_events, list):
+            raise StateError(f"{path}: does not say what it was played on, or what happened")
+        try:
+            state = SessionState.of(tensors, header.get("counters"))
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from error
+        events = [_event(path, row) for row in rows_of_events]
         found = [bytes(row.tolist()) for row in digests]
         rows = list(mouse.float()), list(btn.float())
-        return cls(state, about if isinstance(about, dict) else {}, *rows, found, events)
+        return cls(state, about, *rows, found, events)
 
 
 def _event(path: Path, row: Any) -> Event:
-    if isinstance(row, list) and len(row) == 3 and isinstance(row[0], int):
+    if isinstance(row, list) and len(row) == 3 and type(row[0]) is int:
         step, kind, value = row
         if (kind, type(value)) in (("switch", str), ("split", bool)):
             return Event(step, kind, value)
@@ -205,6 +214,9 @@ class Replayer:
 
     def __init__(self, session: Session, recording: Recording) -> None:
         check_same(recording.about, fingerprint(session.engine))
+        buttons, names = recording.btn[0].shape[0], session.engine.button_names
+        if buttons != len(names):
+            raise StateError(f"recorded with {buttons} buttons; this model has {len(names)}")
         session.restore(recording.state)
         self.session, self.recording = session, recording
         self._at = 0

@@ -90,6 +90,15 @@ class World:
         """Come back to it."""
         if len(state.latents) != self.history.maxlen:
             raise StateError(f"a state of window {len(state.latents)}; this session's is {self.history.maxlen}")
+        for name, shape in self.rollout.frame_shapes.items():
+            given: Tensor = getattr(state, name)
+            if given.dtype != torch.float32 or given.shape != (self.history.maxlen, *shape):
+                raise StateError(
+                    f"a state whose {name} are {given.dtype} {list(given.shape)}; this session's are torch.float32 "
+                    f"{[self.history.maxlen, *shape]}"
+                )
+            if not torch.isfinite(given).all():
+                raise StateError(f"a state whose {name} hold NaN or infinite values")
         self.rollout.restore(state.cache)
         rows = zip(state.latents, state.mouse, state.btn, strict=True)
         self.history = deque((Moment(*row, picture=None) for row in rows), maxlen=self.history.maxlen)

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.files.tensors import check_header
+from harness.files.digest import Digest
+from harness.files.tensors import check_header, read_safetensors
 from harness.files.text import FileError, check_file, parse_json
 
 FORMAT = "mx-world-harness session state"
@@ -74,6 +75,8 @@ class SessionState:
         Raises:
             StateError: if something is missing or of the wrong type.
         """
+        if not isinstance(counters, Mapping):
+            raise StateError(f"not a whole state: {counters!r:.60} instead of its counters")
         try:
             arms = sorted({name.partition(".")[0] for name in tensors})
             worlds = {arm: _world(tensors, arm) for arm in arms}
@@ -100,7 +103,11 @@ class SessionState:
         Raises:
             StateError: if it is no such file.
         """
-        return cls.of(*read_tensors(path, FORMAT, VERSION))
+        tensors, counters = read_tensors(path, FORMAT, VERSION)
+        try:
+            return cls.of(tensors, counters)
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from error
 
 
 def _texts(value: Any) -> bool:
@@ -119,9 +126,10 @@ def write_tensors(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    metadata = {"format": kind, "version": str(version), "header": json.dumps(header)}
+    held, said = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(header)
+    metadata = {"format": kind, "version": str(version), "header": said, "content": _content(held, said)}
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        save_file(held, part, metadata)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -139,17 +147,24 @@ def read_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, T
         check_header(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != kind or metadata.get("version") != str(version):
-                raise StateError(f'{path}: is no "{kind}" of version {version}')
-            header = parse_json(metadata["header"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        if metadata.get("format") != kind or metadata.get("version") != str(version):
+            raise StateError(f'{path}: is no "{kind}" of version {version}')
+        header = parse_json(metadata["header"])
+        tensors = read_safetensors(path)
     except FileError as error:
         raise StateError(str(error) if str(path) in str(error) else f"{path}: header: {error}") from error
     except (OSError, SafetensorError, KeyError) as error:
         raise StateError(f"{path}: not readable: {error}") from error
     if not isinstance(header, dict):
         raise StateError(f"{path}: its header is no JSON object")
+    if metadata.get("content", (now := _content(tensors, metadata["header"]))) != now:
+        raise StateError(f"{path}: its content is not what was saved: it is damaged, or was changed")
     return tensors, header
+
+
+def _content(tensors: Mapping[str, Tensor], header: str) -> str:
+    """SHA-256 of all that is in a file: a world that goes on from another state looks like any other."""
+    return Digest().tensors({name: tensors[name] for name in sorted(tensors)}).settings(header=header).hex()
 
 
 def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
+import io
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 
 import av
 import pytest
@@ -148,6 +151,115 @@ def test_a_video_of_another_pixel_format_is_named(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(ClipError, match=r"play\.mp4: pixel format yuv444p.*a clip is yuv420p"):
         read_clip(video)
+
+
+def unsigned(path: Path) -> bytes:
+    """A clip's video, whose checksum its JSON no longer has."""
+    return change_json(path, video_sha256=...).read_bytes()
+
+
+def stream(height: int, width: int, frames: int, pixels: str = "yuv420p") -> list[bytes]:
+    """Pictures as H.264 that carries its own header, one access unit each."""
+    rate, held = Fraction(35, 2), io.BytesIO()
+    with av.open(held, "w", format="h264") as container:
+        made = container.add_stream("libx264", rate=rate)
+        made.height, made.width, made.pix_fmt = height, width, pixels
+        made.options = {"preset": "ultrafast", "x264-params": "repeat-headers=1:keyint=1:slices=1"}
+        for i in range(frames):
+            frame = av.VideoFrame(width, height, pixels)
+            frame.pts, frame.time_base = i, 1 / rate
+            container.mux(made.encode(frame))
+        container.mux(made.encode())
+    units, unit = [], b""
+    for nal in re.split(b"\0\0\0?\1", held.getvalue())[1:]:
+        unit += len(nal).to_bytes(4, "big") + nal
+        if nal[0] & 31 in (1, 5):
+            units, unit = [*units, unit], b""
+    return units
+
+
+def write_units(like: Path, units: list[bytes], path: Path) -> None:
+    """An MP4 with the header of ``like`` and these pictures."""
+    with av.open(str(like)) as template, av.open(str(path), "w", format="mp4") as container:
+        made = container.add_stream_from_template(template.streams.video[0])
+        for i, unit in enumerate(units):
+            packet = av.Packet(unit)
+            packet.stream, packet.pts, packet.dts, packet.duration = made, i * 1024, i * 1024, 1024
+            packet.time_base, packet.is_keyframe = Fraction(1, 17920), True
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ((64, 64, 3), "a picture of 64×64 among 64×96"),
+        ((96, 128, 3), "a picture of 96×128 among 64×96"),
+        ((64, 96, 3, "yuv422p"), "a picture of pixel format yuv422p"),
+        ((4096, 4096, 3), "not a readable video: Invalid data"),  # which FFmpeg itself is told not to allocate
+    ],
+)
+def test_a_picture_unlike_the_first_is_named_and_a_huge_one_never_decoded(tmp_path, second, message):
+    video = change_json(write_clip(tmp_path, play()), video_sha256=...)
+    write_units(write_clip(tmp_path / "like", play()), stream(64, 96, 3) + stream(*second), video)
+    with pytest.raises(ClipError, match=rf"play\.mp4: {message}"):
+        read_clip(video)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"ffconcat version 1.0\nfile other.mp4\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nother.mp4\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_playlist_is_no_clip_and_what_it_names_is_not_opened(tmp_path, text):
+    write_clip(tmp_path, play(clip_id="other"))
+    video = change_json(write_clip(tmp_path, play()), video_sha256=...)
+    video.write_bytes(text)
+    with pytest.raises(ClipError, match=r"play\.mp4: not a readable video"):
+        read_clip(video)
+
+
+@pytest.mark.parametrize(
+    ("box", "other"), [(b"stsd", b"free"), (b"avc1", b"xxxx"), (b"vide\0", b"soun\0"), (b"trak", b"free")]
+)
+def test_a_header_that_does_not_say_what_is_encoded_is_named(tmp_path, box, other):
+    video = write_clip(tmp_path, play())
+    content = unsigned(video)
+    assert box in content
+    video.write_bytes(content[::-1].replace(box[::-1], other[::-1], 1)[::-1])
+    with pytest.raises(ClipError, match=r"play\.mp4: (says nothing that is known|has 0 video streams|not a readable)"):
+        read_clip(video)
+
+
+def test_text_in_a_video_that_is_no_utf8_does_not_matter(tmp_path):
+    video = write_clip(tmp_path, play())
+    content = unsigned(video)
+    video.write_bytes(content.replace(b"isomiso2", b"isom\xff\xfe\xfd2", 1))
+    assert torch.equal(read_clip(video).buttons, play().buttons)
+
+
+def test_whatever_byte_is_altered_a_clip_is_read_whole_or_named(tmp_path):
+    """Without its checksum, so that a decoder sees the damage: a picture may then differ, nothing else may."""
+    video = write_clip(tmp_path, play())
+    content, random = unsigned(video), Random(0)
+    for number in range(400):
+        altered = bytearray(content)
+        at = random.randrange(len(content) if number % 2 else 1400)
+        altered[at : at + 4] = random.choice([bytes([altered[at] ^ 1 << random.randrange(8)]), b"\xff" * 4, b"\0" * 4])
+        video.write_bytes(altered)
+        try:
+            found = tuple(read_clip(video).frames.shape)
+        except ClipError as error:
+            found = str(tmp_path) in str(error) and str(error).isprintable()
+        assert found in ((6, 3, 32, 48), True), at
+
+
+def test_a_version_is_quoted_in_brief_as_it_stands_in_no_terminal(tmp_path):
+    video = change_json(write_clip(tmp_path, play()), version="\x1b[31m" + "9" * 1000)
+    with pytest.raises(ClipError, match=r"version '\\x1b\[31m9+; this reads version 1") as error:
+        probe_clip(video)
+    assert len(str(error.value)) < 300
 
 
 def test_fewer_pictures_than_actions_is_named(tmp_path):

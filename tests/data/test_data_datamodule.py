@@ -1,3 +1,5 @@
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +177,21 @@ def test_a_window_longer_than_the_clip_names_clip_frames_and_need(tmp_path):
     message = r"a\.json: has 8 frames, but start 2 \+ window 3 \+ 4 future frames need 9; use a shorter window"
     with pytest.raises(ClipError, match=message):
         module_of(tmp_path, start=2).check()
+
+
+def test_a_clip_of_another_size_than_the_model_is_refused_before_its_video_is_decoded(tmp_path):
+    """8192×8192 pixels of one colour are a file of some kilobytes, and 100 of them 20 GB in memory."""
+    sidecar = make_clip(tmp_path, "a").with_suffix(".json")
+    said = sidecar.read_text()
+    for name, wrong in (("height", "frames of shape [3, 8192, 16]"), ("button_names", "buttons of shape [12]")):
+        content = json.loads(said)
+        content[name] = 8192 if name == "height" else [*content[name], "more"]
+        for action in content["actions"]:
+            action["buttons"] += [0] * (name == "button_names")
+        sidecar.write_text(json.dumps(content))
+        (tmp_path / "a.mp4").write_bytes(b"never looked at")
+        with pytest.raises(ClipError, match=re.escape(f"a.json: {wrong}; the model has")):
+            module_of(tmp_path).check()
 
 
 def test_every_bad_clip_is_named_before_anything_runs(tmp_path):

@@ -65,6 +65,8 @@ JSON_REFUSED = {
     "a number of 5,000 digits": ('{"a": ' + "9" * 5_000 + "}", "does not fit into 64 bits"),
     "a number beyond 64 bits": ('{"a": 36893488147419103232}', "does not fit into 64 bits"),
     "an end too early": ('{"a": ', "not readable JSON"),
+    "lists without end": ("[" + "[]," * 2**22 + "1]", "more than 4194304 lists"),
+    "values without end": ("[" + "1," * 2**24 + "1]", "16777216 values"),
     "no UTF-8": ("\udcff", "not readable as UTF-8"),
 }
 

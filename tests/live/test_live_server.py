@@ -49,6 +49,23 @@ def test_a_player_sees_the_first_frame_plays_steps_and_pauses(make_game, serve, 
     wait_until_free(game)
 
 
+def test_a_second_hello_is_a_complaint_and_the_game_goes_on(make_game, serve, connect):
+    with serve(make_game()) as client, connect(client) as player:
+        player.send(type="hello", protocol=1)
+        player.until_notice("not understood: hello: it was said already")
+        player.send(type="step")
+        player.until_frames(1)
+        assert player.last["state"]["released"] is False
+
+
+@pytest.mark.parametrize("headers", [{"origin": "http://["}, {"host": "127.0.0.1:8000]["}])
+def test_an_address_that_is_none_is_refused(make_game, serve, headers):
+    with serve(make_game()) as client:
+        assert client.get("/", headers=headers).status_code == 403
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/play", headers=headers):
+            pass
+
+
 def test_inputs_are_echoed_with_the_frame_that_they_made(make_game, serve, connect):
     with serve(make_game()) as client, connect(client) as player:
         player.hold(0b10001, mouse=(3, -1), t=1234.5)

@@ -87,6 +87,7 @@ def test_all_misfits_are_listed_at_once(state, tmp_path):
     assert "1 unexpected: transformer.blocks.9.attn.out.bias" in text
     assert "transformer.blocks.0.attn.qkv.bias is 7, the model needs 96" in text
     assert "1 not finite: transformer.blocks.1.mlp.fc1.bias" in text
+    assert text.isprintable(), "one line"
 
 
 def test_misfits_of_many_blocks_are_one_entry(tmp_path):

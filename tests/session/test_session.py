@@ -1,7 +1,12 @@
 """The session API on a tiny model: the same code as a run, moments, formats switched in the same world."""
 
+import json
+import re
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from harness.ab.job import build_data
 from harness.ab.module import RolloutModule
@@ -10,6 +15,7 @@ from harness.measure.stability import finite_clips
 from harness.session import Action, Context, SessionError, SessionState, StateError, UnstableWorldError, open_session
 from harness.session import session as session_module
 from harness.session.engine import Engine, to_pictures
+from harness.session.recording import Recorder, replay
 from harness.session.session import Session
 
 FORMATS = ("quant=mxfp4_all", "kv=mx_v_only")
@@ -174,6 +180,89 @@ def test_a_state_that_does_not_fit_is_refused(session, clip, words, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not tensors at all")
     with pytest.raises(StateError, match="not a readable"):
         SessionState.load(tmp_path / "broken.safetensors")
+
+
+def altered(path, name, change):
+    """A saved file whose tensor ``name`` is another, or is gone, and which says so: no digest tells."""
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "content"}
+    tensors = load_file(path)
+    made = change(tensors.pop(name))
+    save_file({**tensors, **({} if made is None else {name: made})}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("candidate.latents", lambda x: x[..., :-1].contiguous(), "latents are torch.float32"),
+        ("candidate.latents", lambda x: x.double(), "latents are torch.float64"),
+        ("candidate.latents", lambda x: x * float("nan"), "latents hold NaN"),
+        ("candidate.mouse", lambda x: torch.zeros(3, 1, 5), "mouse are torch.float32"),
+        ("candidate.btn", lambda x: x.int(), "btn are torch.int32"),
+        ("candidate.btn", lambda x: None, "lacks 'candidate.btn'"),
+        ("candidate.cache.0001", lambda x: None, "KV format"),
+    ],
+)
+def test_a_state_of_other_tensors_is_refused_before_anything_is_written(session, clip, tmp_path, name, change, told):
+    session.reset(clip)
+    session.state().save(tmp_path / "s.safetensors")
+    with pytest.raises(StateError, match=told):
+        session.restore(SessionState.load(altered(tmp_path / "s.safetensors", name, change)))
+
+
+def test_a_state_with_one_flipped_bit_is_refused(session, clip, tmp_path):
+    """Whichever it is: a world that goes on from another moment looks like any other."""
+    session.reset(clip)
+    path = tmp_path / "s.safetensors"
+    session.state().save(path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in (start, (start + len(whole)) // 2, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(StateError, match="its content is not what was saved"):
+            SessionState.load(path)
+
+
+@pytest.fixture
+def recorded(session, clip, tmp_path):
+    """A recording of two steps, and the file that it is in."""
+    session.reset(clip)
+    recorder = Recorder(session, 1 << 24)
+    for action in (Action(("W",), (0.5, 0.0)), Action()):
+        recorder.step(action, session.step(action))
+    recorder.recording.save(tmp_path / "r.safetensors")
+    return tmp_path / "r.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("played.mouse", lambda x: torch.zeros(2, 3), "no pairs of finite numbers"),
+        ("played.mouse", lambda x: x.int(), "no pairs of finite numbers"),
+        ("played.mouse", lambda x: x + float("inf"), "no pairs of finite numbers"),
+        ("played.btn", lambda x: x + 2, "not of 0 and 1"),
+        ("played.btn", lambda x: x.float(), "not of 0 and 1"),
+        ("played.btn", lambda x: x[:, :-1].contiguous(), "recorded with 10 buttons; this model has 11"),
+        ("played.btn", lambda x: None, "holds no actions"),
+        ("played.digests", lambda x: x[:1].clone(), "2 mouse rows, 2 of buttons, 1 digests"),
+    ],
+)
+def test_a_recording_of_other_tensors_is_refused(session, recorded, name, change, told):
+    assert replay(session, recorded).identical
+    with pytest.raises(StateError, match=told):
+        replay(session, altered(recorded, name, change))
+
+
+@pytest.mark.parametrize("key", ["about", "counters", "events"])
+@pytest.mark.parametrize("value", [None, 5, "x", [1], [[1, 2, 3]], [[True, "switch", "bf16"]]])
+def test_a_recording_that_says_something_else_is_refused(session, recorded, key, value):
+    with safe_open(recorded, "pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "content"}
+    metadata["header"] = json.dumps({**json.loads(metadata["header"]), key: value})
+    save_file(load_file(recorded), recorded, metadata)
+    with pytest.raises(StateError, match=re.escape(str(recorded))):
+        replay(session, recorded)
 
 
 def test_formats_switch_in_the_same_world(session, clip):
