@@ -95,6 +95,9 @@ def test_files_are_held_to_the_same_as_words(tmp_path, group, text, said):
     assert "\n\n" not in str(caught.value)
 
 
+CALIBRATED = ["calib=gptq", "calib.clips.source=synthetic", "calib.clips.paths=[]", "calib.clips.limit=1"]
+
+
 def test_all_wrong_words_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         compose("quant=mxfp5", "quant.bit=3", "seed=x")
@@ -117,6 +120,13 @@ def test_each_value_of_a_sweep_is_checked():
         (["data.batch_size=100000000"], "generated pictures of a batch"),
         (["data.future_frames=100000000"], "generated pictures of a batch"),
         (["data.synthetic_clips=10000000000"], "the list of clips 2 TB"),
+        (["data.start=10000000000"], "latents and noise of a batch 10.2 TB"),
+        (
+            [*CALIBRATED, "calib.clips.future_frames=1000000000"],
+            "latents and noise of the clips to calibrate on 2.05 TB",
+        ),
+        ([*CALIBRATED, "calib.clips.start=10000000000"], "latents and noise of the clips to calibrate on 10.2 TB"),
+        ([*CALIBRATED, "calib.clips.synthetic_clips=10000000000"], "the list of clips to calibrate on 2 TB"),
     ],
 )
 def test_what_cannot_fit_is_one_message_with_the_bytes_there_are(monkeypatch, words, what):

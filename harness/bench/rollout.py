@@ -31,7 +31,6 @@ from harness.bench.inputs import build, random_inputs
 from harness.bench.ready import ReadyArm, time_limit
 from harness.bench.rows import COLUMNS, NAMED, Result, Row, all_rows, line, plan_of
 from harness.config import RunPlan, register
-from harness.config.compose import compose
 from harness.measure.environment import environment
 from harness.models.dcae import DCAEDecoder
 from harness.models.gamerft import GameRFTCore
@@ -168,8 +167,6 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         print(f"no row matches --match {args.match!r}", file=sys.stderr)
         return 2
-    for model, attention in dict.fromkeys((row.model, row.attention) for row in rows):
-        compose(f"model={model}", f"attention={attention}", f"compile={args.compile}")
     bench = Bench(args)
     bench.run(rows)
     print((args.out / "bench.md").read_text())

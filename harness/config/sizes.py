@@ -115,6 +115,7 @@ def needs_of(conf: RunConf, arch: GameRFTConfig, dcae: DCAEConfig, decoded: int)
     latent = arch.channels * arch.sample_size**2
     arms = 1 if conf.is_baseline else 2
     clips = data.synthetic_clips if data.source == "synthetic" else 0
+    drawn = data.start if data.source == "synthetic" else 0  # a synthetic clip is drawn from its first frame on
     cache = cache_bytes(arch, window, batch)
     return [
         Need("weights of the model", model_bytes(arch), "model.arch: n_layers, d_model, channels, n_buttons"),
@@ -129,10 +130,26 @@ def needs_of(conf: RunConf, arch: GameRFTConfig, dcae: DCAEConfig, decoded: int)
         ),
         Need(
             "latents and noise of a batch",
-            2 * FLOAT32 * batch * (window + frames) * latent,
-            "sampler.window, data.future_frames, data.batch_size, model.arch: channels, sample_size",
+            FLOAT32 * (2 * batch * (window + frames) + drawn) * latent,
+            "sampler.window, data.start, data.future_frames, data.batch_size, model.arch: channels, sample_size",
             host=True,
         ),
+        *_needs_of_calibration(conf, latent),
         Need("the list of clips", CLIP_ENTRY_BYTES * clips, "data.synthetic_clips", host=True),
         Need("bootstrap", 8 * conf.gates.resamples * conf.gates.enabled, "gates.resamples", host=True),
     ]
+
+
+def _needs_of_calibration(conf: RunConf, latent: int) -> Iterator[Need]:
+    """What the clips that it learns from take: all of them are held at once."""
+    clips, window = conf.calib.clips, conf.sampler.window
+    if not conf.calib.enabled:
+        return
+    synthetic = clips.source == "synthetic"
+    held = min(clips.limit or clips.synthetic_clips, clips.synthetic_clips) if synthetic else 1
+    frames = held * (window + clips.future_frames) * 2 + (clips.start if synthetic else 0)
+    fields = "sampler.window, calib.clips: limit, synthetic_clips, start, future_frames"
+    yield Need("latents and noise of the clips to calibrate on", FLOAT32 * frames * latent, fields, host=True)
+    if synthetic:
+        size = CLIP_ENTRY_BYTES * clips.synthetic_clips
+        yield Need("the list of clips to calibrate on", size, "calib.clips.synthetic_clips", host=True)
