@@ -69,7 +69,7 @@ class SessionState:
         return {"arm": self.arm, "frame": self.frame, "seed": self.seed, "names": list(self.names)}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> SessionState:
+    def of(cls, tensors: Mapping[str, Tensor], counters: Any) -> SessionState:
         """Put together again what :meth:`tensors` and :meth:`counters` gave.
 
         Raises:
