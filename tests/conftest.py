@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from harness.config import register
 from harness.config.compose import compose
 from harness.config.flags import FLAGS
+from harness.kernels.cache import place_compilers
 from harness.models.checkpoint import random_decoder, random_gamerft
 from harness.models.config_io import dcae_config, gamerft_config
 from harness.models.dcae import DCAEEncoder
@@ -38,6 +39,7 @@ from harness.report.record import load_record
 from harness.run import cli, run
 
 register()
+place_compilers()  # one place for all test processes, and for those that they start
 torch.set_num_threads(1)
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     interpreter.quicken()
@@ -145,6 +147,18 @@ def game(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def recorded():
+    """Run a config once for the tests of a module, in a folder of its own, and load its record."""
+
+    def run_and_load(folder, *words):
+        run(compose(*words, folder=folder / "run"))
+        HydraConfig.instance().cfg = None
+        return load_record(folder / "run" / "record.json")
+
+    return run_and_load
+
+
 @pytest.fixture
 def record(composed, tmp_path):
     """Run a config in this process and load its record."""
@@ -175,7 +189,7 @@ def command(monkeypatch, tmp_path, capfd):
     return run_words
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def overrides():
     """Turn a mapping of overrides into the command line's words."""
     return lambda mapping, **changed: [f"{key}={value}" for key, value in {**mapping, **changed}.items()]

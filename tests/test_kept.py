@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from harness.models.config_io import dcae_config
 from harness.models.dcae import DCAEEncoder
 from harness.report.gates import evaluate
 from harness.report.record import load_record
+from harness.rollout import AttentionKind
+from harness.rollout.attention import FRAME_ATTENTION
 from harness.run import run
 
 
@@ -28,10 +31,21 @@ def reusing(game, overrides, tmp_path):
     return [*overrides(game), "measure.reuse_bf16=true", f"measure.kept={tmp_path / 'kept'}"]
 
 
+@pytest.fixture(scope="module")
+def rolled_once(game, overrides, recorded, tmp_path_factory):
+    """A run of BF16 alone, and where it left its frames."""
+    folder = tmp_path_factory.mktemp("rolled_once")
+    kept = folder / "kept"
+    words = [*overrides(game), "measure.reuse_bf16=true", f"measure.kept={kept}", "quant=bf16"]
+    return recorded(folder, *words), kept
+
+
 @pytest.fixture
-def first(reusing, record):
-    """A run of BF16 alone, which leaves its frames."""
-    return record(*reusing, "quant=bf16")
+def first(rolled_once, tmp_path):
+    """A run of BF16 alone, which left its frames in this test's own folder."""
+    found, kept = rolled_once
+    shutil.copytree(kept, tmp_path / "kept")
+    return found
 
 
 def frames_of(tmp_path):
@@ -73,7 +87,9 @@ def test_the_record_says_whose_frames_they_are_and_has_no_times_of_them(first, r
 @pytest.mark.parametrize(
     "changed", ["seed=1", "sampler.context_noise=0.2", "data.future_frames=3", "attention=flex", "data.batch_size=2"]
 )
-def test_nothing_is_reused_where_a_setting_differs(first, reusing, record, changed):
+def test_nothing_is_reused_where_a_setting_differs(first, reusing, record, changed, monkeypatch):
+    # The setting is what counts, and FlexAttention would be compiled for half a minute.
+    monkeypatch.setitem(FRAME_ATTENTION, AttentionKind.flex, FRAME_ATTENTION[AttentionKind.sdpa])
     found = record(*reusing, "quant=mxfp4_mlp", changed)
     assert all(batch.bf16_from is None and set(batch.arms) == {"bf16", "candidate"} for batch in found.timings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,32 +18,52 @@ from harness.data.clips import ClipError
 from harness.run import run
 
 
-@pytest.fixture
-def calibrated(game, overrides, tmp_path):
-    """The words of a calibrated run over the game, whose clips for it are others than those judged."""
-    folder = tmp_path / "calibration_clips"
+@pytest.fixture(scope="module")
+def calibrating(game, overrides, tmp_path_factory):
+    """Words of a run over the game that keeps its calibration in a folder; its clips are others than those judged."""
+    clips = tmp_path_factory.mktemp("calibration_clips")
     for number in range(3):
-        write_game_clip(folder, f"other_{number}", "motion")
+        write_game_clip(clips, f"other_{number}", "motion")
 
-    def words(**changed):
+    def words(kept, **changed):
         own = {
             "quant": "mxfp4_mlp",
             "calib": "gptq",
-            "calib.clips.paths": f"[{folder}]",
+            "calib.clips.paths": f"[{clips}]",
             "calib.clips.future_frames": 2,
-            "calib.folder": tmp_path / "kept",
+            "calib.folder": kept,
         }
         return overrides({**game, **own}, **changed)
 
     return words
 
 
+@pytest.fixture
+def calibrated(calibrating, tmp_path):
+    """The words of a calibrated run that keeps its calibration in this test's own folder."""
+    return functools.partial(calibrating, tmp_path / "kept")
+
+
+@pytest.fixture(scope="module")
+def made_once(calibrating, recorded, tmp_path_factory):
+    """A calibrated run, and where it kept its calibration."""
+    folder = tmp_path_factory.mktemp("made_once")
+    return recorded(folder, *calibrating(folder / "kept")), folder / "kept"
+
+
+@pytest.fixture
+def first(made_once, tmp_path):
+    """A calibrated run, which kept its calibration in this test's own folder."""
+    found, kept = made_once
+    shutil.copytree(kept, tmp_path / "kept")
+    return found
+
+
 def stored(tmp_path):
     return sorted((tmp_path / "kept").glob("*.safetensors"))
 
 
-def test_a_calibrated_run_says_so_and_the_next_one_finds_what_it_kept(calibrated, record, tmp_path):
-    first = record(*calibrated())
+def test_a_calibrated_run_says_so_and_the_next_one_finds_what_it_kept(first, calibrated, record, tmp_path):
     made = first.candidate.calibration
     assert (made.method, made.linears, made.frames, made.found) == ("gptq", 3, 2, False)
     assert made.clips == ["other_0", "other_1", "other_2"]
@@ -73,25 +94,22 @@ def test_a_calibrated_run_says_so_and_the_next_one_finds_what_it_kept(calibrated
     ],
     ids=str,
 )
-def test_what_changes_a_calibration_makes_a_new_one(calibrated, composed, tmp_path, changed):
-    run(composed(*calibrated()))
-    run(composed(*calibrated(**changed), "overwrite=true"))
+def test_what_changes_a_calibration_makes_a_new_one(first, calibrated, composed, tmp_path, changed):
+    run(composed(*calibrated(**changed)))
     assert len(stored(tmp_path)) == 2
 
 
-def test_another_checkpoint_makes_a_new_one(calibrated, composed, game, tmp_path):
-    run(composed(*calibrated()))
+def test_another_checkpoint_makes_a_new_one(first, calibrated, composed, game, tmp_path):
     state = load_file(game["model.checkpoint"])
     name = next(iter(state))
     state[name] = state[name] * 1.01
     save_file(state, tmp_path / "other.safetensors")
-    run(composed(*calibrated(**{"model.checkpoint": tmp_path / "other.safetensors"}), "overwrite=true"))
+    run(composed(*calibrated(**{"model.checkpoint": tmp_path / "other.safetensors"})))
     assert len(stored(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "value", "shape", "name"])
-def test_a_damaged_calibration_is_made_again_and_never_used(calibrated, record, tmp_path, capsys, damage):
-    good = record(*calibrated())
+def test_a_damaged_calibration_is_made_again_and_never_used(first, calibrated, record, tmp_path, capsys, damage):
     (path,) = stored(tmp_path)
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
@@ -108,12 +126,11 @@ def test_a_damaged_calibration_is_made_again_and_never_used(calibrated, record, 
     again = record(*calibrated())
     assert "calibrating again" in capsys.readouterr().out
     assert not again.candidate.calibration.found
-    assert again.quality.all.fidelity.psnr == pytest.approx(good.quality.all.fidelity.psnr, abs=1e-3)
+    assert again.quality.all.fidelity.psnr == pytest.approx(first.quality.all.fidelity.psnr, abs=1e-3)
     assert record(*calibrated()).candidate.calibration.found
 
 
-def test_what_another_process_made_meanwhile_is_not_told_as_kept(calibrated, record, tmp_path, monkeypatch):
-    first = record(*calibrated())
+def test_what_another_process_made_meanwhile_is_not_told_as_kept(first, calibrated, record, tmp_path, monkeypatch):
     (path,) = stored(tmp_path)
     path.rename(tmp_path / "made")
 
