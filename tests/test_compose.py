@@ -57,6 +57,8 @@ UNKNOWN = "no such field; did you mean quant.late_layers?"
         (["seed=18446744073709551616"], "must be 0 to 18446744073709551615"),
         (["threads=100000"], "threads=100000: must be at least 1 and, on this machine, at most"),
         (["drift.fidelity_psnr=inf"], "drift.fidelity_psnr=inf: must be a finite number"),
+        (["quant=bf16", "kv=mx_ema", "kv.ema.floor=1e308"], "kv.ema.floor=1e+308: must be at most 3.4e+38"),
+        (["drift.fidelity_psnr=-1e39"], "drift.fidelity_psnr=-1e+39: must be at most 3.4e+38"),
         (["sampler.timesteps=[nan]"], "sampler.timesteps[0]=nan: must be a finite number"),
         (["data.limit=99999999999999999999"], "data.limit=99999999999999999999: must be"),
         (["decoder.arch.latent_channels=0"], "latent_channels=0: must be at least 1"),

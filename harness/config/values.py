@@ -14,6 +14,8 @@ from harness.config.problems import unknown
 
 SEEDS = (0, 2**64 - 1)
 WHOLE = (-(2**63), 2**63 - 1)
+FLOAT32 = (2 - 2**-23) * 2.0**127
+"""The largest number that tensors hold; torch raises an error for a larger one."""
 AT_ONCE = max(64, os.cpu_count() or 1)
 """The most threads or processes on one machine: more than its cores gain nothing, and very many crash it."""
 
@@ -21,8 +23,7 @@ AT_ONCE = max(64, os.cpu_count() or 1)
 def value_problems(value: Any, path: str = "") -> Iterator[str]:
     """Each field of a config (a dataclass, with dataclasses, mappings and lists below) that no field may be so.
 
-    A name that is not a field; a number that is infinite or NaN, which no record could hold; a whole number beyond 64
-    bits.
+    A name that is not a field; a number that is infinite, NaN or beyond float32; a whole number beyond 64 bits.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in dataclasses.fields(value)]
@@ -37,8 +38,8 @@ def value_problems(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for index, one in enumerate(value):
             yield from value_problems(one, f"{path}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path}={value}: must be a finite number"
+    elif isinstance(value, float) and not abs(value) <= FLOAT32:
+        yield f"{path}={value}: must be " + (f"at most {FLOAT32:.3g}" if math.isfinite(value) else "a finite number")
     elif isinstance(value, int):
         low, high = SEEDS if path.rpartition(".")[2] == "seed" else WHOLE
         if not low <= value <= high:

@@ -167,7 +167,7 @@ def build_app(game: Game) -> Starlette:
 
     async def socket(websocket: WebSocket) -> None:
         if (reason := refusal(websocket, game)) is not None:
-            log.warning("refused a WebSocket: %s", reason)
+            log.warning("refused a WebSocket: %.200s", reason)
             await websocket.close(Close.POLICY, reason[:120])
             return
         await websocket.accept()
@@ -182,8 +182,11 @@ async def serve(websocket: WebSocket, game: Game) -> None:
         hello = parse(await asyncio.wait_for(websocket.receive_text(), 10))
         if hello.type != "hello" or hello["protocol"] != PROTOCOL:
             raise ProtocolError(f"this server speaks protocol {PROTOCOL}; reload the page")
-    except (ProtocolError, KeyError, TimeoutError) as error:
+    except (ProtocolError, TimeoutError) as error:
         await _close(websocket, Close.PROTOCOL, str(error) or "no hello")
+        return
+    except KeyError:
+        await _close(websocket, Close.PROTOCOL, "a binary message; messages to the server are text")
         return
     except WebSocketDisconnect:
         return

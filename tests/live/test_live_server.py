@@ -58,6 +58,14 @@ def test_a_second_hello_is_a_complaint_and_the_game_goes_on(make_game, serve, co
         assert player.last["state"]["released"] is False
 
 
+def test_a_first_message_that_is_no_text_is_told_so(make_game, serve, connect):
+    with serve(make_game()) as client, connect(client, hello=False) as player:
+        player.socket.send_bytes(b"hello")
+        closed = player.socket.receive()
+        assert closed["code"] == Close.PROTOCOL
+        assert closed["reason"] == "a binary message; messages to the server are text"
+
+
 @pytest.mark.parametrize("headers", [{"origin": "http://["}, {"host": "127.0.0.1:8000]["}])
 def test_an_address_that_is_none_is_refused(make_game, serve, headers):
     with serve(make_game()) as client:
