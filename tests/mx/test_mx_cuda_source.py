@@ -5,12 +5,11 @@ broken. What only a GPU can show (races in its memory model, speed) is left to t
 """
 
 import ctypes
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import cpp
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,11 @@ from harness.formats.mx import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, enco
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda.shapes import CudaConfig, Role, defines, launch_grid, layout
 
-COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "kernels" / "cuda"
 
 pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),
+    pytest.mark.skipif(cpp.COMPILER is None, reason="needs the compiler g++"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext, as Linux has it"),
 ]
 
@@ -40,12 +38,6 @@ def write_source(path, kernel, runner):
 
 def as_macros(parameters):
     return tuple(f"-D{name}={value}" for name, value in parameters.items())
-
-
-def compiled(source, macros, path):
-    command = [COMPILER, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC"]
-    subprocess.run([*command, *macros, str(source), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
 
 
 class Arguments(ctypes.Structure):
@@ -73,7 +65,7 @@ def kernel(tmp_path_factory):
         parameters = defines(config, k, fmt.name, silu, role=role)
         macros = as_macros(parameters)
         if macros not in built:
-            built[macros] = compiled(source, macros, folder / f"kernel{len(built)}.so")
+            built[macros] = cpp.library(source, macros, folder / f"kernel{len(built)}.so")
         library = built[macros]
         assert library.shared_bytes() == layout(config, k, fmt.bits, role)[0]
         out = torch.full((m, n), torch.nan).bfloat16()
@@ -363,7 +355,7 @@ def test_every_code_point_is_decoded_under_every_scale(kernel, fmt, high):
 def test_an_unpacked_weight_is_the_decoded_one(fmt, tmp_path):
     write_source(tmp_path / "unpack.cpp", "mx_unpack.cu", "mx_unpack_cpu.hpp")
     macros = as_macros(cuda_packing.decoding(fmt.name) | {"WARPS": 8, "PDL": 0})
-    library = compiled(tmp_path / "unpack.cpp", macros, tmp_path / "unpack.so")
+    library = cpp.library(tmp_path / "unpack.cpp", macros, tmp_path / "unpack.so")
     _, random, _ = operands(1, 39, 352, fmt)  # N and K end within a tile
     for blocks in (random, every_value(fmt, 97, 150)):
         weight, (n, scales) = cuda_packing.pack(blocks, fmt), blocks.scales.shape

@@ -1,11 +1,10 @@
 """The decoder's kernels themselves, compiled for a CPU: every thread, product and copy of a block, without a GPU."""
 
 import ctypes
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import cpp
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,11 @@ from harness.models.dcae import DCAEConfig, ResBlock, bicubic_matrix
 from harness.rollout import fused_decoder
 from harness.rollout.fused_decoder import FusedDecoder
 
-COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "kernels" / "cuda"
 
 pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs the compiler g++"),
+    pytest.mark.skipif(cpp.COMPILER is None, reason="needs the compiler g++"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext, as Linux has it"),
 ]
 
@@ -41,10 +39,8 @@ def kernel(tmp_path):
         device = (HERE.parent / "mx" / "mx_device_cpu.hpp", HERE / "conv_device_cpu.hpp")
         parts = (*device, KERNELS / "conv_tile.cuh", KERNELS / file, HERE / "conv_run_cpu.hpp")
         source.write_text("".join(f'#include "{part}"\n' for part in parts))
-        macros = [f"-D{key}={value}" for key, value in parameters.items()]
-        command = [COMPILER, "-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", f"-D{name}", *macros]
-        subprocess.run([*command, str(source), "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))
+        macros = [f"-D{name}", *(f"-D{key}={value}" for key, value in parameters.items())]
+        return cpp.library(source, macros, library)
 
     return build
 
