@@ -54,6 +54,7 @@ UNKNOWN = "no such field; did you mean quant.late_layers?"
         (["decoder.vae_scale=true"], "decoder.vae_scale=true: must be a number, or null"),
         (["measure.videos=5"], "measure.videos=5: must be true or false"),
         (["seed=1.5"], "seed=1.5: must be a whole number"),
+        (["model.checkpoint=/tmp/\udcff.pt"], "model.checkpoint: its value is no UTF-8 text"),
         (["seed=18446744073709551616"], "must be 0 to 18446744073709551615"),
         (["threads=100000"], "threads=100000: must be at least 1 and, on this machine, at most"),
         (["drift.fidelity_psnr=inf"], "drift.fidelity_psnr=inf: must be a finite number"),
@@ -85,6 +86,7 @@ def test_what_nobody_can_have_meant_is_refused_with_what_to_write(words, said):
             "data.limits: no such field; did you mean data.limit",
         ),
         ("experiment", "# @package _global_\ndefaults:\n  - override /compile: off\n", "own.yaml: Unsupported item"),
+        ("kv", "storage: mx\nscales: ${model.x}\n", "Interpolation key 'model.x' not found"),
         ("quant", "bits: [\n", "quant/own.yaml: not a readable YAML file: line 2: "),
     ],
 )

@@ -72,7 +72,10 @@ def compose(
             another type.
     """
     cfg = load(list(words), name, config_dir)
-    use(cfg, folder)
+    try:
+        use(cfg, folder)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, in what names the folder
+        raise ConfigError(one_line(error)) from error
     hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]

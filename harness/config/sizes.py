@@ -100,7 +100,7 @@ def size_problems(needs: list[Need], device: torch.device) -> Iterator[str]:
     for place, there in places:
         total, room = sum(need.size for need in there), available(place)
         if room is not None and total > room:
-            largest = sorted((need for need in there if need.size > total / 100), key=lambda need: -need.size)
+            largest = sorted((need for need in there if need.size * 100 > total), key=lambda need: -need.size)
             parts = "; ".join(f"{need.what} {bytes_text(need.size)} ({need.fields})" for need in largest)
             name = "this machine's memory" if place.type == "cpu" else f"the GPU {place}"
             yield f"needs at least {bytes_text(total)}, and {name} has {bytes_text(room)} free: {parts}"

@@ -164,8 +164,10 @@ def _quoted(name: str, value: str) -> str:
 
 
 def _endless(word: str) -> str | None:
-    """What the grammar's parser would stumble over: digits or brackets without end."""
+    """What the grammar's parser would stumble over: digits or brackets without end, bytes that are no text."""
     name = word.partition("=")[0][:80]
+    if not word.isascii() and word.encode("utf-8", "replace").decode() != word:
+        return f"{name}: its value is no UTF-8 text; give what it names another name"
     if (digits := max(map(len, DIGITS.findall(word)), default=0)) > MOST_DIGITS:
         return f"{name}: a number of {digits} digits; {LONGEST}"
     if (depth := max(accumulate(map(_opened, word)), default=0)) > MOST_BRACKETS:

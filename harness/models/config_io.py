@@ -85,6 +85,8 @@ def _check_types(cls: type, fields: dict[str, Any], origin: str) -> None:
                 problems.append(f"{name} is the text {one!r:.60}; give a number")
             elif isinstance(one, float) and not math.isfinite(one):
                 problems.append(f"{name} is {one}; give a finite number")
+            elif type(one) is int and not -(2**63) <= one < 2**63:
+                problems.append(f"{name} is a number beyond 64 bits")
             elif isinstance(one, int | float) and not isinstance(one, bool) and "bool" in kind:
                 problems.append(f"{name} is {one}; give true or false")
     if problems:

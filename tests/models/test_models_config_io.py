@@ -57,6 +57,7 @@ def test_unused_fields_are_said(tmp_path):
         ("has_audio: true", "audio is not supported"),
         ("n_layers: many", "n_layers"),
         ("local_window: 0", "local_window=0"),
+        ("n_buttons: " + "9" * 400, "n_buttons is a number beyond 64 bits"),
     ],
 )
 def test_what_cannot_be_built_is_named(change, message, tmp_path):
