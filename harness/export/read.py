@@ -204,7 +204,7 @@ def _read_header(path: Path) -> ExportHeader:
         raise ExportError(str(error) if str(path) in str(error) else f"{path}: header: {error}") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         version = content.get("version") if isinstance(content, dict) else None
-        raise ExportError(f"{path}: layout version {version!r}; this version reads {VERSION}")
+        raise ExportError(f"{path}: layout version {version!r:.40}; this version reads {VERSION}")
     try:
         header = read(ExportHeader, content)
     except CodecError as error:

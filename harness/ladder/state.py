@@ -89,7 +89,7 @@ def load(path: Path) -> State:
         content = decode(read_text(path, "a ladder's state", LARGEST))
         version = content.get("state_version") if isinstance(content, dict) else None
         if version != STATE_VERSION:
-            raise CodecError(f"state_version {str(version)[:40]}; this version reads {STATE_VERSION}")
+            raise CodecError(f"state_version {version!r:.40}; this version reads {STATE_VERSION}")
         return read(State, content)
     except (OSError, ValueError) as error:
         raise LadderError(

@@ -113,7 +113,7 @@ def load_record(path: Path) -> RunRecord:
         raise RecordError(f"{path}: not a readable run record: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
-        raise RecordError(f"{path}: schema_version {str(version)[:40]}; this version reads {SCHEMA_VERSION}")
+        raise RecordError(f"{path}: schema_version {version!r:.40}; this version reads {SCHEMA_VERSION}")
     try:
         return read(RunRecord, content)
     except CodecError as error:

@@ -313,6 +313,7 @@ def test_a_run_that_leaves_no_record_stops_the_ladder(climb):
         '{"state_version": 2, "runs": {"a": {"verdict": "ship"}}}',
         '{"state_version": 2, "runs": {"a": null}}',
         "\x00\x80",
+        '{"state_version": "\\u001b[2J\\n\\n"}',
     ],
 )
 def test_a_broken_state_file_is_one_clear_error(tmp_path, capsys, text):
