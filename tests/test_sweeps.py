@@ -22,7 +22,7 @@ def needs(launcher):
         pytest.skip(problem)
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_sweep_runs_its_grid_and_writes_one_page(tmp_path, launcher):
     needs(launcher)
     words = [f"sweep={launcher}", *QUICK, "quant=mxfp8_mlp,mxfp4_mlp", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
