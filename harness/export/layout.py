@@ -26,10 +26,11 @@ from torch import Tensor
 
 from harness.formats.mx import BLOCK, E2M1, ElementFormat, MXBlocks
 from harness.mx.linears.base import MXWeight
+from harness.report.codec import encode
 
 KEY = "mx_world_harness"
 """The header's one entry."""
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 32 * 2**20
 
 
@@ -52,6 +53,7 @@ class ExportHeader:
         quantization_config: formats by Linear, as compressed-tensors writes them into a model's config.
         digests: SHA-256 of every tensor, see :func:`digest`.
         version: of this layout.
+        sha256: of all the rest of the header, see :func:`header_digest`.
     """
 
     model: dict[str, Any]
@@ -65,6 +67,7 @@ class ExportHeader:
     quantization_config: dict[str, Any]
     digests: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
+    sha256: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -82,6 +85,19 @@ def digest(tensor: Tensor) -> str:
 def fingerprint(digests: Mapping[str, str]) -> str:
     """SHA-256 of a model's weights, from the digests of its tensors by name."""
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+def header_digest(header: Mapping[str, Any]) -> str:
+    """SHA-256 of a header's plain fields but ``sha256``, as JSON whose keys are in order at every depth."""
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(encode(in_order(rest)).encode()).hexdigest()
+
+
+def in_order(value: Any) -> Any:
+    """Plain data with the keys of every mapping in order, so that the same data is the same text."""
+    if isinstance(value, dict):
+        return {key: in_order(value[key]) for key in sorted(value)}
+    return [in_order(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def elements_name(element: ElementFormat) -> str:

@@ -2,7 +2,7 @@
 
 The file is a stranger's like any other. Its header is bounded and checked before a tensor is read, every tensor's
 element type and shape against what the header's config implies before it is allocated, and its bytes against the
-digest in the header before it is used.
+digest in the header before it is used. The header has a digest of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from harness.export.layout import (
     digest,
     elements_name,
     elements_spec,
+    header_digest,
 )
 from harness.files.tensors import check_header
 from harness.files.text import FileError, check_file, parse_json
@@ -205,6 +206,11 @@ def _read_header(path: Path) -> ExportHeader:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         version = content.get("version") if isinstance(content, dict) else None
         raise ExportError(f"{path}: layout version {version!r:.40}; this version reads {VERSION}")
+    if content.get("sha256") != header_digest(content):
+        raise ExportError(
+            f"{path}: header: not what was exported: its SHA-256 is another than it says. The file is damaged or was "
+            "changed; export it again"
+        )
     try:
         header = read(ExportHeader, content)
     except CodecError as error:

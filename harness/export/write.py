@@ -8,7 +8,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from harness.export.layout import KEY, ExportError, ExportHeader, digest, fingerprint, quantization_config, tensors_of
+from harness.export.layout import (
+    KEY,
+    ExportError,
+    ExportHeader,
+    digest,
+    fingerprint,
+    header_digest,
+    in_order,
+    quantization_config,
+    tensors_of,
+)
 from harness.files.tensors import write_tensors
 from harness.models.world import WorldModel
 from harness.mx.linears.base import MXModule
@@ -63,11 +73,6 @@ def write_export(model: WorldModel, header: ExportHeader, path: Path) -> ExportH
         quantization_config=quantization_config(formats, others),
         digests={name: digest(tensor) for name, tensor in sorted(tensors.items())},
     )
-    write_tensors(path, tensors, {KEY: encode(_sorted(asdict(header)))})
+    header = replace(header, sha256=header_digest(asdict(header)))
+    write_tensors(path, tensors, {KEY: encode(in_order(asdict(header)))})
     return header
-
-
-def _sorted(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(one) for one in value] if isinstance(value, list | tuple) else value

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.config import ROOT
 from harness.config.compose import compose
-from harness.export.layout import KEY, ExportError, ExportHeader
+from harness.export.layout import KEY, ExportError, ExportHeader, header_digest
 from harness.export.read import Export, is_export
 from harness.export.write import weights_fingerprint, write_export
 from harness.formats.mx import decode
@@ -167,12 +167,14 @@ def test_the_same_weights_are_the_same_bytes_in_another_process(tmp_path):
     assert here.read_bytes() == there.read_bytes()
 
 
-def rewritten(path, change):
-    """The file again, with what ``change(tensors, header)`` does to it."""
+def rewritten(path, change, sealed=True):
+    """The file again, with what ``change(tensors, header)`` does to it; ``sealed``: the header's own digest follows."""
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         content = json.loads(file.metadata()[KEY])
     change(tensors, content)
+    if sealed:
+        content["sha256"] = header_digest(content)
     save_file(tensors, path, {KEY: json.dumps(content)})
 
 
@@ -197,7 +199,7 @@ def huge(_, content):
 
 
 def newer(_, content):
-    content["version"] = 2
+    content["version"] = 3
 
 
 def stray(tensors, content):
@@ -220,6 +222,33 @@ def test_a_changed_file_is_refused(change, tmp_path):
 
     with pytest.raises(ExportError, match=r"model\.safetensors"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("verdict", "verdict", "do not ship"),
+        ("calibration", "method", "gptq"),
+        ("sampler", "seed", 7),
+        ("kv", "enabled", True),
+        (None, "label", "mxfp8_all"),
+        (None, "vae_scale", 0.25),
+        (None, "sha256", None),
+    ],
+)
+def test_a_header_that_says_something_else_than_was_exported_is_refused(section, field, value, tmp_path):
+    quant, path = FORMATS["mxfp4_all"], tmp_path / "model.safetensors"
+    model = core()
+    apply_mx(model, quant)
+    write_export(model, header(quant), path)
+    Export(path)
+
+    def change(_, content):
+        (content[section] if section else content)[field] = value
+
+    rewritten(path, change, sealed=False)
+    with pytest.raises(ExportError, match=r"model\.safetensors: header: not what was exported"):
+        Export(path)
 
 
 def test_other_files_are_no_exports(tmp_path):
