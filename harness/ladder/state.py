@@ -113,7 +113,8 @@ def locked(folder: Path) -> Iterator[None]:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise LadderError(f"--out {folder}: {there} is a file; name a folder")
-    if (why := why_unwritable(folder / "ladder.json")) is not None:
+    state = folder / "ladder.json"
+    if not state.is_dir() and (why := why_unwritable(state)) is not None:  # of a folder there, load says what it is
         raise LadderError(f"--out {folder}: cannot be written to ({why}); name another folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
