@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,9 +221,9 @@ class Ladder:
         parts = [config, self.commit, stand and stand.key]  # what the words say, not how they are written
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         known = self.known.pop(key, None)
-        if known is not None and self._usable(known):
+        result: Result | Failure | None = known and self._again(rung, candidate, stand, words, known, config)
+        if result is not None:
             self.reused += 1
-            result: Result | Failure = known
             took = "already run"
         else:
             result = self._measure(rung, candidate, stand, words, key)
@@ -238,13 +238,27 @@ class Ladder:
         self._save(None)
         return None if isinstance(result, Failure) else result
 
-    def _usable(self, result: Result) -> bool:
-        """Whether a result from before still stands on a record that may be judged."""
+    def _again(
+        self,
+        rung: Rung,
+        candidate: Candidate,
+        stand: Result | None,
+        words: Sequence[str],
+        known: Result,
+        config: dict[str, Any],
+    ) -> Result | None:
+        """The result from before, if it still stands on a record that may be judged and is of ``config``.
+
+        All but its folder and its seconds is read anew: what the state file says of a run proves nothing.
+        """
         try:
-            record = load_record(self.out / result.folder / "record.json")
+            record = load_record(self.out / known.folder / "record.json")
         except RecordError:
-            return False
-        return unsound(record) is None or result.verdict == DO_NOT_SHIP
+            return None
+        if not _same(record.config, config):
+            return None
+        found = self._result(rung, candidate, stand, words, known.key, known.folder, known.seconds, record)
+        return found if unsound(record) is None or found.verdict == DO_NOT_SHIP else None
 
     def _measure(
         self, rung: Rung, candidate: Candidate, stand: Result | None, words: Sequence[str], key: str
@@ -257,6 +271,19 @@ class Ladder:
         record, why = _read_run(folder, code)
         if record is None:
             return Failure(rung.step, candidate.name, place, f"{why}; see {folder / LOG}")
+        return self._result(rung, candidate, stand, words, key, place, time.monotonic() - start, record)
+
+    def _result(
+        self,
+        rung: Rung,
+        candidate: Candidate,
+        stand: Result | None,
+        words: Sequence[str],
+        key: str,
+        folder: str,
+        seconds: float,
+        record: RunRecord,
+    ) -> Result:
         return Result(
             step=rung.step,
             name=candidate.name,
@@ -266,8 +293,8 @@ class Ladder:
             kv=list(candidate.kv),
             stands_on="" if stand is None else stand.name,
             key=key,
-            folder=place,
-            seconds=time.monotonic() - start,
+            folder=folder,
+            seconds=seconds,
             **figures(record),
         )
 
@@ -311,6 +338,12 @@ class Ladder:
             runs=self.known,
         )
         save(state, self.state_file)
+
+
+def _same(record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a record is of a run of ``config``, but for what its gate stood on and how it was started."""
+    apart = ("gates", "resume", "overwrite")
+    return all(record.get(name) == config[name] for name in config if name not in apart)
 
 
 def _read_run(folder: Path, code: int) -> tuple[RunRecord | None, str]:

@@ -24,7 +24,7 @@ from harness.ladder.command import main
 from harness.ladder.show import gained, show
 from harness.ladder.state import Failure, LadderError, locked
 from harness.report.codec import read
-from harness.report.gates import EXIT_CODES, GatesConf, evaluate
+from harness.report.gates import DO_NOT_SHIP, EXIT_CODES, SHIP, GatesConf, evaluate
 from harness.report.record import RunRecord, load_record
 from harness.report.sections import Calibration
 
@@ -397,6 +397,24 @@ def test_a_result_whose_record_is_gone_or_not_complete_is_not_reused(climb, stat
     ladder, _ = climb(again)
     assert len(again.launched) == 2
     assert ladder.reused == len(records) - 2
+
+
+def test_what_the_state_says_of_a_run_is_read_anew_from_its_record(climb):
+    """A verdict or words written into ladder.json prove nothing; nor is another run taken for this one."""
+    drops = {"mxfp4_mlp": 2.0, "mxfp4_all": 2.0}
+    ladder, best = climb(World(drops))
+    state = json.loads(ladder.state_file.read_text())
+    bad, good = (next(r for r in state["runs"].values() if r["verdict"] == verdict) for verdict in (DO_NOT_SHIP, SHIP))
+    bad.update(verdict=SHIP, reason="", bytes=1, quant=["quant=mxfp4_all"])
+    ladder.state_file.write_text(json.dumps(state))
+    again, once_more = climb(World(drops))
+    assert again.reused == len(again.results)
+    assert (once_more.quant, once_more.bytes, once_more.verdict) == (best.quant, best.bytes, best.verdict)
+    bad["folder"] = good["folder"]
+    ladder.state_file.write_text(json.dumps(state))
+    world = World(drops)
+    climb(world)
+    assert len(world.launched) == 1
 
 
 def test_words_in_another_order_are_the_same_ladder(climb):
