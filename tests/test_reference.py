@@ -160,5 +160,5 @@ def test_importing_the_package_imports_neither_torch_nor_hydra():
 
 def test_the_hooks_before_a_commit_are_the_lint_of_ci():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    lint = (ROOT / ".ci" / "run").read_text().partition('echo "== lint"\n')[2].partition("\n\n")[0]
-    assert [hook["entry"] for hook in hooks] == lint.splitlines()
+    lint = (ROOT / ".ci" / "run").read_text().partition("\nlint() {\n")[2].partition("\n}")[0]
+    assert [hook["entry"] for hook in hooks] == [command.strip() for command in lint.split("&&")]
