@@ -204,7 +204,7 @@ def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["--clips", "0", "--frames", "-1"], "--clips 0: at least 1; --frames -1: at least 1"),
-        (["--out", "/proc/x"], "/proc/x"),
+        (["--out", "/proc/x"], "/proc/x: cannot be written to"),
     ],
 )
 def test_nothing_to_record_and_nowhere_to_write_are_one_line(tmp_path, monkeypatch, capsys, arguments, said):

@@ -166,7 +166,7 @@ def test_stacked_muon_is_torchs_muon():
     ("arguments", "said"),
     [
         (["flow"], "each stage needs what those before it wrote: record, autoencoder"),
-        (["flow", "--work", "/proc/x"], "/proc/x"),
+        (["flow", "--work", "/proc/x"], "/proc/x: cannot be written to"),
     ],
 )
 def test_stages_out_of_order_and_a_folder_that_cannot_be_made_are_one_line(
