@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from harness.threads import usable_cores
 
 OWN_WORDS = ("quant", "kv", "gates", "experiment", "hydra")
 """Config groups that the ladder sets itself."""
+RAN = ("model", "decoder", "data", "quant", "kv", "calib", "attention", "compile", "sampler", "seed")
+"""Sections of a config that say what a run rolled out."""
 WRONG_INPUT = 2
 """Exit code of a run that cannot be what it was asked to be."""
 JUDGED = tuple(EXIT_CODES.values())
@@ -221,12 +224,23 @@ class Ladder:
         parts = [config, self.commit, stand and stand.key]  # what the words say, not how they are written
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         known = self.known.pop(key, None)
-        result: Result | Failure | None = known and self._again(rung, candidate, stand, words, known, config)
+        made = partial(
+            Result,
+            step=rung.step,
+            name=candidate.name,
+            gate=rung.gate,
+            words=list(words),
+            quant=list(candidate.quant),
+            kv=list(candidate.kv),
+            stands_on="" if stand is None else stand.name,
+            key=key,
+        )
+        result: Result | Failure | None = known and self._again(known, config, made)
         if result is not None:
             self.reused += 1
             took = "already run"
         else:
-            result = self._measure(rung, candidate, stand, words, key)
+            result = self._measure(rung, candidate, [*words, *self._against(rung, stand)], made)
             took = "" if isinstance(result, Failure) else f"{result.seconds:.0f} s"
         if isinstance(result, Failure):
             self.failed.append(result)
@@ -238,65 +252,31 @@ class Ladder:
         self._save(None)
         return None if isinstance(result, Failure) else result
 
-    def _again(
-        self,
-        rung: Rung,
-        candidate: Candidate,
-        stand: Result | None,
-        words: Sequence[str],
-        known: Result,
-        config: dict[str, Any],
-    ) -> Result | None:
+    def _again(self, known: Result, config: dict[str, Any], made: Callable[..., Result]) -> Result | None:
         """The result from before, if it still stands on a record that may be judged and is of ``config``.
 
-        All but its folder and its seconds is read anew: what the state file says of a run proves nothing.
+        All but its folder and its seconds is ``made`` anew: what the state file says of a run proves nothing.
         """
         try:
             record = load_record(self.out / known.folder / "record.json")
         except RecordError:
             return None
-        if not _same(record.config, config):
-            return None
-        found = self._result(rung, candidate, stand, words, known.key, known.folder, known.seconds, record)
-        return found if unsound(record) is None or found.verdict == DO_NOT_SHIP else None
+        found = made(folder=known.folder, seconds=known.seconds, **figures(record))
+        usable = unsound(record) is None or found.verdict == DO_NOT_SHIP
+        return found if usable and same(record.config, config) else None
 
     def _measure(
-        self, rung: Rung, candidate: Candidate, stand: Result | None, words: Sequence[str], key: str
+        self, rung: Rung, candidate: Candidate, words: Sequence[str], made: Callable[..., Result]
     ) -> Result | Failure:
         start = time.monotonic()
-        folder, code = self._launched(rung, candidate, [*words, *self._against(rung, stand)])
+        folder, code = self._launched(rung, candidate, words)
         place = str(folder.relative_to(self.out))
         if code in INTERRUPTED or code < 0:
             raise BrokenOff(f"{candidate.name}: the run was stopped from outside (exit code {code})")
         record, why = _read_run(folder, code)
         if record is None:
             return Failure(rung.step, candidate.name, place, f"{why}; see {folder / LOG}")
-        return self._result(rung, candidate, stand, words, key, place, time.monotonic() - start, record)
-
-    def _result(
-        self,
-        rung: Rung,
-        candidate: Candidate,
-        stand: Result | None,
-        words: Sequence[str],
-        key: str,
-        folder: str,
-        seconds: float,
-        record: RunRecord,
-    ) -> Result:
-        return Result(
-            step=rung.step,
-            name=candidate.name,
-            gate=rung.gate,
-            words=list(words),
-            quant=list(candidate.quant),
-            kv=list(candidate.kv),
-            stands_on="" if stand is None else stand.name,
-            key=key,
-            folder=folder,
-            seconds=seconds,
-            **figures(record),
-        )
+        return made(folder=place, seconds=time.monotonic() - start, **figures(record))
 
     def _against(self, rung: Rung, stand: Result | None) -> list[str]:
         """What the gate compares with: the record of what the step stands on, or BF16."""
@@ -340,10 +320,9 @@ class Ladder:
         save(state, self.state_file)
 
 
-def _same(record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a record is of a run of ``config``, but for what its gate stood on and how it was started."""
-    apart = ("gates", "resume", "overwrite")
-    return all(record.get(name) == config[name] for name in config if name not in apart)
+def same(record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a record is of a run of ``config``; other sections name the run's own folder, or how it was started."""
+    return all(record.get(name) == config[name] for name in RAN)
 
 
 def _read_run(folder: Path, code: int) -> tuple[RunRecord | None, str]:

@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 from gate_cases import scores
+from omegaconf import OmegaConf
 from report_cases import completed
 from rich.console import Console
 
 from harness.config import ROOT, register
+from harness.config.compose import compose
 from harness.ladder import rungs
 from harness.ladder.child import launch_process, quoted
-from harness.ladder.climb import BrokenOff, Ladder, compose_run, recommendation
+from harness.ladder.climb import BrokenOff, Ladder, compose_run, recommendation, same
 from harness.ladder.command import main
 from harness.ladder.show import gained, show
 from harness.ladder.state import Failure, LadderError, locked
@@ -417,6 +419,17 @@ def test_what_the_state_says_of_a_run_is_read_anew_from_its_record(climb):
     assert len(world.launched) == 1
 
 
+def test_a_record_is_of_its_configuration_wherever_its_folder_lies(tmp_path):
+    """What names a run's own folder in its config is another in each: all of it would be run again."""
+    words = (*COMMON, "quant=mxfp8_mlp", "gates=a")
+    config, _ = compose_run(words)
+    ran = OmegaConf.to_container(compose(*words, folder=tmp_path / "run"), resolve=True, enum_to_str=True)
+    assert ran != config
+    assert same(ran, config)
+    for other in ("quant=mxfp8_all", "seed=1", "data.future_frames=3", "kv=mx_v_only"):
+        assert not same(ran, compose_run((*words, other))[0])
+
+
 def test_words_in_another_order_are_the_same_ladder(climb):
     climb(World(), common=("model=smoke", "data.limit=3", "seed=2"))
     again = World()
@@ -501,7 +514,7 @@ def test_weights_are_calibrated_where_the_model_has_clips_for_it(tmp_path):
 def test_what_is_said_of_calibration_goes_to_the_steps_that_calibrate(tmp_path):
     ladder = Ladder(tmp_path, ("model=doom", "calib.damping=0.2"), "mx_v_only", launch=World())
     launched = []
-    ladder._measure = lambda rung, candidate, stand, words, key: launched.append(words) or Failure(1, "", "", "")
+    ladder._measure = lambda rung, candidate, words, made: launched.append(words) or Failure(1, "", "", "")
     for candidate in rungs.linears(2, "MXFP8 MLP", "mxfp8_mlp", "a", ("kv=bf16",), 12).candidates[:2]:
         ladder._run(rungs.BASELINE, candidate, None)
     assert (
