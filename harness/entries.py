@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from harness.files.writing import why_unwritable
+from harness.files.writing import folder_problem, why_unwritable
 
 SCRIPTS = {
     "run": "harness/run.py",
@@ -98,8 +98,8 @@ def output(text: str) -> Path:
 
 def output_folder(text: str) -> Path:
     """A folder to write into, likewise."""
-    if (why := why_unwritable(Path(text) / "written")) is not None:
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written to ({why}); name another folder")
+    if (problem := folder_problem(Path(text))) is not None:
+        raise argparse.ArgumentTypeError(problem)
     return Path(text)
 
 

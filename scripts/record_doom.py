@@ -44,11 +44,11 @@ __all__ = ["HELD_OUT_SEEDS", "SCENARIOS", "record_arrays", "record_clip", "recor
 def record_clips(args: argparse.Namespace) -> None:
     """Record `args.clips` clips into `args.out`, each with its own seed, and say what each is like."""
     from harness.data.clips import read_clip, write_clip
-    from harness.files.writing import why_unwritable
+    from harness.files.writing import folder_problem
 
     wrong = [f"--{name} {getattr(args, name)}: at least 1" for name in ("clips", "frames") if getattr(args, name) < 1]
-    if (why := why_unwritable(args.out / "written")) is not None:
-        wrong.append(f"--out {args.out}: cannot be written to ({why}); name another folder")
+    if (problem := folder_problem(args.out)) is not None:
+        wrong.append(f"--out {problem}")
     if wrong:
         raise ValueError("; ".join(wrong))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ from record_doom import record_many
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.files.writing import why_unwritable
+from harness.files.writing import folder_problem
 from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
@@ -376,8 +376,8 @@ def main() -> None:
     args = parse_args()
     stage = ""
     try:
-        if (why := why_unwritable(args.work / "written")) is not None:
-            raise ValueError(f"--work {args.work}: cannot be written to ({why}); name another folder")
+        if (problem := folder_problem(args.work)) is not None:
+            raise ValueError(f"--work {problem}")
         args.work.mkdir(parents=True, exist_ok=True)
         shop = Workshop(args)
         for stage in args.stages:

@@ -85,5 +85,11 @@ def why_unwritable(path: Path) -> str | None:
         return error.strerror or str(error)
 
 
+def folder_problem(folder: Path) -> str | None:
+    """What to tell of a folder that nothing could be written into now; ``None`` if something could."""
+    why = why_unwritable(folder / "written")
+    return None if why is None else f"{folder}: cannot be written to ({why}); name another folder"
+
+
 def _unwritten(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot write: {error.strerror or error}", str(path))
