@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +12,10 @@ from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; what SLURM, containers, ``timeout`` and CI send; a terminal that is gone."""
+
+
+SAME_END_S = 2.0
+"""Seconds within which a further signal is of the same end, and raises nothing more."""
 
 
 class Stopped(BaseException):
@@ -29,7 +34,8 @@ class Stopped(BaseException):
 class Signals:
     """Within the context, a signal of :data:`STOPPING` raises :class:`Stopped` in the main thread.
 
-    An exception may be raised where Python drops it, as in a ``__del__``; :meth:`check` raises it again.
+    An exception may be raised where Python drops it, as in a ``__del__``; :meth:`check` raises it again. Signals that
+    follow at once raise nothing more, see :data:`SAME_END_S`.
 
     One that is ignored where the context begins (``nohup``) stays ignored. Outside of the main thread nothing changes:
     Python delivers signals there alone.
@@ -40,6 +46,7 @@ class Signals:
         self._held = False
         self._waiting: int | None = None
         self._arrived: int | None = None
+        self._since = 0.0
 
     def __enter__(self) -> Signals:
         self.install()
@@ -65,7 +72,11 @@ class Signals:
         if self._held:
             self._waiting = self._waiting or number
             return
-        self._arrived = number
+        # A terminal that is gone ends all processes, and the first one then ends the others: that is one end, whose
+        # cleaning up must not be broken off by its second signal.
+        if self._arrived is not None and time.monotonic() - self._since < SAME_END_S:
+            return
+        self._arrived, self._since = number, time.monotonic()
         if frame is None or frame.f_code.co_name != "__del__":
             raise Stopped(number)
 

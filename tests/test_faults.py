@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from harness.report.journal import load_run
 from harness.report.record import load_record
 from harness.rollout import Rollout
 from harness.run import cli
+from harness.signals import STOPPING, Signals, Stopped
 
 SMOKE = ["model=smoke", "model.arch.n_layers=2", "data.future_frames=2", "measure.parts_frames=0", "quant=mxfp8_mlp"]
 
@@ -144,3 +146,29 @@ def test_a_log_that_cannot_be_written_costs_nothing(command, monkeypatch, tmp_pa
     code, _ = command("data.limit=1", "resume=true", "gates=d")
     assert code == 4
     assert load_record(tmp_path / "run" / "record.json").status == "complete"
+
+
+def test_a_second_signal_of_the_same_end_does_not_break_off_what_the_first_one_cleans_up(monkeypatch):
+    """Of a terminal that is gone a process learns twice: by itself, and by the process that started it."""
+    now = [100.0]
+    monkeypatch.setattr("harness.signals.time", SimpleNamespace(monotonic=lambda: now[0]))
+    cleaned = []
+
+    def ended():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    ignored = {name: signal.signal(name, signal.SIG_DFL) for name in STOPPING}  # as in a shell's background
+    with Signals():
+        with pytest.raises(Stopped) as stopped:
+            ended()
+        now[0] += 3
+        with pytest.raises(Stopped, match="SIGINT"):  # somebody means it
+            signal.raise_signal(signal.SIGINT)
+    for name, handler in ignored.items():
+        signal.signal(name, handler)
+    assert cleaned == [True]
+    assert stopped.value.signal == signal.SIGHUP

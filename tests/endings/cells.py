@@ -90,6 +90,8 @@ def fault(way: str, kind: str, point: str, once: Path, disk: Path) -> dict[str, 
         "batch": batch,
     }
     found |= {"once": str(once), "where": where, "fill": str(disk / "filler")}
+    if (way, point) == ("ddp", "middle"):  # of both: neither is nearer to its end on a busy machine
+        found["other"] = str(disk / "run" / JOURNAL / "1.jsonl")
     return found | {"parent": way == "ladder", "rank": 0}
 
 

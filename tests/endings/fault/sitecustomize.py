@@ -2,7 +2,7 @@
 
 ``HARNESS_FAULT`` is JSON: ``point``, ``kind``, and of the process that is hit ``rank``, ``batch`` and
 words that its command line must have (``where``). ``once`` is a file that the first process to get there makes: it
-happens to that one alone.
+happens to that one alone. ``other`` is the journal of another process, which has finished a clip when it happens.
 """
 
 import importlib.abc
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 FAULT = json.loads(os.environ.get("HARNESS_FAULT", "{}"))
 MODULE = "harness.ab.module"
@@ -32,6 +33,7 @@ def mine():
 def happen():
     if not mine():
         return
+    wait_for(FAULT.get("other"))
     kind = FAULT["kind"]
     if kind in ("SIGTERM", "SIGKILL"):  # of one process: `kill`, a container's end, the out-of-memory killer
         os.kill(os.getppid() if FAULT.get("parent") else os.getpid(), signal.Signals[kind])
@@ -48,6 +50,12 @@ def happen():
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, 1)
         os.close(full)
+
+
+def wait_for(journal, seconds=120):
+    end = time.monotonic() + seconds
+    while journal and time.monotonic() < end and not (os.path.exists(journal) and os.path.getsize(journal)):
+        time.sleep(0.05)
 
 
 def fill(path):
