@@ -1,7 +1,7 @@
 """Time the frame decoder: as a whole, by kernel, and how far its pictures are from float32's. Needs a Hopper GPU.
 
     python scripts/bench_decoder.py
-    python scripts/bench_decoder.py --tune      # launch shapes of the fused stages, fastest first
+    python scripts/bench_decoder.py --compiled  # as Inductor compiles it, too
 
 Weights are random (seeded). Times are medians of CUDA graph replays, waited for one by one.
 """
@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +24,9 @@ from torch import Tensor
 from harness.bench.inputs import build, compose_plan
 from harness.config import register
 from harness.entries import count
-from harness.kernels.cuda import conv, nvrtc
+from harness.kernels.cuda import conv
 from harness.measure.timing import samples_ms
-from harness.models.dcae import DCAEDecoder, ResBlock
+from harness.models.dcae import DCAEDecoder
 from harness.rollout import CompileConf, DecoderGroups, FrameDecoder
 from harness.rollout.compile import CapturedGraph
 from harness.rollout.fused_decoder import FusedDecoder
@@ -84,49 +81,6 @@ def parts(stage: Any, x: Tensor) -> Timed:
     ]
 
 
-def shapes(channels: int) -> list[conv.Shape]:
-    """Launch shapes of ``resblock`` that fit."""
-    found = []
-    product = itertools.product((4, 8, 16), (8, 16), (1, 2, 3, 4), (1, 2, 3), (1, 2))
-    for rows, warps, shares, blocks, split in product:
-        across, groups = warps // shares, conv.CHUNK // conv.GROUP
-        sums = rows * channels * conv.TILE // (warps * 32)  # float32 registers of a thread
-        whole = warps % shares == 0 and rows % max(across, 1) == 0 and channels // 16 % shares == 0
-        whole = whole and (rows * groups) % warps == 0
-        fits = blocks * (conv.resblock_bytes(channels, rows) + 1024) <= conv.SHARED_LIMIT
-        if whole and fits and sums <= 128 and blocks * warps * 32 * (sums + 40) <= 65536:
-            found.append(conv.Shape(rows, warps, shares, blocks, split))
-    return found
-
-
-def tune(channels: int, side: int) -> None:
-    """Print the launch shapes of a stage of ``channels`` at ``side`` pixels, fastest first."""
-    torch.manual_seed(0)
-    block = ResBlock(channels).cuda().bfloat16().requires_grad_(False)
-    weights = conv.pack_resblock(block.conv1, block.conv2, block.conv3)
-    x = torch.randn(1, side // 2, side // 2, channels, device="cuda").bfloat16()
-    shortcut = torch.randn(1, side // 2, side // 2, 2 * channels, device="cuda").bfloat16()
-    with ThreadPoolExecutor() as pool:  # what is compiled here is found on disk below
-        for shape in shapes(channels):
-            defines = conv.resblock_defines(channels, 2 * channels, True, True, False, shape)
-            pool.submit(nvrtc.compile_source, conv.source("resblock.cu"), "resblock.cu", defines, "sm_90a")
-    timed: list[tuple[float, conv.Shape]] = []
-    wanted = None
-    for shape in shapes(channels):
-        run = partial(conv.resblock, x, weights, True, shortcut, False, shape)
-        try:
-            got = run().float()
-            wanted = got if wanted is None else wanted
-            if not torch.allclose(got, wanted, atol=0.05, rtol=0.05):
-                print(f"  REFUSED {shape}: off by {(got - wanted).abs().max().item():.3g}")
-                continue
-            timed.append((graph_us(run, 3), shape))
-        except (nvrtc.CompileError, nvrtc.DriverError) as error:
-            print(f"  REFUSED {shape}: {str(error).splitlines()[0]}")
-    for us, shape in sorted(timed, key=itemgetter(0))[:8]:
-        print(f"  {channels} channels at {side}: {us:7.1f} us {shape}", flush=True)
-
-
 def compare(plan: Any, latent: Tensor, compile: bool) -> None:
     """Times and errors of whole decoders."""
     made = build(lambda: DCAEDecoder(plan.dcae), plan).to(torch.bfloat16)
@@ -158,7 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="dit_v4", help="a config of conf/model")
     parser.add_argument("--batch", type=count, default=1, help="clips")
-    parser.add_argument("--tune", action="store_true", help="search launch shapes of the fused stages first")
     parser.add_argument("--compiled", action="store_true", help="time the decoder as Inductor compiles it, too")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -166,11 +119,6 @@ def main(argv: list[str] | None = None) -> int:
     register()
     plan = compose_plan([f"model={args.model}", "trainer=gpu", f"data.batch_size={args.batch}"], Path("outputs/bench"))
     cfg = plan.dcae
-    if args.tune:
-        stages = len(cfg.decoder_blocks_per_stage)
-        for number, channels in enumerate(cfg.widths(stages)):
-            if channels <= conv.WIDEST:
-                tune(channels, cfg.latent_size * 2 ** (number + 1))
     generator = torch.Generator("cuda").manual_seed(0)
     size = (args.batch, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     compare(plan, torch.randn(size, device="cuda", generator=generator).bfloat16(), args.compiled)

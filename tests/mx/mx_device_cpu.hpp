@@ -323,8 +323,8 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     std::memcpy(c, result, 16);
 }
 
-// wgmma, a warp's 16 rows of it, done at once. Shared memory is read as swizzled: bits 4 to 6 of an address exclusive-or
-// bits 7 to 9.
+// wgmma, a warp's 16 rows of it, done at once. Shared memory is read as swizzled, bits 4 to 6 of an address exclusive-or
+// bits 7 to 9; or, where the topmost bit says so, as two planes, whose distance lies above the address.
 inline void products_begin() {}
 inline void products_commit() {}
 template <int LATER>
@@ -337,11 +337,13 @@ inline int same_in_warp(int value) { return value; }
 template <int FIRST, int COUNT>
 inline void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
     const int lane = now->thread.x % 32;
-    for (int m = FIRST; m < min(COUNT, FIRST + (COUNT == 9 ? 9 : 8)); ++m) {
+    for (int m = FIRST; m < min(COUNT, FIRST + (COUNT < 16 ? COUNT : 8)); ++m) {
         u32 b[2];
         for (int i = 0; i < 2; ++i) {
-            const u32 address = static_cast<u32>(rows) + ((m - FIRST) * 8 + lane / 4) * 128 + i * 16 + lane % 4 * 4;
-            std::memcpy(&b[i], at(*now->block, address ^ (address >> 7 & 7) << 4, 4, 4), 4);
+            const bool planes = rows >> 63;
+            const u32 row = (m - FIRST) * 8 + lane / 4, apart = planes ? rows >> 32 & 0x7fffffff : 16;
+            const u32 address = static_cast<u32>(rows) + row * (planes ? 16 : 128) + i * apart + lane % 4 * 4;
+            std::memcpy(&b[i], at(*now->block, planes ? address : address ^ (address >> 7 & 7) << 4, 4, 4), 4);
         }
         for (float& sum : acc[m]) sum = add ? sum : 0.0f;
         mma(acc[m], a, b[0], b[1]);

@@ -3,15 +3,34 @@
 
 #include <unordered_map>
 
-inline void load_matrices(u32 (&a)[4], u32 address) {
-    u32 given[1] = {address}, result[4];
-    together(given, 1, result, 4, [](Warp& warp) {
+// Four matrices in shared memory and a lane's fragments of them: a lane gives the address of a row.
+template <bool STORE, bool TRANSPOSED>
+void matrices(u32 address, u32 (&a)[4]) {
+    u32 given[5] = {address, a[0], a[1], a[2], a[3]};
+    together(given, 5, a, 4, [](Warp& warp) {
         for (int lane = 0; lane < 32; ++lane)
-            for (int m = 0; m < 4; ++m)
-                std::memcpy(&warp.result[lane][m], at(*now->block, warp.given[m * 8 + lane / 4][0], 16, 16) + lane % 4 * 4, 4);
+            for (int i = 0; i < 8; ++i) {
+                const int m = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;
+                const u32 begin = warp.given[m * 8 + (TRANSPOSED ? column : row)][0];
+                u8* element = at(*now->block, begin, 16, 16) + (TRANSPOSED ? row : column) * 2;
+                u8* mine = reinterpret_cast<u8*>(STORE ? &warp.given[lane][1 + m] : &warp.result[lane][m]) + i % 2 * 2;
+                std::memcpy(STORE ? element : mine, STORE ? mine : element, 2);
+            }
     });
-    std::memcpy(a, result, 16);
 }
+inline void load_matrices(u32 (&a)[4], u32 address) { matrices<false, false>(address, a); }
+inline void load_transposed(u32 (&a)[4], u32 address) { matrices<false, true>(address, a); }
+inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    u32 v[4] = {a, b, c, d};
+    matrices<true, false>(address, v);
+}
+inline void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    u32 v[4] = {a, b, c, d};
+    matrices<true, true>(address, v);
+}
+inline u64 planes_at(u32 address, u32 bytes) { return 1ull << 63 | static_cast<u64>(bytes) << 32 | address; }
+inline u64 planes_after(u64 planes, u32 bytes) { return planes + bytes; }
+inline void written_for_products() {}
 
 struct Asked {
     u32 to;
@@ -42,7 +61,16 @@ inline void write16(void* to, uint4 v) {
     CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");
     std::memcpy(to, &v, 16);
 }
-inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+inline u32 fetch4(const void* from) {
+    u32 v;
+    std::memcpy(&v, from, 4);
+    return v;
+}
+inline u32 larger(u32 a, u32 b) {
+    const u32 low = of_bf16(a) > of_bf16(b) ? a : b, high = of_bf16(a >> 16) > of_bf16(b >> 16) ? a : b;
+    return low & 0xffff | high & 0xffff0000u;
+}
+inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 struct uint2 {
     u32 x, y;
 };

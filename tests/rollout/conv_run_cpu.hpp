@@ -3,7 +3,7 @@
 static const u16 *input_, *shortcut_;
 static const u8* weights_;
 static u16 *out_, *base_;
-static int height_, width_, channels_, wide_;
+static int batch_, height_, width_, channels_, wide_;
 
 extern "C" int shared_bytes() { return SHARED; }
 
@@ -21,8 +21,9 @@ extern "C" void run(const u16* input, const u8* weights, const u16* shortcut, u1
     KEEP;
     const int tiles = height / TH * (width / TW);
 #if defined(RESBLOCK)
-    body = [] { resblock(input_, weights_, shortcut_, out_, height_, width_); };
-    all_blocks(tiles, batch, SHARED);
+    batch_ = batch;
+    body = [] { resblock(input_, weights_, shortcut_, out_, height_, width_, batch_ * (height_ / TH) * (width_ / TW)); };
+    all_blocks(min(3, tiles * batch), 1, SHARED);
 #elif defined(GROUPED)
     body = [] { grouped_conv(input_, weights_, out_, height_, width_, channels_); };
     all_blocks(tiles, batch * (channels / HC), SHARED);

@@ -6,7 +6,6 @@ shape of launch is a kernel of its own, compiled at its first use and kept. For 
 
 import ctypes
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,42 +17,20 @@ GROUP = 16
 """Channels of a group of the 3×3 convolution: what the tensor cores multiply at a time."""
 
 CHUNK = 32
-"""Hidden channels that a block has in shared memory at a time."""
+"""Channels that a block of ``grouped_conv`` computes, and a multiple of which the kernels' channels are."""
 
 TILE = 16
-"""Width of a tile in pixels; its height is a launch shape's."""
+"""Width of a tile in pixels."""
 
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that a block may have (CUDA C++ programming guide, compute capability 9.0)."""
+ROWS = 8
+"""Height of a tile in pixels."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Launch shape of ``resblock``: rows of a tile, warps, blocks of a multiprocessor.
-
-    ``shares`` and ``split``: into how many parts conv3's and conv1's outputs are divided among the warps.
-    """
-
-    rows: int
-    warps: int
-    shares: int
-    blocks: int
-    split: int = 1
-
-
-SHAPES = {96: Shape(8, 8, 2, 1), 192: Shape(8, 8, 1, 1)}
-"""By channels: the fastest on an H100 (``scripts/bench_decoder.py --tune``)."""
 
 WIDEST = 192
 """Channels up to which a stage is one kernel: above, weights are read more often than their reuse is worth."""
 
-_STAGE = {"TH": 8, "WARPS": 8}
-_RGB = {"TH": 8, "WARPS": 8}
-
-
-def shape_of(channels: int) -> Shape:
-    """The launch shape of ``resblock`` with so many channels."""
-    return SHAPES.get(channels, Shape(8, 8, 2, 1))
+_STAGE = {"TH": ROWS, "WARPS": 8}
+_RGB = {"TH": ROWS, "WARPS": 8}
 
 
 def unfit(channels: int) -> str | None:
@@ -67,14 +44,19 @@ def _halo(rows: int) -> int:
     return (rows + 2) * (TILE + 2)
 
 
-def resblock_bytes(channels: int, rows: int) -> int:
-    """Shared memory of a block of ``resblock``."""
-    pixel, hidden = channels * 2 + 16, CHUNK * 2 + 16
-    return _halo(rows) * (pixel + hidden) + rows * TILE * hidden + 2 * _chunk_bytes(channels)
+def _warps(channels: int) -> int:
+    """Warps of a block of ``resblock``, four a warpgroup: as many of 4 to 12 as share the hidden channels evenly."""
+    return next(4 * groups for groups in (3, 2, 1) if channels // CHUNK % groups == 0)
 
 
-def _chunk_bytes(channels: int) -> int:
-    return 2 * CHUNK * channels * 2 + CHUNK // GROUP * 9 * 512 + 2 * CHUNK * 4
+def resblock_bytes(channels: int, double: bool) -> int:
+    """Shared memory of a block of ``resblock``: x, doubling as a matrix, hidden channels, conv3's weights."""
+    warps = _warps(channels)
+    passes = 2 * channels // GROUP // warps
+    pixels, small = -(-_halo(ROWS) // 8) * 8, (ROWS // 2 + 4) * (TILE // 2 + 4)
+    planes = channels // 8 + (small // 8 if double else 0)
+    hidden = warps * 2 * (pixels + (passes - 1) * ROWS * TILE) * 16
+    return planes * (pixels + 1) * 16 + hidden + (4 * channels**2 if passes == 1 else 0)
 
 
 def _stage_bytes(rows: int) -> int:
@@ -85,14 +67,16 @@ def _rgb_bytes(channels: int, rows: int) -> int:
     return _halo(rows) * (channels * 2 + 16) + 9 * (channels // 32) * 512
 
 
-def fragments(weight: Tensor) -> Tensor:
+def fragments(weight: Tensor, rows: bool = False) -> Tensor:
     """BF16 ``[..., N, K]``, N and K multiples of 16, as lanes hold it: uint8 ``[..., K/16, N/16, 512]``.
 
-    16 bytes a lane: of two tiles of 8 outputs each two words of two inputs, as operand B of m16n8k16 (PTX ISA).
+    16 bytes a lane: of two tiles of 8 outputs each two words of two inputs, as operand B of m16n8k16 (PTX ISA). With
+    ``rows`` each of two words of both tiles, as operand A of 16 outputs.
     """
     tiles = weight.unflatten(-1, (-1, 2, 4, 2)).unflatten(-5, (-1, 2, 8))  # N/16, 2, 8, K/16, 2, 4, 2
     lead = list(range(tiles.ndim - 7))
-    order = [*lead, *(len(lead) + axis for axis in (3, 0, 2, 5, 1, 4, 6))]
+    words = (4, 1) if rows else (1, 4)
+    order = [*lead, *(len(lead) + axis for axis in (3, 0, 2, 5, *words, 6))]
     packed = tiles.permute(order).contiguous()  # K/16, N/16, (8, 4) lanes, 2 tiles, 2 words, 2
     return packed.flatten(-5).view(torch.uint8)
 
@@ -114,11 +98,10 @@ def _biases(conv: nn.Conv2d) -> Tensor:
 
 
 def pack_resblock(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv2d) -> Tensor:
-    """Weights and biases of a residual block, in the order ``resblock`` reads them: uint8 ``[2 * C / 32, bytes]``."""
-    widening = conv1.weight.detach().flatten(1).unflatten(0, (-1, CHUNK))  # chunks, 32, C
-    narrowing = conv3.weight.detach().flatten(1).unflatten(1, (-1, CHUNK)).transpose(0, 1)  # chunks, C, 32
-    filters = _filters(conv2).unflatten(0, (-1, CHUNK // GROUP))
-    return _bytes_of(fragments(widening), filters, fragments(narrowing), _biases(conv1), _biases(conv2))
+    """Weights and biases of a residual block, in the order ``resblock`` reads them: uint8 ``[bytes]``."""
+    wide, narrow = (fragments(c.weight.detach().flatten(1), rows=True).transpose(0, 1) for c in (conv1, conv3))
+    parts = (wide, _filters(conv2), narrow, _biases(conv1), _biases(conv2))
+    return _bytes_of(*(part.unsqueeze(0) for part in parts)).squeeze(0)
 
 
 def pack_grouped(conv: nn.Conv2d) -> Tensor:
@@ -143,13 +126,15 @@ def source(kernel: str) -> str:
     return "".join((here / name).read_text() for name in parts)
 
 
-def resblock_defines(
-    channels: int, wide: int, double: bool, shortcut: bool, silu: bool, shape: Shape
-) -> dict[str, int]:
+def resblock_defines(channels: int, wide: int, double: bool, shortcut: bool, silu: bool) -> dict[str, int]:
     """Compile-time parameters of ``resblock``; ``wide``: channels of the shortcut's picture."""
     flags = {"DOUBLE": int(double), "SHORTCUT": int(shortcut), "SILU": int(silu)}
-    sizes = {"C": channels, "CI": wide, "TH": shape.rows, "WARPS": shape.warps, "WN": shape.shares}
-    return {**sizes, "BLOCKS": shape.blocks, "SPLIT": shape.split, **flags}
+    return {"C": channels, "CI": wide, "TH": ROWS, "WARPS": _warps(channels), **flags}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -165,14 +150,7 @@ def _launch(
     function.launch(grid, 32 * defines["WARPS"], values)
 
 
-def resblock(
-    x: Tensor,
-    weights: Tensor,
-    double: bool,
-    shortcut: Tensor | None = None,
-    silu: bool = False,
-    shape: Shape | None = None,
-) -> Tensor:
+def resblock(x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None = None, silu: bool = False) -> Tensor:
     """A residual block of ``x [B, h, w, C]``, doubled bicubically before it if ``double``; ``weights`` of
     ``pack_resblock``.
 
@@ -184,13 +162,13 @@ def resblock(
     batch, height, width, channels = x.shape
     if double:
         height, width = 2 * height, 2 * width
-    shape = shape or shape_of(channels)
     out = x.new_empty(batch, height, width, channels)
     wide = channels if shortcut is None else shortcut.shape[-1]
-    defines = resblock_defines(channels, wide, double, shortcut is not None, silu, shape)
-    grid = (height // shape.rows * (width // TILE), batch)
-    arguments = (x, weights, shortcut, out, height, width)
-    _launch("resblock.cu", "resblock", defines, resblock_bytes(channels, shape.rows), grid, arguments)
+    defines = resblock_defines(channels, wide, double, shortcut is not None, silu)
+    tiles = batch * (height // ROWS) * (width // TILE)
+    grid = (min(tiles, _multiprocessors(x.device)), 1)
+    arguments = (x, weights, shortcut, out, height, width, tiles)
+    _launch("resblock.cu", "resblock", defines, resblock_bytes(channels, double), grid, arguments)
     return out
 
 

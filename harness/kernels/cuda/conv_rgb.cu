@@ -17,7 +17,7 @@ conv_rgb(const u16* __restrict__ input, const u8* __restrict__ weights, u16* __r
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * ROWS;
     const long long pixels = static_cast<long long>(height) * width;
     for (int i = threadIdx.x; i < WEIGHTS / 16; i += THREADS) copy16(filters + i * 16, weights + i * 16, true);
-    load_halo<C>(x, XS, input + blockIdx.y * pixels * C, C, tile);
+    load_halo<C>(x, XS, 16, input + blockIdx.y * pixels * C, tile);
     copies_wait();
     __syncthreads();
     float sums[ROWS][4] = {};

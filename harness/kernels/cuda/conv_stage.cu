@@ -7,8 +7,6 @@ constexpr int HC = 32, GROUPS = HC / 16, UNIT = TH * GROUPS / WARPS;
 constexpr int HS = HC * 2 + 16, WEIGHTS = GROUPS * 9 * 512 + HC * 4;
 constexpr int WEIGHTS_AT = HALO * HS, SHARED = WEIGHTS_AT + WEIGHTS;
 
-__device__ __forceinline__ u32 leaky_pair(u32 pair) { return leaky(low(pair), high(pair)); }
-
 // leaky(conv(leaky(input)) + bias): a block computes 32 channels of a tile.
 KERNEL(THREADS, 1, 2)
 grouped_conv(const u16* __restrict__ input, const u8* __restrict__ weights, u16* __restrict__ out, int height, int width,
@@ -39,7 +37,10 @@ grouped_conv(const u16* __restrict__ input, const u8* __restrict__ weights, u16*
     __syncthreads();
     const int group = warp % GROUPS, row = warp / GROUPS * UNIT;
     float sums[UNIT][2][4] = {};
-    convolve<UNIT>(sums, hidden + row * WIDE * HS + group * 32, HS, filters + group * 9 * 512);
+    uint4 w[9];
+#pragma unroll
+    for (int tap = 0; tap < 9; ++tap) w[tap] = load16(filters + (group * 9 + tap) * 512 + lane * 16);
+    convolve<UNIT>(sums, hidden + row * WIDE * HS + group * 32, HS, 16, w);
     __syncthreads();  // nobody reads the halo any more
 #pragma unroll
     for (int n = 0; n < 2; ++n) {

@@ -6,9 +6,17 @@ constexpr int THREADS = WARPS * 32, TW = 16, WIDE = TW + 2, HALO = (TH + 2) * WI
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-// Leaky ReLU of two values, as two BF16.
-__device__ __forceinline__ u32 leaky(float a, float b) { return to_bf16(fmaxf(a, 0.01f * a), fmaxf(b, 0.01f * b)); }
-__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return to_bf16(low(a) + low(b), high(a) + high(b)); }
+// Leaky ReLU of two BF16, and of two values as two BF16. The slope, 0.01, is 0x3c24 in BF16.
+__device__ __forceinline__ u32 leaky_pair(u32 pair) { return larger(pair, multiply(pair, 0x3c243c24u)); }
+__device__ __forceinline__ u32 leaky(float a, float b) { return leaky_pair(to_bf16(a, b)); }
+__device__ __forceinline__ u32 add_to_pair(u32 pair, float a, float b) { return to_bf16(low(pair) + a, high(pair) + b); }
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return add_to_pair(a, low(b), high(b)); }
+
+// x / (1 + exp(-x)) by half of it: exact to 2^-12 of x.
+__device__ __forceinline__ float silu(float x) {
+    const float half = 0.5f * x;
+    return half * hyperbolic_tangent(half) + half;
+}
 
 // The tile that a block computes, and what of its halo lies in the picture.
 struct Tile {
@@ -23,15 +31,15 @@ __device__ __forceinline__ Tile tile_of(int number, int height, int width) {
     return {number % across * TW, number / across * TH, width, height};
 }
 
-// The halo of `channels` of a picture with `stride` values a pixel, into rows of `bytes`; zeros outside the picture.
+// The halo of a picture of CHANNELS, pixels `bytes` and 8 channels `part_bytes` apart; zeros outside the picture.
 template <int CHANNELS>
-__device__ __forceinline__ void load_halo(u32 to, int bytes, const u16* from, int stride, const Tile& tile) {
+__device__ __forceinline__ void load_halo(u32 to, int bytes, int part_bytes, const u16* from, const Tile& tile) {
     constexpr int PARTS = CHANNELS / 8;
     for (int i = threadIdx.x; i < HALO * PARTS; i += THREADS) {
         const int p = i / PARTS, part = i % PARTS, y = tile.y0 + p / WIDE - 1, x = tile.x0 + p % WIDE - 1;
         const bool inside = tile.inside(y, x);
         const long long pixel = inside ? static_cast<long long>(y) * tile.width + x : 0;
-        copy16(to + p * bytes + part * 16, from + pixel * stride + part * 8, inside);
+        copy16(to + p * bytes + part * part_bytes, from + pixel * CHANNELS + part * 8, inside);
     }
 }
 
@@ -91,20 +99,18 @@ __device__ __forceinline__ void upsampled_column(int x, int first, int rows, Fet
 
 // A unit of the grouped 3 by 3 convolution: ROWS rows of 16 pixels of one group of 16 channels, added to `sums`.
 //
-// `halo`: that group's channels of the halo's pixel at the unit's upper left, in rows of `bytes`; `weights`: the group's
-// nine fragments. A row of pixels is read once a column of the kernel and serves all three of its rows.
+// `halo`: that group's first 8 channels of the halo's pixel at the unit's upper left, the other 8 `half` bytes behind,
+// pixels `bytes` apart; `w`: the group's nine fragments. A row of pixels is read once a column of the kernel and serves
+// all three of its rows.
 template <int ROWS>
-__device__ __forceinline__ void convolve(float (&sums)[ROWS][2][4], u32 halo, int bytes, u32 weights) {
+__device__ __forceinline__ void convolve(float (&sums)[ROWS][2][4], u32 halo, int bytes, int half, const uint4 (&w)[9]) {
     const int lane = threadIdx.x % 32;
-    uint4 w[9];
-#pragma unroll
-    for (int tap = 0; tap < 9; ++tap) w[tap] = load16(weights + tap * 512 + lane * 16);
 #pragma unroll
     for (int in = 0; in < ROWS + 2; ++in)
 #pragma unroll
         for (int kx = 0; kx < 3; ++kx) {
             u32 a[4];
-            load_matrices(a, halo + (in * WIDE + kx + lane % 16) * bytes + lane / 16 * 16);
+            load_matrices(a, halo + (in * WIDE + kx + lane % 16) * bytes + lane / 16 * half);
 #pragma unroll
             for (int ky = 0; ky < 3; ++ky) {
                 const int out = in - ky;

@@ -3,252 +3,347 @@
 //   x = double(low)
 //   out = x + conv3(leaky(conv2(leaky(conv1(x))))) + shortcut, conv1 and conv3 1 by 1, conv2 3 by 3 in groups of 16
 //
-// A block computes a tile of TH by 16 pixels and all C channels. What lies between the convolutions never leaves shared
-// memory: 32 of the 2 * C hidden channels at a time, their halo (conv2's border) first, then their convolution, then
-// their share of conv3's sums, which stay in registers. Hidden channels outside the picture are zero, as padding is.
-// While one 32 are convolved the next ones' weights arrive.
+// A block computes tiles of 8 by 16 pixels and all C channels, one after the other. A warp has a group of 16 hidden
+// channels, or PASSES of them one after the other: it computes conv1 for the halo (conv2's border) and then conv2, and
+// nobody else reads what lies between. Doubling, conv1 and conv3 are products of a warpgroup (wgmma) whose rows are
+// channels, weights in registers, and whose columns are pixels, which tensor cores fetch from shared memory themselves.
+// Hidden channels outside the picture are zero, as padding is.
 //
-// Compile-time parameters beside those of conv_tile.cuh: C channels; CI channels of the shortcut's picture; SPLIT and WN
-// shares of conv1's and conv3's outputs among the warps; BLOCKS on a multiprocessor; DOUBLE whether x is to be doubled, or is given;
-// SHORTCUT whether there is one; SILU of the result.
+// Shared memory holds pixels in planes of 8 channels: 16 bytes a pixel, one after the other, so that any pixel may be
+// the first of a product, and rows of 8 pixels meet no bank twice.
+//
+// Compile-time parameters beside those of conv_tile.cuh, of which TH is 8: C channels; CI channels of the shortcut's
+// picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result.
 
-constexpr int HC = 32, GROUPS = HC / 16, CHUNKS = 2 * C / HC;
-constexpr int XS = C * 2 + 16, HS = HC * 2 + 16;  // bytes of a pixel: an odd multiple of 16, so that rows meet no bank twice
-constexpr int W1 = HC * C * 2, W2 = GROUPS * 9 * 512, W3 = C * HC * 2, BIAS = 2 * HC * 4, CHUNK = W1 + W2 + W3 + BIAS;
-constexpr int HID_AT = HALO * XS, MID_AT = HID_AT + HALO * HS, WEIGHTS_AT = MID_AT + TH * TW * HS;
-constexpr int SHARED = WEIGHTS_AT + 2 * CHUNK;
-static_assert(!DOUBLE || (TH / 2 + 4) * (TW / 2 + 4) * C * 2 <= WEIGHTS_AT + CHUNK - HID_AT, "what is doubled finds room");
+static_assert(TH == 8, "a product's columns are the halo of 8 rows");
+constexpr int GROUPS = 2 * C / 16, PASSES = GROUPS / WARPS, WARPGROUPS = WARPS / 4;
+static_assert(PASSES * WARPS == GROUPS, "warps share groups evenly");
+constexpr int PARTS = C / 8, PIXELS = (HALO + 7) / 8 * 8;  // planes of x; pixels of the halo, in eights
+constexpr int COLUMNS = 96, SECOND = PIXELS - COLUMNS;     // of a product over the halo; where the second one begins
+constexpr int SMALL_ROWS = TH / 2 + 4, SMALL_COLUMNS = TW / 2 + 4, SMALL = SMALL_ROWS * SMALL_COLUMNS;
 
-constexpr int TILES = (HALO + 15) / 16, MINE = GROUPS / SPLIT;  // of 16 pixels of the halo; 16 channels of a warp
-constexpr int EACH = (TILES * SPLIT + WARPS - 1) / WARPS;       // tiles of a warp
-constexpr int UNIT = TH * GROUPS / WARPS;                                    // rows of a warp in conv2
-constexpr int WM = WARPS / WN, ROWS = TH / WM, COLUMNS = C / 16 / WN;        // rows and 16 channels of a warp in conv3
+// Bytes of planes. Those written and read a pixel at a time are an odd multiple of 16, so that neighbours do not meet.
+constexpr int X_PLANE = (PIXELS + 1) * 16, SMALL_PLANE = (SMALL + 1) * 16;
+constexpr int HIDDEN_PLANE = PIXELS * 16, HIDDEN = 2 * HIDDEN_PLANE, MID_PLANE = TH * TW * 16, MID = 2 * MID_PLANE;
 
-__device__ __forceinline__ float bias_at(u32 biases, int i) { return __uint_as_float(load4(biases + i * 4)); }
+constexpr int W1 = GROUPS * PARTS * 256, W2 = GROUPS * 9 * 512, W3 = W1, BIAS = 2 * C * 4;  // bytes of the weights
+constexpr bool KEEPS = PASSES == 1;  // weights stay: conv1's and conv2's in registers, conv3's in shared memory
+constexpr int MATRIX_AT = PARTS * X_PLANE, HIDDEN_AT = MATRIX_AT + (DOUBLE ? SMALL / 8 * X_PLANE : 0);
+constexpr int MID_AT = HIDDEN_AT + WARPS * HIDDEN, W3_AT = MID_AT + (PASSES - 1) * WARPS * MID;
+constexpr int SHARED = W3_AT + (KEEPS ? W3 : 0);
+static_assert(!DOUBLE || PARTS * SMALL_PLANE <= W3_AT - HIDDEN_AT, "what is doubled finds room");
 
-__device__ __forceinline__ void load_weights(u32 to, const u8* from) {
-    for (int i = threadIdx.x; i < CHUNK / 16; i += THREADS) copy16(to + i * 16, from + i * 16, true);
+constexpr int ROWS64 = (C + 63) / 64;  // of products whose rows are the C channels
+
+__device__ __forceinline__ u32 at_pixel(u32 plane, int row, int column) {
+    return plane + ((row + 1) * WIDE + column + 1) * 16;
 }
 
-// Biases of channels `c` and `c` + 1 as sums begin with them.
-__device__ __forceinline__ void begin_with(float (&sums)[4], u32 biases, int c) {
-    sums[0] = sums[2] = bias_at(biases, c);
-    sums[1] = sums[3] = bias_at(biases, c + 1);
+// Where a lane finds its row of four matrices of 8 pixels by 8 channels: two planes, then the next 8 pixels.
+__device__ __forceinline__ u32 planes_row(int plane) {
+    const int lane = threadIdx.x % 32;
+    return lane / 8 % 2 * plane + (lane / 16 * 8 + lane % 8) * 16;
 }
 
-// Hidden channels of the halo: a warp has some of the tiles, and of SPLIT = 2 shares of the channels one.
-__device__ __forceinline__ void widen(u32 x, u32 hidden, u32 weights, u32 inside) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % SPLIT, first = warp / SPLIT;
-    float sums[EACH][2 * MINE][4];
+template <int COUNT>
+__device__ __forceinline__ void load_fragments(uint4 (&w)[COUNT], const u8* from) {
 #pragma unroll
-    for (int n = 0; n < 2 * MINE; ++n) begin_with(sums[0][n], weights + W1 + W2 + W3, share * MINE * 16 + n * 8 + lane % 4 * 2);
-#pragma unroll
-    for (int i = 1; i < EACH; ++i)
-#pragma unroll
-        for (int n = 0; n < 8 * MINE; ++n) sums[i][n / 4][n % 4] = sums[0][n / 4][n % 4];
-#pragma unroll 6
-    for (int k = 0; k < C / 16; ++k) {
-        uint4 b[MINE];
-#pragma unroll
-        for (int n = 0; n < MINE; ++n) b[n] = load16(weights + (k * GROUPS + share * MINE + n) * 512 + lane * 16);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int tile = first + i * (WARPS / SPLIT);
-            if (tile >= TILES) break;
-            u32 a[4];
-            load_matrices(a, x + min(tile * 16 + lane % 16, HALO - 1) * XS + k * 32 + lane / 16 * 16);
-#pragma unroll
-            for (int n = 0; n < MINE; ++n) {
-                mma(sums[i][2 * n], a, b[n].x, b[n].y);
-                mma(sums[i][2 * n + 1], a, b[n].z, b[n].w);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < EACH; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int p = (first + i * (WARPS / SPLIT)) * 16 + lane / 4 + half * 8;
-            if (p >= HALO) continue;
-            const bool in = inside >> (2 * i + half) & 1;
-#pragma unroll
-            for (int n = 0; n < 2 * MINE; ++n) {
-                const u32 pair = leaky(sums[i][n][half * 2], sums[i][n][half * 2 + 1]);
-                put4(hidden + p * HS + (share * MINE * 16 + n * 8 + lane % 4 * 2) * 2, in ? pair : 0);
-            }
-        }
+    for (int k = 0; k < COUNT; ++k) w[k] = fetch16(from + k * 512 + threadIdx.x % 32 * 16);
 }
 
-// Their convolution, inside the tile.
-__device__ __forceinline__ void convolve_hidden(u32 hidden, u32 mid, u32 weights) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp % GROUPS, row = warp / GROUPS * UNIT;
-    float sums[UNIT][2][4];
+template <int COUNT>
+__device__ __forceinline__ void settle_products(float (&sums)[COUNT][4]) {
+    products_commit();
+    products_wait<0>();
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        begin_with(sums[0][n], weights + W1 + W2 + W3 + HC * 4, group * 16 + n * 8 + lane % 4 * 2);
-#pragma unroll
-        for (int i = 4; i < 4 * UNIT; ++i) sums[i / 4][n][i % 4] = sums[0][n][i % 4];
-    }
-    convolve<UNIT>(sums, hidden + row * WIDE * HS + group * 32, HS, weights + W1 + group * 9 * 512);
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int r = 0; r < UNIT; ++r)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                put4(mid + ((row + r) * TW + lane / 4 + half * 8) * HS + (group * 16 + n * 8 + lane % 4 * 2) * 2,
-                     leaky(sums[r][n][half * 2], sums[r][n][half * 2 + 1]));
+    for (int i = 0; i < 4 * COUNT; ++i) keep(sums[i / 4][i % 4]);
 }
 
-// Their share of conv3's sums.
-__device__ __forceinline__ void narrow(float (&sums)[ROWS][2 * COLUMNS][4], u32 mid, u32 weights) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / WN * ROWS, column = warp % WN * COLUMNS;
-#pragma unroll
-    for (int k = 0; k < HC / 16; ++k) {
-        u32 a[ROWS][4];
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            load_matrices(a[r], mid + ((row + r) * TW + lane % 16) * HS + k * 32 + lane / 16 * 16);
-#pragma unroll
-        for (int n = 0; n < COLUMNS; ++n) {
-            const uint4 b = load16(weights + W1 + W2 + (k * (C / 16) + column + n) * 512 + lane * 16);
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                mma(sums[r][2 * n], a[r], b.x, b.y);
-                mma(sums[r][2 * n + 1], a[r], b.z, b.w);
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ u32 at_pixel(u32 x, int row, int column) { return x + ((row + 1) * WIDE + column + 1) * XS; }
-
-// Sums, where x was: a thread rewrites what it alone reads.
-__device__ __forceinline__ void add_to_x(u32 x, const float (&sums)[ROWS][2 * COLUMNS][4]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / WN * ROWS, column = warp % WN * COLUMNS;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int n = 0; n < 2 * COLUMNS; ++n)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const u32 address = at_pixel(x, row + r, lane / 4 + half * 8) + (column * 16 + n * 8 + lane % 4 * 2) * 2;
-                const u32 old = load4(address);
-                put4(address, to_bf16(low(old) + sums[r][n][half * 2], high(old) + sums[r][n][half * 2 + 1]));
-            }
-}
-
-// The pixel shuffle of `from` [height / 2, width / 2, CI], its CI / 4 channels as often as they fit: fetched, then added.
-constexpr int PARTS = CI / 8, PIECES = SHORTCUT ? (TH / 2 * (TW / 2) * PARTS + THREADS - 1) / THREADS : 1;
-constexpr int LAST = SHORTCUT ? TH / 2 * (TW / 2) * PARTS : 0;
-
-__device__ __forceinline__ void fetch_shortcut(uint4 (&pieces)[PIECES], const u16* from, const Tile& tile) {
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-        const int i = threadIdx.x + piece * THREADS, y = i / PARTS / (TW / 2), column = i / PARTS % (TW / 2);
-        if (i >= LAST) break;
-        const long long pixel = static_cast<long long>(tile.y0 / 2 + y) * (tile.width / 2) + tile.x0 / 2 + column;
-        pieces[piece] = fetch16(from + pixel * CI + i % PARTS * 8);
-    }
-}
-
-__device__ __forceinline__ void add_shortcut(u32 x, const uint4 (&pieces)[PIECES]) {
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-        const int i = threadIdx.x + piece * THREADS, part = i % PARTS;
-        const int y = i / PARTS / (TW / 2), column = i / PARTS % (TW / 2);
-        if (i >= LAST) break;
-        const uint4 v = pieces[piece];
-        // Channels 4 * c to 4 * c + 3 are the four pixels of channel c; here are those of two channels.
-        const u32 pairs[4] = {v.x & 0xffff | v.z << 16, v.x >> 16 | v.z & 0xffff0000u,
-                              v.y & 0xffff | v.w << 16, v.y >> 16 | v.w & 0xffff0000u};
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner)
-#pragma unroll
-            for (int again = 0; again < C; again += CI / 4) {
-                const u32 address = at_pixel(x, 2 * y + corner / 2, 2 * column + corner % 2) + (again + part * 2) * 2;
-                put4(address, add_pairs(load4(address), pairs[corner]));
-            }
-    }
-}
-
-// x as the double of `from` [height / 2, width / 2, C]. What it is made of is first copied to `small`.
-constexpr int SMALL_ROWS = TH / 2 + 4, SMALL_COLUMNS = TW / 2 + 4;
-
+// What of the smaller picture doubles to the tile's halo: edges again where it ends.
 __device__ __forceinline__ void load_small(u32 small, const u16* from, const Tile& tile) {
-    for (int i = threadIdx.x; i < SMALL_ROWS * SMALL_COLUMNS * (C / 8); i += THREADS) {
-        const int part = i % (C / 8), pixel = i / (C / 8);
+    for (int i = threadIdx.x; i < SMALL * PARTS; i += THREADS) {
+        const int part = i % PARTS, pixel = i / PARTS;
         const int y = clamped(first_tap(tile.y0 - 1) + pixel / SMALL_COLUMNS, tile.height / 2);
         const int column = clamped(first_tap(tile.x0 - 1) + pixel % SMALL_COLUMNS, tile.width / 2);
-        copy16(small + i * 16, from + (static_cast<long long>(y) * (tile.width / 2) + column) * C + part * 8, true);
+        copy16(small + part * SMALL_PLANE + pixel * 16,
+               from + (static_cast<long long>(y) * (tile.width / 2) + column) * C + part * 8, true);
     }
 }
 
-__device__ __forceinline__ void double_small(u32 x, u32 small, const Tile& tile) {
-    for (int i = threadIdx.x; i < WIDE * (C / 8); i += THREADS) {
-        const int part = i % (C / 8), column = i / (C / 8), left = column - 1 + tile.x0;
-        const u32 taps = small + (first_tap(left) - first_tap(tile.x0 - 1)) * (C * 2) + part * 16;
-        const auto fetch = [&](int row, int tap) { return load16(taps + (row * SMALL_COLUMNS + tap) * (C * 2)); };
-        upsampled_column(left, tile.y0 - 1, TH + 2, fetch, [&](int y, uint4 v) {
-            put16(x + ((y - tile.y0 + 1) * WIDE + column) * XS + part * 16, v);
-        });
-    }
+// Weight of row (column) `from` of the smaller picture in row (column) `to` of the halo.
+__device__ __forceinline__ float tap(int to, int from) {
+    const int i = from - to / 2;
+    return i < 0 || i > 3 ? 0.0f : quarter(to % 2 ? 3 - i : i);
 }
 
-__device__ __forceinline__ u32 silu_pair(u32 pair) { return to_bf16(silu(low(pair)), silu(high(pair))); }
-
-__device__ __forceinline__ void write_tile(u16* out, u32 x, const Tile& tile) {
-    constexpr int ALL = C / 8;
-    for (int i = threadIdx.x; i < TH * TW * ALL; i += THREADS) {
-        const int part = i % ALL, row = i / ALL / TW, column = i / ALL % TW;
-        uint4 v = load16(at_pixel(x, row, column) + part * 16);
-        if (SILU) v = uint4{silu_pair(v.x), silu_pair(v.y), silu_pair(v.z), silu_pair(v.w)};
-        write16(out + (static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column) * C + part * 8, v);
-    }
-}
-
-KERNEL(THREADS, 1, BLOCKS)
-resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u16* __restrict__ shortcut,
-         u16* __restrict__ out, int height, int width) {
-    const u32 x = shared_memory(), hidden = x + HID_AT, mid = x + MID_AT;
-    const Tile tile = tile_of(blockIdx.x, height, width);
-    const long long pixels = static_cast<long long>(height) * width;
-    load_weights(x + WEIGHTS_AT + CHUNK, weights);
-    if (DOUBLE) {
-        load_small(hidden, input + blockIdx.y * (pixels / 4) * C, tile);
-        copies_wait();
-        __syncthreads();
-        double_small(x, hidden, tile);
-    } else {
-        load_halo<C>(x, XS, input + blockIdx.y * pixels * C, C, tile);
-    }
-    u32 inside = 0;  // which pixels of `widen` are
+// Doubling as a matrix [PIXELS, SMALL], the same for every tile.
+__device__ __forceinline__ void put_matrix(u32 matrix) {
+    for (int i = threadIdx.x; i < SMALL / 8 * PIXELS; i += THREADS) {
+        const int part = i / PIXELS, p = i % PIXELS;
+        u32 pairs[4];
 #pragma unroll
-    for (int i = 0; i < 2 * EACH; ++i) {
-        const int p = (threadIdx.x / 32 / SPLIT + i / 2 * (WARPS / SPLIT)) * 16 + threadIdx.x % 32 / 4 + i % 2 * 8;
-        inside |= static_cast<u32>(tile.holds(p)) << i;
+        for (int e = 0; e < 4; ++e) {
+            const int first = part * 8 + 2 * e, row = first / SMALL_COLUMNS, column = first % SMALL_COLUMNS;
+            const float down = tap(p / WIDE, row);
+            pairs[e] = to_bf16(down * tap(p % WIDE, column), down * tap(p % WIDE, column + 1));
+        }
+        put16(matrix + part * X_PLANE + p * 16, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
     }
-    float sums[ROWS][2 * COLUMNS][4] = {};
+}
+
+// x of the halo. A warpgroup has some of the products of 64 channels and half of the pixels.
+__device__ __forceinline__ void double_small(u32 x, u32 small, u32 matrix) {
+    const int warp = same_in_warp(threadIdx.x / 32), warpgroup = warp / 4;
 #pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        const u32 now = x + WEIGHTS_AT + (chunk + 1) % 2 * CHUNK, other = x + WEIGHTS_AT + chunk % 2 * CHUNK;
+    for (int unit = 2 * ROWS64 * warpgroup / WARPGROUPS; unit < 2 * ROWS64 * (warpgroup + 1) / WARPGROUPS; ++unit) {
+        const int rows = unit / 2 * 4 + warp % 4, begin = unit % 2 * SECOND * 16;
+        const bool real = rows < C / 16;
+        u32 a[SMALL / 16][4];
+#pragma unroll
+        for (int k = 0; k < SMALL / 16; ++k)
+            load_transposed(a[k], small + (real ? rows * 2 * SMALL_PLANE : 0) + k * 256 + planes_row(SMALL_PLANE));
+        float sums[COLUMNS / 8][4];
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < SMALL / 16; ++k)
+            multiply_rows<0>(sums, a[k], planes_at(matrix + begin + k * 2 * X_PLANE, X_PLANE), k > 0);
+        settle_products(sums);
+        if (!real) continue;
+        const u32 to = x + rows * 2 * X_PLANE + begin + planes_row(X_PLANE);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n += 2)
+            store_transposed(to + n * 128, to_bf16(sums[n][0], sums[n][1]), to_bf16(sums[n][2], sums[n][3]),
+                             to_bf16(sums[n + 1][0], sums[n + 1][1]), to_bf16(sums[n + 1][2], sums[n + 1][3]));
+    }
+}
+
+// conv1 and its activation: a warp's 16 hidden channels of the halo.
+__device__ __forceinline__ void widen(u32 x, u32 hidden, const uint4 (&w)[PARTS / 2], const float (&biases)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int begin = half * SECOND * 16;
+        float sums[COLUMNS / 8][4];
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) sums[i / 4][i % 4] = biases[i % 4 / 2];
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < PARTS / 2; ++k) {
+            const u32 a[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
+            multiply_rows<0>(sums, a, planes_at(x + begin + k * 2 * X_PLANE, X_PLANE), 1);
+        }
+        settle_products(sums);
+        const u32 to = hidden + begin + planes_row(HIDDEN_PLANE);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n += 2)
+            store_transposed(to + n * 128, leaky(sums[n][0], sums[n][1]), leaky(sums[n][2], sums[n][3]),
+                             leaky(sums[n + 1][0], sums[n + 1][1]), leaky(sums[n + 1][2], sums[n + 1][3]));
+    }
+}
+
+__device__ __forceinline__ void clear_outside(u32 hidden, const Tile& tile) {
+    if (tile.y0 > 0 && tile.x0 > 0 && tile.y0 + TH < tile.height && tile.x0 + TW < tile.width) return;
+    __syncwarp();
+    for (int p = threadIdx.x % 32; p < HALO; p += 32)
+        if (!tile.holds(p))
+            for (int half = 0; half < 2; ++half) put16(hidden + half * HIDDEN_PLANE + p * 16, uint4{0, 0, 0, 0});
+}
+
+// conv2 and its activation, of the tile. `mid` may be where `hidden` is, with planes as far apart: four rows of the tile
+// lie where the other four read nothing.
+__device__ __forceinline__ void convolve_hidden(u32 hidden, u32 mid, int plane, const uint4 (&w)[9], const float (&biases)[4]) {
+    constexpr int UNIT = 4;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int row = 0; row < TH; row += UNIT) {
+        float sums[UNIT][2][4];
+#pragma unroll
+        for (int i = 0; i < 8 * UNIT; ++i) sums[i / 8][i / 4 % 2][i % 4] = biases[i / 4 % 2 * 2 + i % 2];
+        convolve<UNIT>(sums, hidden + row * WIDE * 16, 16, HIDDEN_PLANE, w);
+        __syncwarp();  // nobody reads these rows any more
+#pragma unroll
+        for (int r = 0; r < UNIT; ++r)
+            store_matrices(mid + lane / 16 * plane + ((row + r) * TW + lane % 16) * 16,
+                           leaky(sums[r][0][0], sums[r][0][1]), leaky(sums[r][0][2], sums[r][0][3]),
+                           leaky(sums[r][1][0], sums[r][1][1]), leaky(sums[r][1][2], sums[r][1][3]));
+    }
+}
+
+// x += conv3, where x is. A warpgroup has some of the products of 64 channels and NARROW pixels.
+constexpr int NARROW = KEEPS ? TH * TW / 2 : TH * TW, UNITS = ROWS64 * (TH * TW / NARROW), BATCH = 4;
+
+__device__ __forceinline__ void fetch_narrowing(uint4 (&w)[BATCH], u32 shared, const u8* memory, int at) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+        w[i] = KEEPS ? load16(shared + at + i * 512) : fetch16(memory + at + i * 512);
+}
+
+__device__ __forceinline__ void narrow(u32 x, u32 hidden, u32 mid, u32 shared, const u8* memory) {
+    const int warp = same_in_warp(threadIdx.x / 32), warpgroup = warp / 4;
+#pragma unroll 1
+    for (int unit = UNITS * warpgroup / WARPGROUPS; unit < UNITS * (warpgroup + 1) / WARPGROUPS; ++unit) {
+        const int rows = unit / (TH * TW / NARROW) * 4 + warp % 4, begin = unit % (TH * TW / NARROW) * NARROW;
+        const bool real = rows < C / 16;
+        const int at = (real ? rows : 0) * GROUPS * 512 + threadIdx.x % 32 * 16;
+        float sums[NARROW / 8][4];
+        uint4 w[2][BATCH];
+        fetch_narrowing(w[0], shared, memory, at);
+#pragma unroll
+        for (int group = 0; group < GROUPS; group += BATCH) {
+            if (group + BATCH < GROUPS)
+                fetch_narrowing(w[(group / BATCH + 1) % 2], shared, memory, at + (group + BATCH) * 512);
+            products_begin();
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int g = group + i, last = g - (PASSES - 1) * WARPS;
+                const u64 pixels = last < 0 ? planes_at(mid + g * MID + begin * 16, MID_PLANE)
+                                            : planes_at(hidden + last * HIDDEN + begin * 16, HIDDEN_PLANE);
+                const uint4& v = w[group / BATCH % 2][i];
+                const u32 a[4] = {v.x, v.y, v.z, v.w};
+                multiply_rows<0>(sums, a, pixels, g > 0);
+                if constexpr (NARROW > 64) multiply_rows<8>(sums, a, planes_after(pixels, 64 * 16), g > 0);
+            }
+            settle_products(sums);
+        }
+        if (!real) continue;
+#pragma unroll
+        for (int n = 0; n < NARROW / 8; n += 2) {
+            const u32 at = at_pixel(x + rows * 2 * X_PLANE, begin / TW + n / 2, 0) + planes_row(X_PLANE);
+            u32 old[4];
+            load_transposed(old, at);
+            store_transposed(at, add_to_pair(old[0], sums[n][0], sums[n][1]), add_to_pair(old[1], sums[n][2], sums[n][3]),
+                             add_to_pair(old[2], sums[n + 1][0], sums[n + 1][1]),
+                             add_to_pair(old[3], sums[n + 1][2], sums[n + 1][3]));
+        }
+    }
+}
+
+// A piece of the result: 8 channels of 2 by 2 pixels, which a pixel of the shortcut's picture has four channels for.
+constexpr int PIECES = TH / 2 * (TW / 2) * PARTS, MINE = (PIECES + THREADS - 1) / THREADS;
+
+struct Piece {
+    int part, row, column;
+    bool real;
+    __device__ __forceinline__ Piece(int number) {
+        const int i = threadIdx.x + number * THREADS;
+        part = i % PARTS, row = i / PARTS / (TW / 2) * 2, column = i / PARTS % (TW / 2) * 2, real = i < PIECES;
+    }
+};
+
+// The pixel shuffle of `from` [height / 2, width / 2, CI], its CI / 4 channels as often as they fit.
+__device__ __forceinline__ void fetch_shortcut(uint4 (&v)[MINE][4], const u16* from, const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        const Piece piece(i);
+        if (!piece.real) break;
+        const long long pixel = static_cast<long long>((tile.y0 + piece.row) / 2) * (tile.width / 2) + (tile.x0 + piece.column) / 2;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[i][j] = fetch16(from + pixel * CI + piece.part * 8 % (CI / 4) * 4 + j * 8);
+    }
+}
+
+__device__ __forceinline__ u32 finished(u32 pair, u32 other) {
+    const float a = SHORTCUT ? low(pair) + low(other) : low(pair), b = SHORTCUT ? high(pair) + high(other) : high(pair);
+    return SILU ? to_bf16(silu(a), silu(b)) : to_bf16(a, b);
+}
+
+__device__ __forceinline__ void write_tile(u16* out, u32 x, const uint4 (&shortcut)[MINE][4], const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        const Piece piece(i);
+        if (!piece.real) break;
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            const int row = piece.row + corner / 2, column = piece.column + corner % 2;
+            u32 other[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int j = 0; SHORTCUT && j < 4; ++j) {  // four pixels of one channel, then of the next
+                const uint4& v = shortcut[i][j];
+                other[j] = __byte_perm(corner < 2 ? v.x : v.y, corner < 2 ? v.z : v.w, corner % 2 ? 0x7632 : 0x5410);
+            }
+            const uint4 v = load16(at_pixel(x + piece.part * X_PLANE, row, column));
+            const long long pixel = static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column;
+            write16(out + pixel * C + piece.part * 8, uint4{finished(v.x, other[0]), finished(v.y, other[1]),
+                                                           finished(v.z, other[2]), finished(v.w, other[3])});
+        }
+    }
+}
+
+struct Weights {  // of a warp's group
+    uint4 w1[PARTS / 2], w2[9];
+    float bias1[2], bias2[4];
+};
+
+__device__ __forceinline__ void fetch_widening(Weights& w, const u8* weights, int group) {
+    const int lane = threadIdx.x % 32;
+    load_fragments(w.w1, weights + group * (W1 / GROUPS));
+    const u8* biases = weights + W1 + W2 + W3 + group * 64;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) w.bias1[i] = __uint_as_float(fetch4(biases + (lane / 4 + i * 8) * 4));
+}
+
+__device__ __forceinline__ void fetch_convolution(Weights& w, const u8* weights, int group) {
+    load_fragments(w.w2, weights + W1 + group * (W2 / GROUPS));
+    const u8* biases = weights + W1 + W2 + W3 + BIAS + group * 64;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        w.bias2[i] = __uint_as_float(fetch4(biases + (i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2) * 4));
+}
+
+// `tiles`: of all pictures.
+KERNEL(THREADS, 1, 1)
+resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u16* __restrict__ shortcut,
+         u16* __restrict__ out, int height, int width, int tiles) {
+    const u32 x = shared_memory(), matrix = x + MATRIX_AT, hidden = x + HIDDEN_AT, mid = x + MID_AT, small = hidden;
+    const int warp = same_in_warp(threadIdx.x / 32), each = height / TH * (width / TW);
+    const long long pixels = static_cast<long long>(height) * width;
+    if (DOUBLE) {
+        load_small(small, input + blockIdx.x / each * (pixels / 4) * C, tile_of(blockIdx.x % each, height, width));
+        put_matrix(matrix);
+    }
+    Weights w;
+    if (KEEPS) {
+        for (int i = threadIdx.x; i < W3 / 16; i += THREADS) copy16(x + W3_AT + i * 16, weights + W1 + W2 + i * 16, true);
+        fetch_widening(w, weights, warp);
+        fetch_convolution(w, weights, warp);
+    }
+#pragma unroll 1
+    for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+        const Tile tile = tile_of(number % each, height, width);
+        const long long clip = number / each;
+        if (!KEEPS) fetch_widening(w, weights, warp);
+        if (!DOUBLE) {
+            __syncthreads();  // the tile before is written
+            load_halo<C>(x, 16, X_PLANE, input + clip * pixels * C, tile);
+        }
         copies_wait();
-        __syncthreads();  // weights are there; the 32 channels before are convolved
-        if (chunk > 0) narrow(sums, mid, other);
-        widen(x, hidden, now, inside);
-        __syncthreads();  // hidden channels are there; nobody reads `other` and `mid` any more
-        if (chunk + 1 < CHUNKS) load_weights(other, weights + (chunk + 1) * CHUNK);
-        convolve_hidden(hidden, mid, now);
-    }
-    uint4 pieces[PIECES];
-    if (SHORTCUT) fetch_shortcut(pieces, shortcut + blockIdx.y * (pixels / 4) * CI, tile);
-    __syncthreads();
-    narrow(sums, mid, x + WEIGHTS_AT + CHUNKS % 2 * CHUNK);
-    add_to_x(x, sums);
-    __syncthreads();
-    if (SHORTCUT) {
-        add_shortcut(x, pieces);
+        written_for_products();
         __syncthreads();
+        if (DOUBLE) {
+            double_small(x, small, matrix);
+            written_for_products();
+            __syncthreads();  // x is there; nobody reads `small` any more
+        }
+#pragma unroll 1
+        for (int pass = 0; pass < PASSES; ++pass) {
+            const int group = pass * WARPS + warp;
+            const bool last = pass == PASSES - 1;
+            if (!KEEPS) fetch_convolution(w, weights, group);
+            const u32 mine = hidden + warp * HIDDEN;
+            widen(x, mine, w.w1, w.bias1);
+            if (!KEEPS && !last) fetch_widening(w, weights, group + WARPS);
+            clear_outside(mine, tile);
+            __syncwarp();
+            convolve_hidden(mine, last ? mine : mid + group * MID, last ? HIDDEN_PLANE : MID_PLANE, w.w2, w.bias2);
+        }
+        uint4 pieces[MINE][4];
+        if (SHORTCUT) fetch_shortcut(pieces, shortcut + clip * (pixels / 4) * CI, tile);
+        written_for_products();
+        __syncthreads();  // hidden channels are convolved; nobody reads x any more
+        narrow(x, hidden, mid, x + W3_AT, weights + W1 + W2);
+        __syncthreads();  // nobody reads hidden channels any more
+        const int next = number + gridDim.x;
+        if (DOUBLE && next < tiles)
+            load_small(small, input + next / each * (pixels / 4) * C, tile_of(next % each, height, width));
+        write_tile(out + clip * pixels * C, x, pieces, tile);
     }
-    write_tile(out + blockIdx.y * pixels * C, x, tile);
 }
