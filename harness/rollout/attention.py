@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from harness.formats.scales import ScaleMode
+from harness.kernels import launch
+from harness.kernels.cuda import attend
+from harness.kernels.cuda.attend import AttendShape
+from harness.kernels.cuda.linear import PackedLinear
+from harness.kernels.cuda.stream import Stream
 from harness.kv import KVCache, KVConf
 from harness.kv.conf import TENSORS
-from harness.models.attention import Attend, ProjectedAttend
+from harness.models.attention import Attend
+from harness.models.gamerft import RMS_EPS
 from harness.rollout import fused
 from harness.rollout.compile import compile_function
 from harness.rollout.conf import AttentionKind, CompileConf
@@ -155,6 +161,44 @@ class FusedAttention:
             self.cache.rings[layer]["v"].store(slot, self.cache.turned("v", layer, v))
         return out
 
+    def streamed(self, layer: int, qkv: PackedLinear, stream: Stream, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention ``[T, D]`` of one clip's frame from the residual stream on, through the projection ``qkv``.
+
+        One launch where there is a kernel for it (:func:`joined`), two elsewhere.
+        """
+        shape = joined(self.cache, layer, qkv, self.store)
+        if shape is None:
+            return self.projected(layer, qkv.normed(stream, RMS_EPS)[None], rotary)[0]
+        views = self._views[layer]
+        rings = attend.Ring(*views["k"][:2]), attend.Ring(*views["v"][:2])
+        return attend.attend(stream, qkv.packed(), shape, rings, self.cache.slot(layer), rotary, RMS_EPS)
+
+
+def joined(cache: KVCache, layer: int, qkv: PackedLinear, store: bool) -> AttendShape | None:
+    """The kernel that is projection and attention of a layer; None if there is none for it.
+
+    ``store``: whether the frame's own K and V are kept; a plain ring keeps them in any case.
+    """
+    rings, shape = cache.rings[layer], cache.rings[layer]["k"].shape
+    if qkv.config is not None or attend.unfit(shape.heads, shape.head_dim, cache.tokens, cache.batch) is not None:
+        return None
+    key, value = (fused.ring_view(rings[name]) for name in TENSORS)
+    known = all(view.per == "block" and (view.stores or not store) for view in (key, value))
+    if not known or any(cache.turns(name, layer) for name in TENSORS):
+        return None
+    found = AttendShape(
+        inputs=qkv.in_features,
+        element=qkv.element,
+        k=key.format,
+        v=value.format,
+        k_stores=store or key.scales is None,
+        v_stores=store or value.scales is None,
+        mode=(value if key.scales is None else key).scale_mode or ScaleMode.rceil,
+        cluster=attend.cluster_of(shape.heads),
+        dependent=launch.dependent(cache.device),
+    )
+    return found if found.stages() else None
+
 
 class OneLayer:
     """Attention of one layer, made for a cache of that layer alone (:meth:`KVCache.of_layer`).
@@ -171,14 +215,18 @@ class OneLayer:
 
 
 class OneProjectedLayer:
-    """:class:`OneLayer` of a :class:`~harness.models.attention.ProjectedAttend`."""
+    """:class:`OneLayer` of :class:`FusedAttention`."""
 
-    def __init__(self, attend: ProjectedAttend) -> None:
+    def __init__(self, attend: FusedAttention) -> None:
         self.attend = attend
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """See :class:`~harness.models.attention.ProjectedAttend`."""
         return self.attend.projected(0, qkv, rotary)
+
+    def streamed(self, layer: int, qkv: PackedLinear, stream: Stream, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """See :meth:`FusedAttention.streamed`."""
+        return self.attend.streamed(0, qkv, stream, rotary)
 
 
 def meeting_of(cache: KVCache, config: fused.WindowConfig | None = None) -> fused.Meeting:

@@ -185,7 +185,7 @@ class Rollout:
             buffer.zero_()
         self.cache.reset()
         streamed = all_stream(self.core, self.cache, self.attention, self.compile)
-        compile_ahead(self.core, self.cache.batch, streamed)
+        compile_ahead(self.core, self.cache, streamed)
         if self._layers is not None:
             self._warm_prefill()
         for _ in range(frames):

@@ -26,7 +26,7 @@ from harness.models.gamerft import (
     gated,
 )
 from harness.models.world import WorldModel
-from harness.rollout.attention import FusedAttention, frame_attention, layer_attention, meeting_of
+from harness.rollout.attention import FusedAttention, OneProjectedLayer, frame_attention, layer_attention, meeting_of
 from harness.rollout.compile import compile_function, keep_in_place
 from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
@@ -99,7 +99,7 @@ def through_layer_fused(
 def through_layer_streamed(
     block: Block, attend: LayerAttend, stream: Stream, mod: BlockModulation, norm: tuple[Tensor, Tensor], rotary: Rotary
 ) -> Stream:
-    """A layer in five launches, from residual stream to residual stream, of a block that :func:`streams`.
+    """A layer in four launches or five, from residual stream to residual stream, of a block that :func:`streams`.
 
     Args:
         block: the layer.
@@ -110,8 +110,11 @@ def through_layer_streamed(
         rotary: of the frame.
     """
     qkv, out, fc1, fc2 = packed_linears(block)
-    projected = qkv.normed(stream, RMS_EPS)[None]
-    attended = attend_from_projection(attend, block.attn.layer, projected, block.attn.n_heads, rotary)[0]
+    if isinstance(attend, FusedAttention | OneProjectedLayer):
+        attended = attend.streamed(block.attn.layer, qkv, stream, rotary)
+    else:
+        projected = qkv.normed(stream, RMS_EPS)[None]
+        attended = attend_from_projection(attend, block.attn.layer, projected, block.attn.n_heads, rotary)[0]
     stream = out.added(attended, stream.total, Modulating(mod.attn_gate, mod.mlp_scale, mod.mlp_shift))
     return fc2.added(fc1.normed(stream, RMS_EPS), stream.total, Modulating(mod.mlp_gate, *norm))
 

@@ -60,6 +60,7 @@ struct Copy {
 };
 
 struct Block {
+    Meeting groups[16];
     std::vector<u8> shared;
     std::vector<Warp> warps;
     std::vector<Copy> copies;
@@ -115,6 +116,13 @@ inline void cluster_wait() {
     while (cluster_meeting.generation == cluster_generation[fiber_number()]) pause();
 }
 inline void __syncthreads() { meet(now->block->all); }
+inline void group_sync(int group, int threads) {
+    CHECK(group > 0 && group < 16 && threads % 32 == 0, "a group is of whole warps");
+    Meeting& meeting = now->block->groups[group];
+    CHECK(meeting.arrived == 0 || meeting.needed == threads, "all of a group agree on how many they are");
+    meeting.needed = threads;
+    meet(meeting);
+}
 inline Warp& my_warp() { return now->block->warps[now->thread.x / 32]; }
 inline void __syncwarp() { meet(my_warp().meeting); }
 
@@ -186,6 +194,10 @@ inline void copy_bytes(u32 to, const u8* from, u32 bytes, u32 bar, u64) {
     at(*now->block, to, bytes, 16);
     now->block->copies.push_back({static_cast<int>(dice() % 8), to, bytes, bar, from, nullptr, 0, 0});
 }
+inline void prefetch_bytes(const u8* from, u32 bytes) {
+    CHECK(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<u64>(from) % 16 == 0, "bulk copies are of 16 bytes");
+}
+inline void copies_see_stores() {}
 inline void prefetch_map(const TensorMap*) {}
 inline void copy_x(u32 to, const TensorMap* map, int k, int m, u32 bar) {
     const u32 bytes = map->rows * 128;
@@ -204,7 +216,7 @@ inline void copy_x_to(u32 to, const TensorMap* map, int k, int m, u32 bar, int b
     }
 }
 inline void perform(Block& block, const Copy& copy) {
-    u8* to = at(block, copy.to, copy.bytes, 16);
+    u8* to = at(block, copy.to, copy.bytes, copy.bytes < 16 ? 4 : 16);
     if (!copy.map) std::memcpy(to, copy.from ? copy.from : reinterpret_cast<const u8*>(copy.value), copy.bytes);
     for (int r = 0; copy.map && r < copy.map->rows; ++r)
         for (int c = 0; c < 64; ++c) {
@@ -227,6 +239,8 @@ inline uint4 load16(u32 address) {
     std::memcpy(&v, at(*now->block, address, 16, 16), 16);
     return v;
 }
+inline void store2(u32 address, u32 v) { std::memcpy(at(*now->block, address, 2, 2), &v, 2); }
+inline void store16(u32 address, const u32 (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
 inline void store4(u32 address, float v) { std::memcpy(at(*now->block, address, 4, 4), &v, 4); }
 template <typename T>
 inline u32 read_fresh(const T* from) {
@@ -237,12 +251,24 @@ inline u32 read_fresh(const T* from) {
 }
 inline u32 address_in(u32 address, int rank) { return address | (rank + 1) << 24; }
 inline void store16(u32 address, const float (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
-inline void store16_in(u32 address, const float (&v)[4], u32 bar) {
+inline Block& block_at(u32 address, u32 bar) {
     CHECK(address >> 24 == bar >> 24, "the barrier is the written block's");
     Block& block = (*now->cluster)[(address >> 24) - 1];
     CHECK(block.started == block.all.needed, "a write to a block that has not started");
-    const int due = static_cast<int>(dice() % 8);
-    block.copies.push_back({due, address & 0xffffff, 16, bar & 0xffffff, nullptr, nullptr, 0, 0, {v[0], v[1], v[2], v[3]}});
+    return block;
+}
+inline int some_time() { return static_cast<int>(dice() % 8); }
+inline void store16_in(u32 address, const float (&v)[4], u32 bar) {
+    block_at(address, bar).copies.push_back(
+        {some_time(), address & 0xffffff, 16, bar & 0xffffff, nullptr, nullptr, 0, 0, {v[0], v[1], v[2], v[3]}});
+}
+inline void store4_in(u32 address, float v, u32 bar) {
+    block_at(address, bar).copies.push_back(
+        {some_time(), address & 0xffffff, 4, bar & 0xffffff, nullptr, nullptr, 0, 0, {v}});
+}
+inline void send_bytes(u32 to, u32 from, u32 bytes, u32 bar) {
+    block_at(to, bar).copies.push_back(
+        {some_time(), to & 0xffffff, bytes, bar & 0xffffff, at(*now->block, from, bytes, 16), nullptr, 0, 0});
 }
 inline u32 multiply(u32 a, u32 b) {
     return bf16_of(of_bf16(a) * of_bf16(b)) | bf16_of(of_bf16(a >> 16) * of_bf16(b >> 16)) << 16;
@@ -299,6 +325,11 @@ inline void write16(u16* to, const u32 (&v)[4]) {
     CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");
     std::memcpy(to, v, 16);
 }
+inline void write8(u16* to, u32 first, u32 second) {
+    CHECK(reinterpret_cast<u64>(to) % 8 == 0, "misaligned memory");
+    std::memcpy(to, &first, 4);
+    std::memcpy(to + 2, &second, 4);
+}
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     u32 given[10] = {a[0], a[1], a[2], a[3], b0, b1};
     std::memcpy(given + 6, c, 16);
@@ -347,6 +378,22 @@ inline void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u
         }
         for (float& sum : acc[m]) sum = add ? sum : 0.0f;
         mma(acc[m], a, b[0], b[1]);
+    }
+}
+
+inline u64 columns_at(u32 address) { return address; }
+inline void multiply_columns(float (&acc)[8][4], const u32 (&a)[4], u64 rows, u32 add) {
+    const int lane = now->thread.x % 32;
+    for (int n = 0; n < 8; ++n) {
+        u32 b[2] = {0, 0};
+        for (int i = 0; i < 4; ++i) {
+            const u32 row = i / 2 * 8 + lane % 4 * 2 + i % 2, address = static_cast<u32>(rows) + row * 128 + n * 16 + lane / 4 * 2;
+            u16 value;
+            std::memcpy(&value, at(*now->block, address ^ (address >> 7 & 7) << 4, 2, 2), 2);
+            b[i / 2] |= static_cast<u32>(value) << (i % 2 * 16);
+        }
+        for (float& sum : acc[n]) sum = add ? sum : 0.0f;
+        mma(acc[n], a, b[0], b[1]);
     }
 }
 

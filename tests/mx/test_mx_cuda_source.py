@@ -32,7 +32,8 @@ def address(tensor):
 
 
 def write_source(path, kernel, runner):
-    parts = (HERE / "mx_device_cpu.hpp", KERNELS / "mx_decode.cuh", KERNELS / kernel, HERE / runner)
+    product = (KERNELS / "mx_product.cuh",) if kernel == "mx_linear.cu" else ()
+    parts = (HERE / "mx_device_cpu.hpp", KERNELS / "mx_decode.cuh", *product, KERNELS / kernel, HERE / runner)
     path.write_text("".join(f'#include "{part}"\n' for part in parts))
 
 

@@ -99,15 +99,16 @@ class PackedLinear(nn.Module, ABC):
         """
         from harness.kernels.cuda.ops import normed_product
 
-        return normed_product(stream, self._packed(), self.out_features, eps, self.config, self.silu)
+        return normed_product(stream, self.packed(), self.out_features, eps, self.config, self.silu)
 
     def added(self, x: Tensor, total: Tensor, vectors: Modulating) -> Stream:
         """The residual stream ``total`` [M, N] of one frame with ``gate * forward(x)`` added, x BF16 [M, K]."""
         from harness.kernels.cuda.ops import residual_product
 
-        return residual_product(x, self._packed(), total, vectors, self.config)
+        return residual_product(x, self.packed(), total, vectors, self.config)
 
-    def _packed(self) -> "PackedWeight":
+    def packed(self) -> "PackedWeight":
+        """What kernels read of it."""
         from harness.kernels.cuda.ops import PackedWeight
 
         return PackedWeight(self.tiles, self.bias, self.element, self.output_scale)

@@ -68,6 +68,11 @@ __device__ __forceinline__ void copy_bytes(u32 to, const u8* from, u32 bytes, u3
         ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
 
+// Has memory brought into L2; waits for nothing.
+__device__ __forceinline__ void prefetch_bytes(const u8* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Has the description of a matrix at hand when the first copy needs it.
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -100,6 +105,16 @@ __device__ __forceinline__ u32 load4(u32 address) {
     return v;
 }
 
+// The lower half of `v`.
+__device__ __forceinline__ void store2(u32 address, u32 v) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(v)) : "memory");
+}
+
+__device__ __forceinline__ void store16(u32 address, const u32 (&v)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ void store4(u32 address, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
@@ -129,6 +144,10 @@ __device__ __forceinline__ u32 read4(const u8* from, u64 policy) {
 __device__ __forceinline__ void write16(u16* to, const u32 (&v)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                  : "memory");
+}
+
+__device__ __forceinline__ void write8(u16* to, u32 first, u32 second) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory");
 }
 
 // `value` of another lane.
@@ -185,9 +204,10 @@ __device__ __forceinline__ int same_in_warp(int value) {
 #define SUMS(m) "+f"(acc[m][0]), "+f"(acc[m][1]), "+f"(acc[m][2]), "+f"(acc[m][3])
 #define SUMS8(m) SUMS(m), SUMS(m + 1), SUMS(m + 2), SUMS(m + 3), SUMS(m + 4), SUMS(m + 5), SUMS(m + 6), SUMS(m + 7)
 #define FACTORS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows), "r"(add)
-#define WGMMA(n, sums, factors, more) \
+#define WGMMA_OF(n, sums, factors, more, columns) \
     "{\n.reg .pred add;\nsetp.ne.u32 add, " more ", 0;\n" \
-    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, " factors ", add, 1, 1, 0;\n}\n"
+    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, " factors ", add, 1, 1, " columns ";\n}\n"
+#define WGMMA(n, sums, factors, more) WGMMA_OF(n, sums, factors, more, "0")
 #define SUM8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define SUM16 SUM8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define SUM32 SUM16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -219,6 +239,26 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[COUNT][4], const u32 
     }
 }
 
+// How wgmma finds 64 columns of rows that lie as in `rows_at`, where rows are what is summed over: 16 are 2048 bytes.
+__device__ __forceinline__ u64 columns_at(u32 address) {
+    return static_cast<u64>((address & 0x3ffff) >> 4) | 64ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// acc (+)= A * B for 16 rows of B, of 64 columns, 8 for each acc[n]; A as in `multiply_rows`.
+__device__ __forceinline__ void multiply_columns(float (&acc)[8][4], const u32 (&a)[4], u64 rows, u32 add) {
+    asm volatile(WGMMA_OF(64, SUM32, "{%32,%33,%34,%35}, %36", "%37", "1") : SUMS8(0) : FACTORS);
+}
+
+// `threads` of a block meet, of those that name `group`, 1 to 15.
+__device__ __forceinline__ void group_sync(int group, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory");
+}
+
+// What this thread has written to shared memory is seen by copies and tensor cores that begin after a meeting.
+__device__ __forceinline__ void copies_see_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // The blocks of a cluster meet; what they wrote need not be seen (making sure of that takes as long as memory does).
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -244,6 +284,17 @@ __device__ __forceinline__ void store16(u32 address, const float (&v)[4]) {
 __device__ __forceinline__ void store16_in(u32 address, const float (&v)[4], u32 bar) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void store4_in(u32 address, float v, u32 bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(v),
+                 "r"(bar) : "memory");
+}
+
+// Shared memory of this block to another's, at an address that `address_in` gave, likewise.
+__device__ __forceinline__ void send_bytes(u32 to, u32 from, u32 bytes, u32 bar) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "r"(from), "r"(bytes), "r"(bar) : "memory");
 }
 
 // 2^v, 1 / sqrt(v) and 1 / v by the special function units; subnormal results are 0.

@@ -26,7 +26,10 @@ from harness.kernels.tuned import gpu_name
 
 _UNPACK_WARPS = 8
 
-_loading = threading.Lock()
+loading = threading.Lock()
+"""Held while a kernel is made ready."""
+
+_PARTS = {"mx_linear.cu": ("mx_product.cuh",), "mx_attend.cu": ("mx_product.cuh",)}
 
 
 def mx_linear_now(
@@ -183,7 +186,7 @@ def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
         return cuda_packing.unpack_plain(tiles, *sizes)
     (n, k), (rows, groups) = sizes, tiles.shape[:2]
     out = torch.empty(n, k, dtype=torch.bfloat16, device=tiles.device)
-    with torch.cuda.device(tiles.device), _loading:
+    with torch.cuda.device(tiles.device), loading:
         pdl = launch.dependent(tiles.device)
         function = _load_unpack(element, torch.cuda.current_device(), pdl)
         arguments = (tiles, out, *(ctypes.c_int(size) for size in (n, k, groups)))
@@ -194,8 +197,8 @@ def unpack(tiles: Tensor, sizes: tuple[int, int], element: str) -> Tensor:
 @functools.cache
 def source(kernel: str = "mx_linear.cu") -> str:
     """A kernel's source: the instructions, how weights are decoded, then what is made of them."""
-    here = Path(__file__).parent
-    return "".join((here / name).read_text() for name in ("mx_device.cuh", "mx_decode.cuh", kernel))
+    here, parts = Path(__file__).parent, ("mx_device.cuh", "mx_decode.cuh", *_PARTS.get(kernel, ()), kernel)
+    return "".join((here / name).read_text() for name in parts)
 
 
 @functools.cache
@@ -224,7 +227,7 @@ def load(
     role: Role = Role.plain,
 ) -> nvrtc.Function:
     """The kernel ``config`` for the product ``shape`` on the current device, ``device``."""
-    with _loading:
+    with loading:
         index = torch.cuda.current_device() if device.index is None else device.index
         shared = cuda_config.shared_bytes(config, shape, role)
         return _load(config, shape.k, shared, element, index, silu, dependent, role)

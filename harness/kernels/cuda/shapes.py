@@ -103,7 +103,7 @@ def tuned(gpu: str | None = None, role: Role = Role.plain) -> dict[tuple[int, in
     return {(s["bits"], s["m"], s["n"], s["k"]): CudaConfig(*s["config"]) for s in alike}
 
 
-_PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
+PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
 """Multiprocessors of an H100 or H200 that clusters of each size can fill."""
 
 _BYTES_PER_NS = 45.0  # what one multiprocessor takes in from HBM, L2 and its neighbours
@@ -246,7 +246,7 @@ _SMALL_BYTES = 128 * 1024
 def _at_once(config: CudaConfig, shape: CudaShape) -> bool:
     """Whether there is a place for every block from the start."""
     across, down = launch_grid(config, shape.m, shape.n)
-    return across * down <= _PLACES[config.cluster * config.share] * config.blocks
+    return across * down <= PLACES[config.cluster * config.share] * config.blocks
 
 
 def _fetched_ahead(config: CudaConfig, shape: CudaShape) -> int:
@@ -262,8 +262,8 @@ def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
     fitting = [
         config
         for tiles in {m_tiles, min(m_tiles, 16), min(m_tiles, 8)}
-        for cluster, share in itertools.product(_PLACES, (1, 2, 4))
-        if cluster * share in _PLACES
+        for cluster, share in itertools.product(PLACES, (1, 2, 4))
+        if cluster * share in PLACES
         for row_tiles in (1, 2, 3, 4)
         for warps_n in (4, 8, 12, 16)
         for warps_k in (1, 2, 3, 4)
@@ -307,7 +307,7 @@ def estimate(shape: CudaShape, config: CudaConfig) -> float:
     the multiprocessors hold wait for a second round.
     """
     held, (across, down) = held_groups(config, shape.k), launch_grid(config, shape.m, shape.n)
-    places = _PLACES[config.cluster * config.share] * config.blocks
+    places = PLACES[config.cluster * config.share] * config.blocks
     rounds = max(1.0, across * down / places) if across * down > 4 * places else -(-across * down // places)
     w, x = config.tiles * held * tile_bytes(shape.bits), held * config.m_tiles * 1024
     sent = config.warps_k * config.tiles * config.m_tiles * 512 if config.cluster * config.warps_k > 1 else 0

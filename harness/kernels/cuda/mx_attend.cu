@@ -1,0 +1,585 @@
+// A frame's attention from the residual stream on: projection of queries, keys and values, their norms and rotation, attention
+// to the window and to the frame's own, and these into the window's ring. Of one clip, 64 tokens a frame, heads of 64; written
+// for sm_90.
+//
+// A cluster of CL blocks has one head. Each of its blocks has 13 warps: three warpgroups, of queries, keys and values first,
+// and a warp more, which does for the norm in front what it does in mx_linear.cu, and has the window brought into L2.
+//
+//  1. Projection. The blocks split K. A warpgroup multiplies the head's 64 rows of its W with the block's part of x, as
+//     mx_linear.cu does. Partial sums go, through distributed shared memory, to the block that owns the tokens: every CL-th
+//     tile of 8.
+//  2. Of its tokens a block adds up the sums in the order of ranks, normalises and rotates queries and keys, sends queries to
+//     all blocks of the cluster and keeps keys and values.
+//  3. Attention. Each warpgroup of the cluster takes every (3 CL)-th frame of the window, and the third one its block's own
+//     keys and values. Queries are A fragments in registers; keys and values lie in shared memory, and are decoded there if
+//     they are stored in an MX format. Scores need no running maximum: see window.py.
+//  4. Sums of weighted values, and of weights, go to the block that owns these outputs, and are added there in order.
+//
+// Nothing depends on which block or warp comes first. What lies in the ring's slot of this frame has left the window and is
+// read by nobody, so the frame's own may be stored there.
+//
+// Compile-time parameters beside those of mx_decode.cuh and mx_product.cuh (MT 8, RT 1, GS 1): CL; GX groups of 64 inputs a
+// block holds; FETCHED groups of W that arrive together; K_BITS, V_BITS of what the ring stores (16, 8 or 4), K_MANTISSA,
+// V_MANTISSA of its elements (3 of E4M3, 2 of E5M2, 1 of E2M1); STAGES frames of the window that a warpgroup has on their way;
+// K_STORE, V_STORE whether the frame's own go into the ring; K_THRESHOLD, V_THRESHOLD see `biased_exponent`; PDL programmatic
+// dependent launch.
+
+constexpr int WARPS = 12;                      // that multiply
+constexpr int THREADS = (WARPS + 1) * 32;
+constexpr int XTILE = XT * 8 * 128;
+constexpr int OWN_M = (MT + CL - 1) / CL;      // tiles of 8 tokens a block owns
+constexpr int OWN_KEYS = (OWN_M * 8 + 15) / 16 * 16;  // with padding
+constexpr int WORKERS = 3 * CL;                // warpgroups of a head
+
+constexpr int ROW = 128;                       // bytes of 64 BF16
+constexpr int FRAME = 64 * ROW;                // and of a frame's keys or values
+constexpr int W_AT = GX * XTILE;
+constexpr int OPERANDS = W_AT + WARPS * GX * TILE;
+// Where operands were, once all blocks have multiplied: queries, own keys and values, the window.
+constexpr int Q_AT = 0;
+constexpr int OWN_K_AT = FRAME;
+constexpr int OWN_V_AT = OWN_K_AT + OWN_KEYS * ROW;
+constexpr int STAGES_AT = OWN_V_AT + OWN_KEYS * ROW;
+constexpr int K_BYTES = FRAME * K_BITS / 16, V_BYTES = FRAME * V_BITS / 16;
+constexpr int K_SCALES = K_BITS < 16 ? 128 : 0, V_SCALES = V_BITS < 16 ? 128 : 0;  // bytes of a frame
+constexpr int STAGE = (K_BYTES + V_BYTES + K_SCALES + V_SCALES + 1023) / 1024 * 1024;
+constexpr int DECODED_AT = STAGES_AT + 3 * STAGES * STAGE;
+constexpr int DECODED = (K_BITS < 16 ? FRAME : 0) + (V_BITS < 16 ? FRAME : 0);  // of a warpgroup
+constexpr int WINDOW_END = DECODED_AT + 3 * DECODED;
+// Partial sums: of the projection, and later, where these were, of weighted values and weights.
+constexpr int OWNED = (32 + CL - 1) / CL;      // units of 16 queries by 8 columns a block adds up
+constexpr int PARTIAL_AT = OPERANDS > WINDOW_END ? OPERANDS : WINDOW_END;
+constexpr int PROJECTED = CL * OWN_M * WARPS * 512;
+constexpr int TOTALS_AT = PARTIAL_AT + WORKERS * OWNED * 512;
+constexpr int ATTENDED = WORKERS * (OWNED * 512 + 256);
+constexpr int BARRIERS_AT = PARTIAL_AT + (PROJECTED > ATTENDED ? PROJECTED : ATTENDED);
+constexpr int FETCHES = (GX + FETCHED - 1) / FETCHED;
+constexpr int BARRIERS = GX + WARPS * FETCHES + 4 + 3 * STAGES;
+constexpr int ROWS_AT = BARRIERS_AT + BARRIERS * 8;  // 1 / rms of each row, floats
+constexpr int END = ROWS_AT + 256;
+static_assert(CL > 1 && CL <= 8 && MT == 8 && RT == 1 && GS == 1, "a head's blocks meet in a cluster");
+
+// Keys or values as a ring stores them, [heads][frames][64][64], and their scales, [heads][frames][64][2].
+struct Ring {
+    u8* data;
+    u8* scales;
+};
+
+struct Window {
+    Ring k, v;
+    const long long* slot;  // of this frame
+    const float* cos;       // [64][32], as sin
+    const float* sin;
+    int heads, frames;
+    float scale;  // of scores, for powers of two
+    float eps;    // of the norms of queries and keys
+};
+
+// The frames of the window that a warpgroup attends to: every WORKERS-th, in order of age.
+struct Share {
+    int first, frames, slot;
+
+    __device__ __forceinline__ Share(const Window& window, int worker)
+        : first(worker), frames(window.frames), slot(static_cast<int>(*window.slot)) {}
+
+    __device__ __forceinline__ int count() const {
+        return max(0, (frames - 2 - first + WORKERS) / WORKERS);
+    }
+
+    // The row in the ring at which the `i`th of them begins.
+    __device__ __forceinline__ int row(int head, int i) const {
+        const int frame = slot + 1 + first + i * WORKERS;
+        return (head * frames + (frame >= frames ? frame - frames : frame)) * 64;
+    }
+};
+
+// Bytes `at` of row `row` of 64 BF16, as TMA swizzles rows.
+__device__ __forceinline__ u32 place_in_rows(u32 rows, int row, int at) {
+    return rows + row * ROW + ((at / 16 ^ row % 8) * 16) + at % 16;
+}
+
+__device__ __forceinline__ float of_lanes(float value, int lane, int distance) {
+    return __uint_as_float(from_lane(bits_of(value), lane ^ distance));
+}
+
+// Two elements of BITS_ bits with `mantissa` bits of fraction, in the low bits of both halves of `pair`, where BF16 has sign
+// and magnitude: their values times 2^(BIAS - 127).
+template <int BITS_, int MANTISSA>
+__device__ __forceinline__ u32 placed(u32 pair) {
+    constexpr u32 MAGNITUDE = ((1u << (BITS_ - 1)) - 1) * 0x10001u, SIGN = (1u << (BITS_ - 1)) * 0x10001u;
+    return (pair & MAGNITUDE) << (7 - MANTISSA) | (pair & SIGN) << (16 - BITS_);
+}
+
+// An E8M0 byte as two BF16.
+__device__ __forceinline__ u32 scale_pair(u32 byte) {
+    return (byte == 255 ? 0x7fc0u : byte == 0 ? 0x40u : byte << 7) * 0x10001u;
+}
+
+// Rows of 64 elements in shared memory, 64 rows, to BF16 where TMA would have put them; by the 128 threads of a warpgroup.
+template <int BITS_, int MANTISSA>
+__device__ __forceinline__ void decode_frame(u32 from, u32 scales, u32 to, int thread) {
+    const int row = thread / 2, half = thread % 2;  // 32 elements, a block
+    const u32 scale = scale_pair(load4(scales + row / 2 * 4) >> ((row % 2 * 2 + half) * 8) & 255);
+    constexpr int PIECES = 32 * BITS_ / 128;  // of 16 bytes
+    constexpr u32 BIAS = (1u << (BITS_ - 2 - MANTISSA)) - 1, UNBIASED = ((254 - BIAS) << 7) * 0x10001u;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+        const uint4 raw = load16(from + (thread * PIECES + piece) * 16);
+        const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 16 / BITS_; ++i) {  // 8 elements: 16 bytes of BF16
+            u32 out[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                u32 pair;
+                if constexpr (BITS_ == 8) {
+                    pair = __byte_perm(words[i * 2 + j / 2], 0, j % 2 ? 0x4342 : 0x4140);
+                } else {
+                    const u32 byte = words[i] >> (8 * j) & 255;
+                    pair = (byte & 15) | (byte & 240) << 12;
+                }
+                out[j] = multiply(multiply(placed<BITS_, MANTISSA>(pair), UNBIASED), scale);
+            }
+            store16(place_in_rows(to, row, half * 64 + (piece * (16 / BITS_) + i) * 16), out);
+        }
+    }
+}
+
+// E8M0 byte of a block from the bits of its largest magnitude (NaN if it holds one), as harness/formats/mx.py has it: one
+// step larger where the fraction is above `threshold`.
+__device__ __forceinline__ int biased_exponent(int amax, int emax, int threshold) {
+    if (amax >= 0x7f800000) return 255;
+    return max((amax >> 23) - emax + ((amax & 0x7fffff) > threshold ? 1 : 0), 0);
+}
+
+__device__ __forceinline__ float round_even(float v) {  // of 0 <= v < 2^22, to an integer
+    return (v + 12582912.0f) - 12582912.0f;
+}
+
+// The code of a value in its format's range, rounded to nearest even; NaN is the largest magnitude, of E2M1 0.
+template <int BITS_, int MANTISSA>
+__device__ __forceinline__ u32 code_of(float v) {
+    const u32 bits = bits_of(v), magnitude = bits & 0x7fffffffu;
+    const float a = __uint_as_float(magnitude);
+    if constexpr (BITS_ == 4) {
+        const float finite = magnitude > 0x7f800000u ? 0.0f : a;
+        const float steps = fminf(round_even(finite * 2.0f),
+                                  fminf(round_even(finite) + 2.0f, round_even(finite * 0.5f) + 4.0f));
+        return static_cast<u32>(steps) | (bits >> 28 & 8);
+    } else {
+        constexpr int BIAS = (1 << (6 - MANTISSA)) - 1, SHIFT = 23 - MANTISSA;
+        const u32 normal =
+            ((magnitude + ((1u << (SHIFT - 1)) - 1) + (magnitude >> SHIFT & 1)) >> SHIFT) - ((127u - BIAS) << MANTISSA);
+        const bool small = magnitude < (128u - BIAS) << 23;
+        const u32 subnormal = static_cast<u32>(round_even((small ? a : 0.0f) * (1 << (BIAS + MANTISSA - 1))));
+        return (magnitude > 0x7f800000u ? 0x7fu : small ? subnormal : normal) | (bits >> 24 & 0x80);
+    }
+}
+
+// 8 rows of own keys or values, at `rows` in shared memory, to `row` and the next ones of their ring; by a warp, of which
+// a lane has 16 numbers, half a block.
+template <int BITS_, int MANTISSA, int THRESHOLD>
+__device__ __forceinline__ void store_rows(const Ring& ring, u32 rows, int row, int lane) {
+    const int mine = lane / 4, part = lane % 4;
+    const uint4 raw[2] = {load16(place_in_rows(rows, mine, part * 32)), load16(place_in_rows(rows, mine, part * 32 + 16))};
+    u8* const to = ring.data + static_cast<long long>(row + mine) * (8 * BITS_) + part * (2 * BITS_);
+    const u32 words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w, raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+    if constexpr (BITS_ == 16) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 piece[4] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+            write16(reinterpret_cast<u16*>(to) + 8 * i, piece);
+        }
+    } else {
+        constexpr int EMAX = BITS_ == 4 ? 2 : MANTISSA == 3 ? 8 : 15;
+        constexpr float LARGEST = BITS_ == 4 ? 6.0f : MANTISSA == 3 ? 448.0f : 57344.0f;
+        int amax = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            amax = max(amax, max(static_cast<int>(bits_of(low_of(words[i])) & 0x7fffffff),
+                                 static_cast<int>(bits_of(high_of(words[i])) & 0x7fffffff)));
+        amax = max(amax, static_cast<int>(from_lane(amax, lane ^ 1)));
+        const int exponent = biased_exponent(amax, EMAX, THRESHOLD);
+        const float reciprocal_scale = __uint_as_float(exponent == 255 ? 0u : (254u - exponent) << 23);
+        u32 codes[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            float v = (i % 2 ? high_of(words[i / 2]) : low_of(words[i / 2])) * reciprocal_scale;
+            if (v == v) v = fminf(fmaxf(v, -LARGEST), LARGEST);
+            codes[i * BITS_ / 32] |= code_of<BITS_, MANTISSA>(v) << (i * BITS_ % 32);
+        }
+        if constexpr (BITS_ == 8) {
+            write16(reinterpret_cast<u16*>(to), codes);
+        } else {
+            write8(reinterpret_cast<u16*>(to), codes[0], codes[1]);
+        }
+        if (part % 2 == 0) ring.scales[static_cast<long long>(row + mine) * 2 + part / 2] = static_cast<u8>(exponent);
+    }
+}
+
+// Cosines or sines of a lane's numbers of a tile of 8 tokens: [token 2t, 2t + 1][column / 2 of the pairs it has].
+struct Angles {
+    float cos[2][8], sin[2][8];
+
+    __device__ __forceinline__ void load(const Window& window, int token, int lane) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int at = (token + lane % 4 * 2 + e) * 32 + i * 4 + lane / 8;
+                cos[e][i] = window.cos[at];
+                sin[e][i] = window.sin[at];
+            }
+    }
+};
+
+// A head's queries, keys or values of a tile of 8 tokens from their partial sums: a lane has columns lane / 4 + 8 i of tokens
+// 2 (lane % 4) and the next.
+struct Projected {
+    float of[2][8];
+
+    // Adds up what lies `from` there, 512 bytes for each of four tiles of 16 columns, once for each block; rounds as a
+    // projection by itself would.
+    __device__ __forceinline__ void load(u32 from, const Bias (&biases)[4], float output_scale, int lane) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int slot = 0; slot < CL; ++slot) {
+                const uint4 part = load16(from + (slot * OWN_M * WARPS + r) * 512 + lane * 16);
+                sum[0] += __uint_as_float(part.x);
+                sum[1] += __uint_as_float(part.y);
+                sum[2] += __uint_as_float(part.z);
+                sum[3] += __uint_as_float(part.w);
+            }
+            const float bias[2] = {low_of(biases[r].above), low_of(biases[r].below)};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const u32 pair = to_bf16(fmaf(sum[2 * i], output_scale, bias[i]), fmaf(sum[2 * i + 1], output_scale, bias[i]));
+                of[0][2 * r + i] = low_of(pair);
+                of[1][2 * r + i] = high_of(pair);
+            }
+        }
+    }
+
+    // RMS norm, rounded, and pairs (2 i, 2 i + 1) rotated to columns i and 32 + i, rounded when they are stored.
+    __device__ __forceinline__ void rotate(const Angles& angles, float eps, int lane) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float squares = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) squares = fmaf(of[e][i], of[e][i], squares);
+            squares += of_lanes(squares, lane, 4);
+            squares += of_lanes(squares, lane, 8);
+            squares += of_lanes(squares, lane, 16);
+            const float norm = inverse_root(fmaf(squares, 0.015625f, eps));
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float mine = low_of(to_bf16(of[e][i] * norm, 0.0f)), other = of_lanes(mine, lane, 4);
+                const float turned = lane / 4 % 2 ? other : -other;
+                of[e][i] = fmaf(turned, angles.sin[e][i], mine * angles.cos[e][i]);
+            }
+        }
+    }
+
+    // To 8 rows in shared memory; `rotated`: column 8 i + j is at 4 i + j / 2, and 32 further on if it is odd.
+    __device__ __forceinline__ void store(u32 rows, bool rotated, int lane) const {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int column = lane / 4 + 8 * i;
+                const int at = rotated ? column / 2 + column % 2 * 32 : column;
+                store2(place_in_rows(rows, lane % 4 * 2 + e, at * 2), to_bf16(of[e][i], 0.0f));
+            }
+    }
+};
+
+// Weighted values and weights of a warp's 16 queries.
+struct Attended {
+    float sums[8][4];
+    float totals[2];
+
+    // Adds KEYS keys and values, rows in shared memory of which the first `known` count.
+    template <int KEYS>
+    __device__ __forceinline__ void add(const u32 (&queries)[4][4], u32 keys, u32 values, int known, float scale, bool more,
+                                        int lane) {
+        float scores[KEYS / 8][4];
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) multiply_rows<0>(scores, queries[i], rows_after(rows_at(keys), i * 32), i > 0);
+        products_commit();
+        products_wait<0>();
+        u32 weights[KEYS / 16][4];
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                keep(scores[n][i]);
+                scores[n][i] = n * 8 + lane % 4 * 2 + i % 2 < known ? power_of_two(scores[n][i] * scale) : 0.0f;
+                totals[i / 2] += scores[n][i];
+            }
+            weights[n / 2][n % 2 * 2] = to_bf16(scores[n][0], scores[n][1]);
+            weights[n / 2][n % 2 * 2 + 1] = to_bf16(scores[n][2], scores[n][3]);
+        }
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < KEYS / 16; ++i)
+            multiply_columns(sums, weights[i], rows_after(columns_at(values), i * 16 * ROW), more || i > 0);
+        products_commit();
+        products_wait<0>();
+#pragma unroll
+        for (int i = 0; i < KEYS / 16 * 4; ++i) keep(weights[i / 4][i % 4]);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) keep(sums[i / 4][i % 4]);
+    }
+};
+
+// The warp more: the window into L2, and the norm in front.
+__device__ __forceinline__ void help(const Squares& squares, const Window& window, int head, int rank, u32 rows,
+                                     u32 norms_bar, int lane) {
+    cluster_arrive();
+    __syncthreads();
+    for (int wg = 0; wg < 3; ++wg) {
+        const Share share(window, wg * CL + rank);
+        for (int i = lane; i < share.count(); i += 32) {
+            const long long row = share.row(head, i);
+            prefetch_bytes(window.k.data + row * (8 * K_BITS), K_BYTES);
+            prefetch_bytes(window.v.data + row * (8 * V_BITS), V_BYTES);
+        }
+    }
+    if (PDL) previous_is_over();
+    if constexpr (NORM) {
+        norms(squares, rows, 64, lane);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(norms_bar);
+    }
+    cluster_wait();
+}
+
+KERNEL(THREADS, CL, 1)
+mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap k_map,
+          const __grid_constant__ TensorMap v_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
+          u16* __restrict__ out, int groups, float output_scale, const Squares squares, const Window window) {
+    const u32 base = shared_memory();
+    const int lane = threadIdx.x % 32, warp = same_in_warp(threadIdx.x / 32);
+    const int wg = warp / 4, rank = blockIdx.x % CL, head = blockIdx.x / CL;
+    const int owned_m = (MT - rank + CL - 1) / CL;  // this block's tiles of tokens
+
+    const int block_lo = groups * rank / CL, block_groups = groups * (rank + 1) / CL - block_lo;
+    const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * FETCHES) * 8;
+    const u32 sums_bar = x_bars + (GX + WARPS * FETCHES) * 8, norms_bar = sums_bar + 8, q_bar = sums_bar + 16;
+    const u32 out_bar = sums_bar + 24, window_bars = sums_bar + 32 + wg * STAGES * 8;
+    const u32 partial = base + PARTIAL_AT;
+
+    if (PDL) next_may_begin();
+    if (warp == WARPS) {
+        help(squares, window, head, rank, base + ROWS_AT, norms_bar, lane);
+        return;
+    }
+
+    if (lane == 0) {
+        for (int i = 0; i < FETCHES; ++i) barrier_init(w_bars + i * 8);
+        for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
+        if (warp % 4 == 0)
+            for (int i = 0; i < STAGES; ++i) barrier_init(window_bars + i * 8);
+        if (warp == 0) {
+            prefetch_map(&x_map);
+            barrier_init(sums_bar);
+            barrier_expect(sums_bar, owned_m * WARPS * CL * 512);
+            barrier_init(norms_bar);
+            barrier_init(q_bar);
+            barrier_expect(q_bar, (MT - owned_m) * 1024);
+            barrier_init(out_bar);
+            barrier_expect(out_bar, WORKERS * ((32 - rank + CL - 1) / CL * 512 + 256));
+        }
+        barriers_ready();
+    }
+    __syncwarp();
+
+    // 1. Projection.
+    const u32 w_shared = base + W_AT + warp * GX * TILE;
+    if (lane == 0) {
+        const u8* const from = weight + (static_cast<long long>((wg * window.heads + head) * 4 + warp % 4) * groups + block_lo) * TILE;
+        const u64 policy = cache_policy(true);
+        for (int i = 0; i < block_groups; i += FETCHED) {
+            const u32 bytes = min(FETCHED, block_groups - i) * TILE, bar = w_bars + i / FETCHED * 8;
+            barrier_expect(bar, bytes);
+            copy_bytes(w_shared + i * TILE, from + i * TILE, bytes, bar, policy);
+        }
+    }
+    cluster_arrive();  // a block may only write to blocks whose barriers are ready
+    if (lane == 0) {
+        if (PDL) previous_is_over();
+        for (int i = warp; i < block_groups; i += WARPS) {
+            barrier_expect(x_bars + i * 8, XTILE);
+            copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, 0, x_bars + i * 8);
+        }
+    }
+    __syncthreads();  // the barriers of x are ready
+
+    float acc[1][XT][4];
+    {
+        Half halves[2];
+        for (int i = 0; i < block_groups; ++i) {
+            if (i % FETCHED == 0) barrier_wait(w_bars + i / FETCHED * 8, 0);
+            barrier_wait(x_bars + i * 8, 0);
+            multiply_group(acc, halves, w_shared + i * TILE, base + i * XTILE, lane, i > 0);
+        }
+        products_wait<0>();
+    }
+#pragma unroll
+    for (int m = 0; m < XT; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            keep(acc[0][m][i]);
+            if (block_groups == 0) acc[0][m][i] = 0.0f;
+        }
+    if constexpr (NORM) {
+        barrier_wait(norms_bar, 0);
+        normalise(acc, base + ROWS_AT, lane);
+    }
+    cluster_wait();
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        const u32 to = partial + ((rank * OWN_M + m / CL) * WARPS + warp) * 512 + lane * 16;
+        store16_in(address_in(to, m % CL), acc[0][m], address_in(sums_bar, m % CL));
+    }
+    group_sync(1, WARPS * 32);  // nobody here reads operands any more
+
+    // The window, on its way while the tokens' owners are at work.
+    const Share share(window, wg * CL + rank);
+    const int frames = share.count();
+    const auto fetch = [&](int i) {
+        if (warp % 4 != 0 || lane != 0 || i >= frames) return;
+        const u32 to = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, bar = window_bars + i % STAGES * 8;
+        const int row = share.row(head, i);
+        const u64 policy = cache_policy(false);
+        barrier_expect(bar, K_BYTES + V_BYTES + K_SCALES + V_SCALES);
+        if constexpr (K_BITS == 16) {
+            copy_x(to, &k_map, 0, row, bar);
+        } else {
+            copy_bytes(to, window.k.data + static_cast<long long>(row) * (8 * K_BITS), K_BYTES, bar, policy);
+            copy_bytes(to + K_BYTES + V_BYTES, window.k.scales + row * 2, K_SCALES, bar, policy);
+        }
+        if constexpr (V_BITS == 16) {
+            copy_x(to + K_BYTES, &v_map, 0, row, bar);
+        } else {
+            copy_bytes(to + K_BYTES, window.v.data + static_cast<long long>(row) * (8 * V_BITS), V_BYTES, bar, policy);
+            copy_bytes(to + K_BYTES + V_BYTES + K_SCALES, window.v.scales + row * 2, V_SCALES, bar, policy);
+        }
+    };
+    for (int i = 0; i < STAGES; ++i) fetch(i);
+
+    // 2. The tokens this block owns: a warp for a tile's queries, keys or values.
+    if (warp < 3 * OWN_M) {
+        const int mine = warp / 3, part = warp % 3, m = mine * CL + rank;
+        const u32 rows = part == 0 ? base + Q_AT + m * 1024 : base + (part == 1 ? OWN_K_AT : OWN_V_AT) + mine * 1024;
+        if (m < MT) {
+            Bias biases[4];
+            Angles angles;
+            for (int r = 0; r < 4; ++r) biases[r].load(bias, (part * window.heads + head) * 4 + r, 1 << 30, lane);
+            if (part < 2) angles.load(window, m * 8, lane);
+            barrier_wait(sums_bar, 0);
+            Projected projected;
+            projected.load(partial + (mine * WARPS + part * 4) * 512, biases, output_scale, lane);
+            if (part < 2) projected.rotate(angles, window.eps, lane);
+            projected.store(rows, part < 2, lane);
+        } else if (part > 0) {  // keys that are none
+            const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            for (int i = lane; i < 64; i += 32) store16(rows + i * 16, zeros);
+        }
+        copies_see_stores();
+    }
+    if (OWN_M % 2 && warp == WARPS - 1) {  // nor are these
+        const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int i = lane; i < 128; i += 32)
+            store16(base + (i < 64 ? OWN_K_AT : OWN_V_AT) + OWN_M * 1024 + i % 64 * 16, zeros);
+        copies_see_stores();
+    }
+    group_sync(1, WARPS * 32);  // all partial sums are read, all rows are written
+    if (warp < OWN_M && lane < CL && lane != rank && warp * CL + rank < MT) {
+        const u32 rows = base + Q_AT + (warp * CL + rank) * 1024;
+        send_bytes(address_in(rows, lane), rows, 1024, address_in(q_bar, lane));
+    }
+    barrier_wait(q_bar, 0);
+
+    // 3. Attention.
+    u32 queries[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        queries[i / 4][i % 4] = load4(place_in_rows(base + Q_AT, warp % 4 * 16 + lane / 4 + i % 2 * 8,
+                                                    i / 4 * 32 + i % 4 / 2 * 16 + lane % 4 * 4));
+    Attended attended;
+    attended.totals[0] = attended.totals[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) attended.sums[i / 4][i % 4] = 0.0f;
+    if (wg == 2)
+        attended.add<OWN_KEYS>(queries, base + OWN_K_AT, base + OWN_V_AT, owned_m * 8, window.scale, true, lane);
+    for (int i = 0; i < frames; ++i) {
+        const u32 stage = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, decoded = base + DECODED_AT + wg * DECODED;
+        const u32 scales = stage + K_BYTES + V_BYTES;
+        u32 keys = stage, values = stage + K_BYTES;
+        barrier_wait(window_bars + i % STAGES * 8, i / STAGES % 2);
+        if constexpr (K_BITS < 16) {
+            keys = decoded;
+            decode_frame<K_BITS, K_MANTISSA>(stage, scales, keys, threadIdx.x % 128);
+        }
+        if constexpr (V_BITS < 16) {
+            values = decoded + (K_BITS < 16 ? FRAME : 0);
+            decode_frame<V_BITS, V_MANTISSA>(stage + K_BYTES, scales + K_SCALES, values, threadIdx.x % 128);
+        }
+        if constexpr (DECODED > 0) {
+            copies_see_stores();
+            group_sync(2 + wg, 128);
+        }
+        attended.add<64>(queries, keys, values, 64, window.scale, true, lane);
+        group_sync(2 + wg, 128);  // all have read the stage
+        fetch(i + STAGES);
+    }
+
+    // 4. Sums.
+    const int worker = rank * 3 + wg;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const int unit = warp % 4 * 8 + n, owner = unit % CL;
+        store16_in(address_in(partial + (worker * OWNED + unit / CL) * 512 + lane * 16, owner), attended.sums[n],
+                   address_in(out_bar, owner));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float total = attended.totals[i];
+        total += of_lanes(total, lane, 1);
+        total += of_lanes(total, lane, 2);
+        const u32 to = base + TOTALS_AT + worker * 256 + (warp % 4 * 16 + i * 8 + lane / 4) * 4;
+        for (int owner = lane % 4; owner < CL; owner += 4)
+            store4_in(address_in(to, owner), total, address_in(out_bar, owner));
+    }
+    if (K_STORE && warp < OWN_M && warp * CL + rank < MT)
+        store_rows<K_BITS, K_MANTISSA, K_THRESHOLD>(window.k, base + OWN_K_AT + warp * 1024,
+                                                    (head * window.frames + share.slot) * 64 + (warp * CL + rank) * 8, lane);
+    if (V_STORE && warp >= 4 && warp < 4 + OWN_M && (warp - 4) * CL + rank < MT)
+        store_rows<V_BITS, V_MANTISSA, V_THRESHOLD>(
+            window.v, base + OWN_V_AT + (warp - 4) * 1024,
+            (head * window.frames + share.slot) * 64 + ((warp - 4) * CL + rank) * 8, lane);
+    barrier_wait(out_bar, 0);
+    for (int owned = warp; owned < OWNED; owned += WARPS) {
+        const int unit = owned * CL + rank;
+        if (unit >= 32) break;
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
+        const int query = unit / 8 * 16 + lane / 4;
+#pragma unroll
+        for (int slot = 0; slot < WORKERS; ++slot) {
+            const uint4 part = load16(partial + (slot * OWNED + owned) * 512 + lane * 16);
+            sum[0] += __uint_as_float(part.x);
+            sum[1] += __uint_as_float(part.y);
+            sum[2] += __uint_as_float(part.z);
+            sum[3] += __uint_as_float(part.w);
+            total[0] += __uint_as_float(load4(base + TOTALS_AT + slot * 256 + query * 4));
+            total[1] += __uint_as_float(load4(base + TOTALS_AT + slot * 256 + (query + 8) * 4));
+        }
+        u16* const to = out + static_cast<long long>(query) * window.heads * 64 + head * 64 + unit % 8 * 8 + lane % 4 * 2;
+        *reinterpret_cast<u32*>(to) = to_bf16(sum[0] / total[0], sum[1] / total[0]);
+        *reinterpret_cast<u32*>(to + static_cast<long long>(window.heads) * 512) = to_bf16(sum[2] / total[1], sum[3] / total[1]);
+    }
+}

@@ -1,0 +1,160 @@
+"""`mx_attend.cu` itself, compiled for a CPU (see test_mx_cuda_source.py), against float64 and what a ring stores."""
+
+import ctypes
+import math
+import sys
+from pathlib import Path
+
+import cpp
+import pytest
+import torch
+import torch.nn.functional as F
+
+from harness.formats.mx import FORMATS, decode, encode
+from harness.formats.scales import ScaleMode
+from harness.kernels.cuda import packing as cuda_packing
+from harness.kernels.cuda.attend import AttendShape
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "harness" / "kernels" / "cuda"
+PARTS = [HERE / "mx_device_cpu.hpp", *(KERNELS / name for name in ("mx_decode.cuh", "mx_product.cuh", "mx_attend.cu"))]
+TOKENS = DIM = 64
+EPS = 1e-6
+
+pytestmark = [
+    pytest.mark.skipif(cpp.COMPILER is None, reason="needs the compiler g++"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext, as Linux has it"),
+]
+
+
+class Squares(ctypes.Structure):
+    """`Squares` of the kernel."""
+
+    _fields_ = (("of", ctypes.c_void_p), ("parts", ctypes.c_int), ("width", ctypes.c_float), ("eps", ctypes.c_float))
+
+
+class Window(ctypes.Structure):
+    """`Window` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k", "k_scales", "v", "v_scales", "slot", "cos", "sin")),
+        ("heads", ctypes.c_int),
+        ("frames", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
+def address(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Case:
+    """Random operands of a layer; ``shape`` says of which kernel."""
+
+    def __init__(self, shape, heads, frames, slot):
+        torch.manual_seed(0)
+        self.shape, self.heads, self.frames = shape, heads, frames
+        k = shape.inputs
+        weight, self.bias = (torch.randn(3 * heads * DIM, k) * 0.1).bfloat16(), torch.randn(3 * heads * DIM).bfloat16()
+        if shape.element == "bf16":
+            self.packed, self.weight = cuda_packing.CudaWeight(cuda_packing.pack_plain(weight), 1.0), weight
+        else:
+            fmt = FORMATS[shape.element]
+            blocks = encode(weight, fmt)
+            self.packed, self.weight = cuda_packing.pack(blocks, fmt), decode(blocks, fmt)
+        self.x = torch.full((65, k), torch.nan).bfloat16()
+        self.x[:64], self.x[64] = torch.randn(64, k).bfloat16(), torch.randn(k).bfloat16()
+        self.squares = torch.rand(64, 7) * k / 7
+        angles = torch.rand(TOKENS, DIM // 2) * 6
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.slot = torch.tensor([slot])
+        self.rings, self.stored = zip(*(self.ring(fmt) for fmt in (shape.k, shape.v)), strict=True)
+
+    def ring(self, fmt):
+        """What is stored (data, scales), and what that means."""
+        values = F.normalize(torch.randn(self.heads, self.frames, TOKENS, DIM), dim=-1) * 8
+        values = values.bfloat16()
+        if fmt == "plain":
+            return (values.clone(), None), values
+        blocks = encode(values, FORMATS[fmt])
+        return (blocks.elements.clone(), blocks.scales.clone()), decode(blocks, FORMATS[fmt])
+
+    def run(self, library, seed=0):
+        out = torch.full((TOKENS, self.heads * DIM), torch.nan).bfloat16()
+        squares = Squares(self.squares.data_ptr(), self.squares.shape[1], 1 / self.shape.inputs, EPS)
+        rings = [None if t is None else t.data_ptr() for ring in self.rings for t in ring]
+        scale = math.log2(math.e) / math.sqrt(DIM)
+        places = (self.slot.data_ptr(), self.cos.data_ptr(), self.sin.data_ptr())
+        window = Window(*rings, *places, self.heads, self.frames, scale, EPS)
+        library.run(
+            address(self.x), self.shape.inputs, address(self.packed.tiles), address(self.bias), address(out),
+            self.packed.tiles.shape[1], ctypes.c_float(self.packed.output_scale), ctypes.byref(squares),
+            ctypes.byref(window), seed,
+        )  # fmt: skip
+        return out
+
+    def projected(self):
+        """Queries, keys and values [H, 64, 64] as a projection rounds them, the first two normalised and rotated."""
+        x, weight = self.x.double(), self.weight.double()
+        if self.shape.norm:
+            inverse = torch.rsqrt(self.squares.double().sum(1, keepdim=True) / self.shape.inputs + EPS)
+            rows = x[:64] * inverse + x[64]
+        else:
+            rows = x[:64]
+        qkv = F.linear(rows, weight, self.bias.double()).bfloat16()
+        q, k, v = qkv.view(TOKENS, 3, self.heads, DIM).permute(1, 2, 0, 3)
+        return rotated(q, self.cos, self.sin), rotated(k, self.cos, self.sin), v
+
+    def want(self):
+        q, k, v = (t.double() for t in self.projected())
+        past = [f for f in range(self.frames) if f != int(self.slot)]
+        keys, values = (
+            torch.cat([t[:, past].flatten(1, 2).double(), own], 1) for t, own in zip(self.stored, (k, v), strict=True)
+        )
+        out = F.scaled_dot_product_attention(q, keys, values)
+        return out.transpose(0, 1).flatten(1)
+
+
+def rotated(x, cos, sin):
+    normed = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).bfloat16().float()
+    even, odd = normed[..., 0::2], normed[..., 1::2]
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The kernel of an AttendShape, compiled for a CPU."""
+    folder = tmp_path_factory.mktemp("mx_attend")
+    source, built = folder / "kernel.cpp", {}
+    source.write_text("".join(f'#include "{part}"\n' for part in (*PARTS, HERE / "mx_attend_cpu.hpp")))
+
+    def of(shape):
+        if shape not in built:
+            macros = tuple(f"-D{name}={value}" for name, value in shape.defines().items())
+            built[shape] = cpp.library(source, macros, folder / f"kernel{len(built)}.so")
+            assert built[shape].shared_bytes() == shape.shared_bytes(shape.stages())
+        return built[shape]
+
+    return of
+
+
+R = ScaleMode.rceil
+CASES = {
+    "BF16, a cluster of 5": (AttendShape(320, "bf16", "plain", "plain", True, True, R, 5), 2, 17, 3),
+    "MXFP8, V in MX": (AttendShape(384, "e4m3", "plain", "e4m3", True, True, R, 4), 1, 6, 5),
+    "MXFP4, both in MX": (AttendShape(256, "e2m1", "e5m2", "e2m1", True, True, ScaleMode.floor, 3), 2, 5, 0),
+    "K in MX alone, stores nothing": (AttendShape(128, "e5m2", "e4m3", "plain", False, False, R, 2), 1, 9, 8),
+    "more blocks than groups": (AttendShape(128, "bf16", "e2m1", "e5m2", True, True, ScaleMode.even, 8), 1, 3, 1),
+    "no norm in front, no other frame": (AttendShape(192, "bf16", "plain", "plain", True, True, R, 2, False), 1, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_that_of_the_projected_rows(compiled, name):
+    case = Case(*CASES[name])
+    before = [t.clone() for ring in case.rings for t in ring if t is not None]
+    got, want = case.run(compiled(case.shape)).double(), case.want()
+    assert (got - want).norm() < 4e-3 * want.norm()
+    assert ((got - want).abs() < 0.05 * want.abs().max()).all()
+    assert before
