@@ -1,7 +1,7 @@
 """``mx_attend.cu`` as a function of tensors: a frame's attention from the residual stream on, in one launch.
 
-Of one clip, 64 tokens a frame, heads of 64. It does what a product (``mx_linear.cu``) and ``window_attention`` do, one after
-the other, and rounds where they round; sums are added up in another order.
+Of one clip, 64 tokens a frame, heads of 64. It does what a product (``mx_linear.cu``) and ``window_attention`` do, one
+after the other, and rounds where they round; sums are added up in another order.
 """
 
 import ctypes
