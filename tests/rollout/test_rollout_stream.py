@@ -27,14 +27,17 @@ from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.kernels.cuda.stream import Modulating, Stream
-from harness.kv import KVConf, KVStorage
-from harness.models.gamerft import RMS_EPS, BlockModulation
+from harness.kv import KVCache, KVConf, KVStorage
+from harness.kv.conf import KVFormat, KVScales
+from harness.models.gamerft import RMS_EPS, BlockModulation, rms_norm
+from harness.models.rope import apply_rotary
 from harness.mx.conf import Activation, MXConf
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat
 from harness.mx.transform import apply_mx
 from harness.mx.weights import nearest
-from harness.rollout import AttentionKind, CompileConf, SamplerConf, make_cache, steps
+from harness.rollout import AttentionKind, CompileConf, SamplerConf, fused, make_cache, steps
+from harness.rollout.attention import FusedAttention, joined
 from harness.rollout.linears import pack
 from harness.rollout.norms import enter_stream
 from harness.rollout.steps import streams, through_layer_streamed
@@ -218,6 +221,110 @@ class TestKernels:
         assert torch.equal(stream.total, again.total)
         assert torch.equal(stream.modulated[:m], again.modulated[:m])
         assert torch.equal(stream.squares, again.squares)
+
+
+MX = KVStorage.mx
+STORAGES = {
+    "plain": KVConf(),
+    "v_e4m3": KVConf(MX),
+    "kv_e5m2_e4m3": KVConf(MX, quantize_k=True),
+    "k_e5m2_v_e2m1": KVConf(MX, quantize_k=True, v_format=KVFormat.e2m1),
+    "kv_e2m1": KVConf(MX, quantize_k=True, bits=4),
+    "k_e5m2": KVConf(MX, quantize_k=True, quantize_v=False),
+}
+OTHERS = {
+    "per_head": KVConf(MX, quantize_k=True, scales=KVScales.per_head_ema),
+    "int8": KVConf(KVStorage.i8_scale, quantize_k=True),
+    "turned": KVConf(MX, quantize_k=True, bits=4, hadamard=True),
+}
+
+
+def filled(conf, heads, frames):
+    """A cache of one layer whose ring has gone round, at the start of a frame."""
+    cache = KVCache(1, 1, heads, 64, 64, [frames], conf, torch.bfloat16, DEVICE)
+    generator = torch.Generator().manual_seed(frames)
+
+    def normal(n):
+        return torch.randn(1, heads, n, 64, generator=generator).to(DEVICE, torch.bfloat16)
+
+    cache.load(0, normal(frames * 64), normal(frames * 64))
+    for _ in range(3):
+        cache.advance()
+        own = normal(64), normal(64)
+        cache.window(0, *own)
+        cache.store(0, *own)
+    cache.advance()
+    return cache
+
+
+def a_layer(name, heads, width):
+    """A projection, a residual stream in front of it and the frame's rotation."""
+    qkv, (_, scale, shift) = make(192 * heads, width, name), vectors(width)
+    stream = modulated_rows(torch.randn(64, width, device=DEVICE).bfloat16(), scale.flatten(), shift.flatten())
+    angles = 6 * torch.rand(64, 32, device=DEVICE)
+    return qkv, stream, (angles.cos(), angles.sin())
+
+
+def exact_attention(cache, qkv, rotary):
+    """Float64, of a projection BF16 [64, 3*H*64]; queries and keys rounded as models round them."""
+    q, k, v = qkv.view(1, 64, 3, -1, 64).permute(2, 0, 3, 1, 4)
+    q, k = (apply_rotary(rms_norm(z), *rotary) for z in (q, k))
+    window = (z.double() for z in cache.window(0, k, v))
+    return F.scaled_dot_product_attention(q.double(), *window)[0].transpose(0, 1).flatten(1)
+
+
+class TestAttention:
+    """Of a frame, projection and attention in one launch."""
+
+    pytestmark = hopper
+
+    @pytest.mark.parametrize("dependent", [False, True])
+    @pytest.mark.parametrize("store", [False, True])
+    @pytest.mark.parametrize("storage", STORAGES)
+    @pytest.mark.parametrize(
+        ("name", "heads", "width", "frames"),
+        [
+            ("BF16", 24, 1536, 60),
+            ("W8A16", 24, 1536, 16),
+            ("W4A16", 4, 320, 6),
+            ("E5M2", 1, 64, 2),
+            ("BF16", 33, 96, 1),
+        ],
+    )
+    def test_it_is_as_close_to_float64_as_in_two(
+        self, name, heads, width, frames, storage, store, dependent, monkeypatch
+    ):
+        monkeypatch.setattr(launch, "ENABLED", dependent)
+        qkv, stream, rotary = a_layer(name, heads, width)
+        one, two = (FusedAttention(filled(STORAGES[storage], heads, frames), store) for _ in range(2))
+        assert joined(one.cache, 0, qkv, store) is not None
+        projected = qkv.normed(stream, RMS_EPS)
+        exact = exact_attention(filled(STORAGES[storage], heads, frames), projected, rotary)
+        want = two.projected(0, projected[None], rotary)[0].double()
+        got = one.streamed(0, qkv, stream, rotary)
+        errors = [float((out.double() - exact).norm() / exact.norm()) for out in (got, want)]
+        assert errors[0] < 1.3 * errors[1] + 1e-3, errors
+        for ring, other in zip(one.cache.rings[0].values(), two.cache.rings[0].values(), strict=True):
+            for mine, theirs in zip(stored(ring), stored(other), strict=True):
+                # The sums are added up in another order: few elements are rounded the other way.
+                assert (mine != theirs).float().mean() < 0.02
+        again = FusedAttention(filled(STORAGES[storage], heads, frames), store)
+        assert torch.equal(again.streamed(0, qkv, stream, rotary), got)
+        for ring, other in zip(one.cache.rings[0].values(), again.cache.rings[0].values(), strict=True):
+            assert all(torch.equal(*both) for both in zip(stored(ring), stored(other), strict=True))
+
+    @pytest.mark.parametrize("storage", OTHERS)
+    def test_it_is_in_two_where_the_kernel_knows_no_storage(self, storage):
+        qkv, stream, rotary = a_layer("BF16", 2, 128)
+        attend, other = (FusedAttention(filled(OTHERS[storage], 2, 4), store=True) for _ in range(2))
+        assert joined(attend.cache, 0, qkv, store=True) is None
+        want = other.projected(0, qkv.normed(stream, RMS_EPS)[None], rotary)[0]
+        assert torch.equal(attend.streamed(0, qkv, stream, rotary), want)
+
+
+def stored(ring):
+    """What a ring's memory holds, as bytes."""
+    return [t.view(torch.uint8) for t in fused.ring_view(ring)[:2] if t is not None]
 
 
 QUANTS = {
