@@ -180,7 +180,8 @@ def joined(cache: KVCache, layer: int, qkv: PackedLinear, store: bool) -> Attend
     ``store``: whether the frame's own K and V are kept; a plain ring keeps them in any case.
     """
     rings, shape = cache.rings[layer], cache.rings[layer]["k"].shape
-    if qkv.config is not None or attend.unfit(shape.heads, shape.head_dim, cache.tokens, cache.batch) is not None:
+    sizes = shape.heads, shape.head_dim, cache.tokens, cache.batch
+    if qkv.config is not None or attend.unfit(*sizes, cache.device) is not None:
         return None
     key, value = (fused.ring_view(rings[name]) for name in TENSORS)
     known = all(view.per == "block" and (view.stores or not store) for view in (key, value))
@@ -194,7 +195,7 @@ def joined(cache: KVCache, layer: int, qkv: PackedLinear, store: bool) -> Attend
         k_stores=store or key.scales is None,
         v_stores=store or value.scales is None,
         mode=(value if key.scales is None else key).scale_mode or ScaleMode.rceil,
-        cluster=attend.cluster_of(shape.heads),
+        cluster=attend.cluster_of(shape.heads, cache.device),
         dependent=launch.dependent(cache.device),
     )
     return found if found.stages() else None

@@ -29,7 +29,7 @@ TOKENS = 64
 DIM = 64
 """Of a head."""
 
-_WARPS = 12
+_WARPS, _THREADS = 12, 13 * 32
 _ROW = 2 * DIM
 _FRAME = TOKENS * _ROW
 _MOST_STAGES = 4
@@ -78,26 +78,37 @@ class AttendShape:
 
     @property
     def fetched(self) -> int:
-        """Groups of a weight that arrive together: two copies a warp, so that the first products wait for half."""
-        return -(-self.held // 2)
+        """Groups of a weight that arrive together: half of them, or a third, so that products begin with the first."""
+        return -(-self.held // (2 if element_bits(self.element) < 16 else 3))
+
+    @property
+    def waiting(self) -> int:
+        """How many such fetches a warp has on their way: two, of BF16, which leaves no room for more."""
+        return min(2, -(-self.held // self.fetched))
 
     def stages(self) -> int:
         """Frames of the window that a warpgroup has on their way: as many as there is room for; 0: there is none."""
         most = range(_MOST_STAGES, 0, -1)
-        return next((count for count in most if self.shared_bytes(count) <= SHARED_BYTES), 0)
+        enough = (n for n in most if n * self._stage >= 2 * _FRAME + 256 and self.shared_bytes(n) <= SHARED_BYTES)
+        return next(enough, 0)
+
+    @property
+    def _bits(self) -> list[int]:
+        return [storage_bits(fmt) for fmt in (self.k, self.v)]
+
+    @property
+    def _stage(self) -> int:
+        return -(-sum(_FRAME * b // 16 + 128 * (b < 16) for b in self._bits) // 1024) * 1024
 
     def shared_bytes(self, stages: int) -> int:
         """Shared memory of a block, as ``mx_attend.cu`` divides it."""
         across = -(-8 // self.cluster)
         own_rows = -(-across * 8 // 16) * 16
-        operands = self.held * ((8 + self.norm) * 1024 + _WARPS * tile_bytes(element_bits(self.element)))
-        bits = [storage_bits(fmt) for fmt in (self.k, self.v)]
-        frame = sum(_FRAME * b // 16 + 128 * (b < 16) for b in bits)
-        window = _FRAME + 2 * own_rows * _ROW + 3 * stages * (-(-frame // 1024) * 1024)
-        window += 3 * sum(_FRAME for b in bits if b < 16)
-        owned, workers = -(-32 // self.cluster), 3 * self.cluster
-        partial = max(self.cluster * across * _WARPS * 512, workers * (owned * 512 + 256))
-        barriers = self.held + _WARPS * -(-self.held // self.fetched) + 4 + 3 * stages
+        w = _WARPS * self.waiting * self.fetched * tile_bytes(element_bits(self.element))
+        operands = self.held * (8 + self.norm) * 1024 + w
+        window = _FRAME + 2 * own_rows * _ROW + 3 * stages * self._stage + 3 * sum(_FRAME for b in self._bits if b < 16)
+        partial = self.cluster * max(across * _WARPS * 512, -(-32 // self.cluster) * 512 + 256)
+        barriers = self.held + _WARPS * self.waiting + 4 + 3 * stages
         return max(operands, window) + partial + 8 * barriers + 4 * TOKENS
 
     def defines(self) -> dict[str, int]:
@@ -110,6 +121,7 @@ class AttendShape:
             "CL": self.cluster,
             "GX": self.held,
             "FETCHED": self.fetched,
+            "WAITING": self.waiting,
             "STAGES": self.stages(),
             "PDL": int(self.dependent),
             **_storage("K", self.k, self.k_stores, self.mode),
@@ -133,9 +145,23 @@ def _storage(name: str, fmt: str, stores: bool, mode: ScaleMode) -> dict[str, in
     }
 
 
-def cluster_of(heads: int) -> int:
+def cluster_of(heads: int, device: torch.device) -> int:
     """Blocks of a head, as many as find a place at the same time; 1: more heads than the kernel is for."""
-    return max((size for size, places in PLACES.items() if heads * size <= places), default=1)
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    found = _clusters(index) if device.type == "cuda" else {size: places // size for size, places in PLACES.items()}
+    return max((size for size, clusters in found.items() if 1 < size and heads <= clusters), default=1)
+
+
+@functools.cache
+def _clusters(device: int | None) -> dict[int, int]:
+    """How many clusters of each size a GPU has places for, of blocks that fill a multiprocessor each.
+
+    Two GPUs of a kind differ in which of their multiprocessors work, and so in this.
+    """
+    cubin = nvrtc.compile_source('extern "C" __global__ void places() {}', "places.cu", {}, "sm_90a")
+    with torch.cuda.device(device):
+        function = nvrtc.Function(cubin, "places", SHARED_BYTES)
+        return {size: function.clusters_at_once(_THREADS, size) for size in range(1, 9)}
 
 
 class _Squares(ctypes.Structure):
@@ -156,11 +182,11 @@ class _Window(ctypes.Structure):
     )
 
 
-def unfit(heads: int, dim: int, tokens: int, batch: int) -> str | None:
+def unfit(heads: int, dim: int, tokens: int, batch: int, device: torch.device) -> str | None:
     """Why the kernel cannot be a layer's attention, or None."""
     if (dim, tokens, batch) != (DIM, TOKENS, 1):
         return f"it is of one clip, {TOKENS} tokens a frame, heads of {DIM}; here are {batch}, {tokens} and {dim}"
-    if cluster_of(heads) == 1:
+    if cluster_of(heads, device) == 1:
         return f"{heads} heads, two blocks each, find no place at the same time"
     return None
 
@@ -216,7 +242,7 @@ def attend(
             _Squares(squares.data_ptr(), squares.shape[1], 1 / shape.inputs, eps),
             window,
         )
-        function.launch((heads * shape.cluster, 1), 32 * (_WARPS + 1), arguments, shape.dependent)
+        function.launch((heads * shape.cluster, 1), _THREADS, arguments, shape.dependent)
     return out
 
 

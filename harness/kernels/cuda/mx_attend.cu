@@ -13,13 +13,14 @@
 //  3. Attention. Each warpgroup of the cluster takes every (3 CL)-th frame of the window, and the third one its block's own
 //     keys and values. Queries are A fragments in registers; keys and values lie in shared memory, and are decoded there if
 //     they are stored in an MX format. Scores need no running maximum: see window.py.
-//  4. Sums of weighted values, and of weights, go to the block that owns these outputs, and are added there in order.
+//  4. Sums of weighted values, and of weights, are added up in a block, go to the block that owns these outputs, and are added
+//     there, always in the same order.
 //
 // Nothing depends on which block or warp comes first. What lies in the ring's slot of this frame has left the window and is
 // read by nobody, so the frame's own may be stored there.
 //
 // Compile-time parameters beside those of mx_decode.cuh and mx_product.cuh (MT 8, RT 1, GS 1): CL; GX groups of 64 inputs a
-// block holds; FETCHED groups of W that arrive together; K_BITS, V_BITS of what the ring stores (16, 8 or 4), K_MANTISSA,
+// block holds; FETCHED groups of W that arrive together, WAITING such fetches a warp has on their way; K_BITS, V_BITS of what the ring stores (16, 8 or 4), K_MANTISSA,
 // V_MANTISSA of its elements (3 of E4M3, 2 of E5M2, 1 of E2M1); STAGES frames of the window that a warpgroup has on their way;
 // K_STORE, V_STORE whether the frame's own go into the ring; K_THRESHOLD, V_THRESHOLD see `biased_exponent`; PDL programmatic
 // dependent launch.
@@ -34,7 +35,8 @@ constexpr int WORKERS = 3 * CL;                // warpgroups of a head
 constexpr int ROW = 128;                       // bytes of 64 BF16
 constexpr int FRAME = 64 * ROW;                // and of a frame's keys or values
 constexpr int W_AT = GX * XTILE;
-constexpr int OPERANDS = W_AT + WARPS * GX * TILE;
+constexpr int W_STAGE = FETCHED * TILE;
+constexpr int OPERANDS = W_AT + WARPS * WAITING * W_STAGE;
 // Where operands were, once all blocks have multiplied: queries, own keys and values, the window.
 constexpr int Q_AT = 0;
 constexpr int OWN_K_AT = FRAME;
@@ -50,13 +52,13 @@ constexpr int WINDOW_END = DECODED_AT + 3 * DECODED;
 constexpr int OWNED = (32 + CL - 1) / CL;      // units of 16 queries by 8 columns a block adds up
 constexpr int PARTIAL_AT = OPERANDS > WINDOW_END ? OPERANDS : WINDOW_END;
 constexpr int PROJECTED = CL * OWN_M * WARPS * 512;
-constexpr int TOTALS_AT = PARTIAL_AT + WORKERS * OWNED * 512;
-constexpr int ATTENDED = WORKERS * (OWNED * 512 + 256);
+constexpr int TOTALS_AT = PARTIAL_AT + CL * OWNED * 512;
+constexpr int ATTENDED = CL * (OWNED * 512 + 256);
 constexpr int BARRIERS_AT = PARTIAL_AT + (PROJECTED > ATTENDED ? PROJECTED : ATTENDED);
-constexpr int FETCHES = (GX + FETCHED - 1) / FETCHED;
-constexpr int BARRIERS = GX + WARPS * FETCHES + 4 + 3 * STAGES;
+constexpr int BARRIERS = GX + WARPS * WAITING + 4 + 3 * STAGES;
 constexpr int ROWS_AT = BARRIERS_AT + BARRIERS * 8;  // 1 / rms of each row, floats
 constexpr int END = ROWS_AT + 256;
+static_assert(STAGES * STAGE >= FRAME * 2 + 256, "a warpgroup's sums find room where its share of the window was");
 static_assert(CL > 1 && CL <= 8 && MT == 8 && RT == 1 && GS == 1, "a head's blocks meet in a cluster");
 
 // Keys or values as a ring stores them, [heads][frames][64][64], and their scales, [heads][frames][64][2].
@@ -96,6 +98,13 @@ struct Share {
 // Bytes `at` of row `row` of 64 BF16, as TMA swizzles rows.
 __device__ __forceinline__ u32 place_in_rows(u32 rows, int row, int at) {
     return rows + row * ROW + ((at / 16 ^ row % 8) * 16) + at % 16;
+}
+
+__device__ __forceinline__ void add_to(float (&sum)[4], const uint4& part) {
+    sum[0] += __uint_as_float(part.x);
+    sum[1] += __uint_as_float(part.y);
+    sum[2] += __uint_as_float(part.z);
+    sum[3] += __uint_as_float(part.w);
 }
 
 __device__ __forceinline__ float of_lanes(float value, int lane, int distance) {
@@ -245,13 +254,7 @@ struct Projected {
         for (int r = 0; r < 4; ++r) {
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-            for (int slot = 0; slot < CL; ++slot) {
-                const uint4 part = load16(from + (slot * OWN_M * WARPS + r) * 512 + lane * 16);
-                sum[0] += __uint_as_float(part.x);
-                sum[1] += __uint_as_float(part.y);
-                sum[2] += __uint_as_float(part.z);
-                sum[3] += __uint_as_float(part.w);
-            }
+            for (int slot = 0; slot < CL; ++slot) add_to(sum, load16(from + (slot * OWN_M * WARPS + r) * 512 + lane * 16));
             const float bias[2] = {low_of(biases[r].above), low_of(biases[r].below)};
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -295,22 +298,18 @@ struct Projected {
     }
 };
 
-// Weighted values and weights of a warp's 16 queries.
-struct Attended {
-    float sums[8][4];
-    float totals[2];
+// Scores of a warp's 16 queries and KEYS keys, and what these make of the values' weights.
+template <int KEYS>
+struct Weights {
+    float scores[KEYS / 8][4];
+    u32 pairs[KEYS / 16][4];  // fragments of the weights
 
-    // Adds KEYS keys and values, rows in shared memory of which the first `known` count.
-    template <int KEYS>
-    __device__ __forceinline__ void add(const u32 (&queries)[4][4], u32 keys, u32 values, int known, float scale, bool more,
-                                        int lane) {
-        float scores[KEYS / 8][4];
-        products_begin();
+    __device__ __forceinline__ void score(const u32 (&queries)[4][4], u32 keys) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) multiply_rows<0>(scores, queries[i], rows_after(rows_at(keys), i * 32), i > 0);
-        products_commit();
-        products_wait<0>();
-        u32 weights[KEYS / 16][4];
+    }
+
+    __device__ __forceinline__ void weigh(float (&totals)[2], int known, float scale, int lane) {
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -319,17 +318,56 @@ struct Attended {
                 scores[n][i] = n * 8 + lane % 4 * 2 + i % 2 < known ? power_of_two(scores[n][i] * scale) : 0.0f;
                 totals[i / 2] += scores[n][i];
             }
-            weights[n / 2][n % 2 * 2] = to_bf16(scores[n][0], scores[n][1]);
-            weights[n / 2][n % 2 * 2 + 1] = to_bf16(scores[n][2], scores[n][3]);
+            pairs[n / 2][n % 2 * 2] = to_bf16(scores[n][0], scores[n][1]);
+            pairs[n / 2][n % 2 * 2 + 1] = to_bf16(scores[n][2], scores[n][3]);
         }
-        products_begin();
+    }
+
+    __device__ __forceinline__ void sum(float (&sums)[8][4], u32 values) const {
 #pragma unroll
         for (int i = 0; i < KEYS / 16; ++i)
-            multiply_columns(sums, weights[i], rows_after(columns_at(values), i * 16 * ROW), more || i > 0);
+            multiply_columns(sums, pairs[i], rows_after(columns_at(values), i * 16 * ROW), true);
+    }
+
+    __device__ __forceinline__ void hold() const {
+#pragma unroll
+        for (int i = 0; i < KEYS / 16 * 4; ++i) keep(pairs[i / 4][i % 4]);
+    }
+};
+
+template <>
+struct Weights<0> {
+    __device__ __forceinline__ void score(const u32 (&)[4][4], u32) {}
+    __device__ __forceinline__ void weigh(float (&)[2], int, float, int) {}
+    __device__ __forceinline__ void sum(float (&)[8][4], u32) const {}
+    __device__ __forceinline__ void hold() const {}
+};
+
+// Weighted values and weights of a warp's 16 queries.
+struct Attended {
+    float sums[8][4];
+    float totals[2];
+
+    // Adds KEYS of the window, rows in shared memory, and OWN of the frame's own, of which the first `known` are some.
+    template <int KEYS, int OWN>
+    __device__ __forceinline__ void add(const u32 (&queries)[4][4], u32 keys, u32 values, u32 own_keys, u32 own_values,
+                                        int known, float scale, int lane) {
+        Weights<KEYS> window;
+        Weights<OWN> own;
+        products_begin();
+        window.score(queries, keys);
+        own.score(queries, own_keys);
         products_commit();
         products_wait<0>();
-#pragma unroll
-        for (int i = 0; i < KEYS / 16 * 4; ++i) keep(weights[i / 4][i % 4]);
+        window.weigh(totals, KEYS, scale, lane);
+        own.weigh(totals, known, scale, lane);
+        products_begin();
+        window.sum(sums, values);
+        own.sum(sums, own_values);
+        products_commit();
+        products_wait<0>();
+        window.hold();
+        own.hold();
 #pragma unroll
         for (int i = 0; i < 32; ++i) keep(sums[i / 4][i % 4]);
     }
@@ -367,8 +405,8 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     const int owned_m = (MT - rank + CL - 1) / CL;  // this block's tiles of tokens
 
     const int block_lo = groups * rank / CL, block_groups = groups * (rank + 1) / CL - block_lo;
-    const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * FETCHES) * 8;
-    const u32 sums_bar = x_bars + (GX + WARPS * FETCHES) * 8, norms_bar = sums_bar + 8, q_bar = sums_bar + 16;
+    const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * WAITING) * 8;
+    const u32 sums_bar = x_bars + (GX + WARPS * WAITING) * 8, norms_bar = sums_bar + 8, q_bar = sums_bar + 16;
     const u32 out_bar = sums_bar + 24, window_bars = sums_bar + 32 + wg * STAGES * 8;
     const u32 partial = base + PARTIAL_AT;
 
@@ -379,7 +417,7 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     }
 
     if (lane == 0) {
-        for (int i = 0; i < FETCHES; ++i) barrier_init(w_bars + i * 8);
+        for (int i = 0; i < WAITING; ++i) barrier_init(w_bars + i * 8);
         for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
         if (warp % 4 == 0)
             for (int i = 0; i < STAGES; ++i) barrier_init(window_bars + i * 8);
@@ -391,23 +429,25 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
             barrier_init(q_bar);
             barrier_expect(q_bar, (MT - owned_m) * 1024);
             barrier_init(out_bar);
-            barrier_expect(out_bar, WORKERS * ((32 - rank + CL - 1) / CL * 512 + 256));
+            barrier_expect(out_bar, CL * ((32 - rank + CL - 1) / CL * 512 + 256));
         }
         barriers_ready();
     }
     __syncwarp();
 
     // 1. Projection.
-    const u32 w_shared = base + W_AT + warp * GX * TILE;
-    if (lane == 0) {
-        const u8* const from = weight + (static_cast<long long>((wg * window.heads + head) * 4 + warp % 4) * groups + block_lo) * TILE;
-        const u64 policy = cache_policy(true);
-        for (int i = 0; i < block_groups; i += FETCHED) {
-            const u32 bytes = min(FETCHED, block_groups - i) * TILE, bar = w_bars + i / FETCHED * 8;
-            barrier_expect(bar, bytes);
-            copy_bytes(w_shared + i * TILE, from + i * TILE, bytes, bar, policy);
-        }
-    }
+    const u32 w_shared = base + W_AT + warp * WAITING * W_STAGE;
+    const long long w_tile = (wg * window.heads + head) * 4 + warp % 4;
+    const u8* const w_global = weight + (w_tile * groups + block_lo) * TILE;
+    const u64 once = cache_policy(true);
+    const auto fetch_w = [&](int i) {
+        const int first = i * FETCHED, count = min(FETCHED, block_groups - first);
+        if (lane != 0 || count <= 0) return;
+        const u32 bar = w_bars + i % WAITING * 8;
+        barrier_expect(bar, count * TILE);
+        copy_bytes(w_shared + i % WAITING * W_STAGE, w_global + first * TILE, count * TILE, bar, once);
+    };
+    for (int i = 0; i < WAITING; ++i) fetch_w(i);
     cluster_arrive();  // a block may only write to blocks whose barriers are ready
     if (lane == 0) {
         if (PDL) previous_is_over();
@@ -421,10 +461,16 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     float acc[1][XT][4];
     {
         Half halves[2];
-        for (int i = 0; i < block_groups; ++i) {
-            if (i % FETCHED == 0) barrier_wait(w_bars + i / FETCHED * 8, 0);
-            barrier_wait(x_bars + i * 8, 0);
-            multiply_group(acc, halves, w_shared + i * TILE, base + i * XTILE, lane, i > 0);
+        for (int i = 0; i * FETCHED < block_groups; ++i) {
+            barrier_wait(w_bars + i % WAITING * 8, i / WAITING % 2);
+            const u32 w = w_shared + i % WAITING * W_STAGE;
+            for (int group = i * FETCHED; group < min((i + 1) * FETCHED, block_groups); ++group) {
+                barrier_wait(x_bars + group * 8, 0);
+                multiply_group(acc, halves, w + (group - i * FETCHED) * TILE, base + group * XTILE, lane, group > 0);
+            }
+            __syncwarp();  // every lane has read the stage
+            fetch_w(i + WAITING);
+            __syncwarp();
         }
         products_wait<0>();
     }
@@ -514,8 +560,9 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     attended.totals[0] = attended.totals[1] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) attended.sums[i / 4][i % 4] = 0.0f;
-    if (wg == 2)
-        attended.add<OWN_KEYS>(queries, base + OWN_K_AT, base + OWN_V_AT, owned_m * 8, window.scale, true, lane);
+    const u32 own_keys = base + OWN_K_AT, own_values = base + OWN_V_AT;
+    const int known = owned_m * 8;
+    if (wg == 2 && frames == 0) attended.add<0, OWN_KEYS>(queries, 0, 0, own_keys, own_values, known, window.scale, lane);
     for (int i = 0; i < frames; ++i) {
         const u32 stage = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, decoded = base + DECODED_AT + wg * DECODED;
         const u32 scales = stage + K_BYTES + V_BYTES;
@@ -533,27 +580,42 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
             copies_see_stores();
             group_sync(2 + wg, 128);
         }
-        attended.add<64>(queries, keys, values, 64, window.scale, true, lane);
+        if (wg == 2 && i == 0) {
+            attended.add<64, OWN_KEYS>(queries, keys, values, own_keys, own_values, known, window.scale, lane);
+        } else {
+            attended.add<64, 0>(queries, keys, values, 0, 0, 0, window.scale, lane);
+        }
         group_sync(2 + wg, 128);  // all have read the stage
         fetch(i + STAGES);
     }
 
-    // 4. Sums.
-    const int worker = rank * 3 + wg;
+    // 4. Sums: of a block, where its share of the window was, then of the cluster.
+    const u32 here = base + STAGES_AT + wg * STAGES * STAGE;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        const int unit = warp % 4 * 8 + n, owner = unit % CL;
-        store16_in(address_in(partial + (worker * OWNED + unit / CL) * 512 + lane * 16, owner), attended.sums[n],
-                   address_in(out_bar, owner));
-    }
+    for (int n = 0; n < 8; ++n) store16(here + (warp % 4 * 8 + n) * 512 + lane * 16, attended.sums[n]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         float total = attended.totals[i];
         total += of_lanes(total, lane, 1);
         total += of_lanes(total, lane, 2);
-        const u32 to = base + TOTALS_AT + worker * 256 + (warp % 4 * 16 + i * 8 + lane / 4) * 4;
-        for (int owner = lane % 4; owner < CL; owner += 4)
-            store4_in(address_in(to, owner), total, address_in(out_bar, owner));
+        if (lane % 4 == 0) store4(here + 2 * FRAME + (warp % 4 * 16 + i * 8 + lane / 4) * 4, total);
+    }
+    group_sync(1, WARPS * 32);
+    for (int unit = warp; unit < 32; unit += WARPS) {
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < 3; ++i) add_to(sum, load16(base + STAGES_AT + i * STAGES * STAGE + unit * 512 + lane * 16));
+        const int owner = unit % CL;
+        store16_in(address_in(partial + (rank * OWNED + unit / CL) * 512 + lane * 16, owner), sum, address_in(out_bar, owner));
+    }
+    if (warp >= WARPS - 2) {
+        const int query = (warp - (WARPS - 2)) * 32 + lane;
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+            total += __uint_as_float(load4(base + STAGES_AT + i * STAGES * STAGE + 2 * FRAME + query * 4));
+        for (int owner = 0; owner < CL; ++owner)
+            store4_in(address_in(base + TOTALS_AT + rank * 256 + query * 4, owner), total, address_in(out_bar, owner));
     }
     if (K_STORE && warp < OWN_M && warp * CL + rank < MT)
         store_rows<K_BITS, K_MANTISSA, K_THRESHOLD>(window.k, base + OWN_K_AT + warp * 1024,
@@ -569,12 +631,8 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
         const int query = unit / 8 * 16 + lane / 4;
 #pragma unroll
-        for (int slot = 0; slot < WORKERS; ++slot) {
-            const uint4 part = load16(partial + (slot * OWNED + owned) * 512 + lane * 16);
-            sum[0] += __uint_as_float(part.x);
-            sum[1] += __uint_as_float(part.y);
-            sum[2] += __uint_as_float(part.z);
-            sum[3] += __uint_as_float(part.w);
+        for (int slot = 0; slot < CL; ++slot) {
+            add_to(sum, load16(partial + (slot * OWNED + owned) * 512 + lane * 16));
             total[0] += __uint_as_float(load4(base + TOTALS_AT + slot * 256 + query * 4));
             total[1] += __uint_as_float(load4(base + TOTALS_AT + slot * 256 + (query + 8) * 4));
         }

@@ -18,7 +18,7 @@ from harness.kernels import cache
 
 _BFLOAT16, _SWIZZLE_128B, _PROMOTE_L2_128B = 9, 3, 2  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 
 
 class CompileError(RuntimeError):
@@ -93,6 +93,17 @@ class Function:
         Raises DriverError when the driver refuses.
         """
         self.prepared(grid, threads, arguments, dependent)(torch.cuda.current_stream().cuda_stream)
+
+    def clusters_at_once(self, threads: int, cluster: int) -> int:
+        """How many clusters of so many blocks the device runs at the same time: that depends on the single GPU."""
+        size = 1 << 32 | cluster, 1  # x, y and z, of 32 bits
+        attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint64 * 8)(*size))
+        grid, block = (ctypes.c_uint * 3)(cluster, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
+        config = _LaunchConfig(grid, block, self._shared_bytes, None, ctypes.pointer(attribute), 1)
+        found = ctypes.c_int()
+        result = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), self._handle, ctypes.byref(config))
+        _check(result, f"counting clusters of {cluster} blocks of {self._name}")
+        return found.value
 
     def prepared(
         self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], dependent: bool = False
