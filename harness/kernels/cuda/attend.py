@@ -149,7 +149,7 @@ def cluster_of(heads: int, device: torch.device) -> int:
     """Blocks of a head, as many as find a place at the same time; 1: more heads than the kernel is for."""
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     found = _clusters(index) if device.type == "cuda" else {size: places // size for size, places in PLACES.items()}
-    return max((size for size, clusters in found.items() if 1 < size and heads <= clusters), default=1)
+    return max((size for size, clusters in found.items() if size > 1 and heads <= clusters), default=1)
 
 
 @functools.cache
