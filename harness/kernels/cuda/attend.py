@@ -160,6 +160,7 @@ def _clusters(device: int | None) -> dict[int, int]:
     """
     cubin = nvrtc.compile_source('extern "C" __global__ void places() {}', "places.cu", {}, "sm_90a")
     with torch.cuda.device(device):
+        torch.cuda.synchronize()  # the driver needs a context, which nobody may have asked for yet
         function = nvrtc.Function(cubin, "places", SHARED_BYTES)
         return {size: function.clusters_at_once(_THREADS, size) for size in range(1, 9)}
 
