@@ -42,7 +42,7 @@ from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
-from harness.rollout.attention import frame_attention
+from harness.rollout.attention import frame_attention, joined
 from harness.rollout.conf import AttentionKind
 from harness.rollout.linears import ROLES, pack
 from harness.rollout.norms import enter_stream
@@ -51,6 +51,7 @@ from harness.streams import patient
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
+NAMES = [spec.name for spec in GameRFTCore.block_linears if not spec.per_frame]
 ROUNDS, REFINED, VARIED = 3, 12, 4
 """Of each Linear's launch shapes, the fastest are tried again when those of the others are known, and once, of the
 fastest of all, what differs from them in stages alone."""
@@ -73,7 +74,12 @@ class Layers:
         else:
             pack(core, lambda linear: cuda_linear.build(nearest(linear, FORMATS[name])))
         self.blocks = core.blocks
+        qkv = core.blocks[0].get_submodule("attn.qkv")
+        assert isinstance(qkv, PackedLinear)
+        joined_kernel = batch == 1 and joined(cache, 0, qkv, store=False) is not None
         self.streamed = batch == 1 and all(streams(block, arch.tokens_per_frame) for block in self.blocks)
+        # A projection that is part of attention's kernel has no launch shape of its own.
+        self.names = [name for name in NAMES if not (self.streamed and joined_kernel and name == "attn.qkv")]
         self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
         self.mods = [
             BlockModulation(*(0.1 * torch.randn(batch, 1, dim, device=device).bfloat16() for _ in range(6)))
@@ -118,15 +124,12 @@ class Layers:
         return statistics.median(times) * 1e3 / len(self.blocks)
 
 
-NAMES = [spec.name for spec in GameRFTCore.block_linears if not spec.per_frame]
-
-
 class Tuner:
     """Tries launch shapes of each Linear in turn."""
 
     def __init__(self, layers: Layers, most: int, deadline: float) -> None:
         self.layers, self.most, self.deadline = layers, most, deadline
-        self.timed: dict[str, dict[CudaConfig, float]] = {name: {} for name in NAMES}
+        self.timed: dict[str, dict[CudaConfig, float]] = {name: {} for name in layers.names}
         self.want = layers.run() if layers.streamed else None
         self.tried: list[tuple[str, CudaConfig, float]] = []
         self.refused: list[str] = []
@@ -134,7 +137,7 @@ class Tuner:
     def tune(self) -> dict[str, CudaConfig]:
         """The fastest of each Linear; several rounds, since what one occupies is what another cannot have."""
         for turn in range(ROUNDS):
-            for name in NAMES:
+            for name in self.layers.names:
                 linear = self.layers.linears(name)[0]
                 shape = linear.shape(self.layers.x[..., 0].numel())
                 known = self.timed[name]

@@ -380,6 +380,10 @@ def _check_sum(video: Path, info: ClipInfo) -> None:
         )
 
 
+_TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""Titles that are no UTF-8 do not matter; from PyAV 19 on they never do."""
+
+
 def _decode(video: Path, info: ClipInfo) -> Iterable[NDArray[np.float32]]:
     """The stored pictures, RGB ``[h, w, 3]`` each, about 0 to 255."""
     # A larger picture than the JSON says is none that FFmpeg allocates. The file is read as an MP4 and nothing else:
@@ -387,7 +391,7 @@ def _decode(video: Path, info: ClipInfo) -> Iterable[NDArray[np.float32]]:
     height, width = info.height * info.pixel_scale, info.width * info.pixel_scale
     most = {"max_pixels": str((height + EDGE) * (width + EDGE))}
     try:
-        with av.open(f"file:{video}", format="mp4", metadata_errors="replace") as container:
+        with av.open(f"file:{video}", format="mp4", **_TOLERANT) as container:
             if len(container.streams.video) != 1:
                 raise ClipError(f"{video}: has {len(container.streams.video)} video streams; a clip has one")
             stream = container.streams.video[0]

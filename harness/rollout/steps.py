@@ -99,7 +99,9 @@ def through_layer_fused(
 def through_layer_streamed(
     block: Block, attend: LayerAttend, stream: Stream, mod: BlockModulation, norm: tuple[Tensor, Tensor], rotary: Rotary
 ) -> Stream:
-    """A layer in four launches or five, from residual stream to residual stream, of a block that :func:`streams`.
+    """A layer from residual stream to residual stream, of a block that :func:`streams`.
+
+    In four launches, or in five where attention is none of :func:`~harness.rollout.attention.joined`.
 
     Args:
         block: the layer.

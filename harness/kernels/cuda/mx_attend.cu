@@ -424,7 +424,7 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
         if (warp == 0) {
             prefetch_map(&x_map);
             barrier_init(sums_bar);
-            barrier_expect(sums_bar, owned_m * WARPS * CL * 512);
+            barrier_expect(sums_bar, owned_m * WARPS * (CL - 1) * 512);
             barrier_init(norms_bar);
             barrier_init(q_bar);
             barrier_expect(q_bar, (MT - owned_m) * 1024);
@@ -489,9 +489,13 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
         const u32 to = partial + ((rank * OWN_M + m / CL) * WARPS + warp) * 512 + lane * 16;
-        store16_in(address_in(to, m % CL), acc[0][m], address_in(sums_bar, m % CL));
+        if (m % CL == rank) {
+            store16(to, acc[0][m]);
+        } else {
+            store16_in(address_in(to, m % CL), acc[0][m], address_in(sums_bar, m % CL));
+        }
     }
-    group_sync(1, WARPS * 32);  // nobody here reads operands any more
+    group_sync(1, WARPS * 32);  // nobody here reads operands any more, and this block's sums are there
 
     // The window, on its way while the tokens' owners are at work.
     const Share share(window, wg * CL + rank);
