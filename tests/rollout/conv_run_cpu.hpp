@@ -26,10 +26,10 @@ extern "C" void run(const u16* input, const u8* weights, const u16* shortcut, u1
     all_blocks(min(3, tiles * batch), 1, SHARED);
 #elif defined(GROUPED)
     body = [] { grouped_conv(input_, weights_, out_, height_, width_, channels_); };
-    all_blocks(tiles, batch * (channels / HC), SHARED);
+    all_blocks(tiles, batch * (channels / 16 / WARPS), SHARED);
 #elif defined(UPSAMPLE)
     body = [] { upsample(input_, shortcut_, out_, base_, height_, width_, channels_, wide_); };
-    all_blocks((width * (channels / 8) + THREADS - 1) / THREADS, batch * (height / TH + 1), 16);
+    all_blocks(((width / 2 + 1) * (channels / 8) + THREADS - 1) / THREADS, batch * (height / 2 + 1), 16);
 #elif defined(RESIZE)
     body = [] { resize(input_, out_, height_, width_, channels_, wide_, 3); };
     all_blocks((channels_ * wide_ + THREADS - 1) / THREADS, batch, 16);

@@ -123,8 +123,8 @@ def test_a_grouped_convolution_between_activations(kernel):
     channels, height, width = 64, 16, 32
     layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // 16).bfloat16().requires_grad_(False)
     x, out = picture(2, height, width, channels), torch.full((2, height, width, channels), torch.nan).bfloat16()
-    library = kernel("conv_stage.cu", "GROUPED", {"TH": 8, "WARPS": 8})
-    assert library.shared_bytes() == conv._stage_bytes(8)
+    library = kernel("conv_stage.cu", "GROUPED", conv._STAGE)
+    assert library.shared_bytes() == conv._stage_bytes()
     call(library, x, conv.pack_grouped(layer), None, out, None, height, width, channels)
     want = F.leaky_relu(layer.double()(F.leaky_relu(first(x).double(), 0.01)), 0.01)
     assert_close(out, want)
@@ -136,7 +136,7 @@ def test_upsampling_equals_the_models_and_adds_the_shortcut(wide, kernel):
     channels, h, w = 32, 8, 16
     small, shortcut = picture(2, h, w, channels), picture(2, h, w, wide)
     out, base = (torch.full((2, 2 * h, 2 * w, channels), torch.nan).bfloat16() for _ in range(2))
-    library = kernel("conv_stage.cu", "UPSAMPLE", {"TH": 8, "WARPS": 4})
+    library = kernel("conv_stage.cu", "UPSAMPLE", conv._STAGE)
     call(library, small, None, shortcut, out, base, 2 * h, 2 * w, channels, wide)
     want = doubled(small)
     slack = 2**-8 * want.abs() + 1e-6

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from harness.kernels.cuda import nvrtc
+from harness.kernels.launch import dependent
 
 GROUP = 16
 """Channels of a group of the 3×3 convolution: what the tensor cores multiply at a time."""
 
 CHUNK = 32
-"""Channels that a block of ``grouped_conv`` computes, and a multiple of which the kernels' channels are."""
+"""What the kernels' channels are a multiple of: four groups among the hidden ones, one for each warp of a warpgroup."""
 
 TILE = 16
 """Width of a tile in pixels."""
@@ -29,8 +30,8 @@ ROWS = 8
 WIDEST = 192
 """Channels up to which a stage is one kernel: above, weights are read more often than their reuse is worth."""
 
-_STAGE = {"TH": ROWS, "WARPS": 8}
-_RGB = {"TH": ROWS, "WARPS": 8}
+_STAGE = {"TH": ROWS, "WARPS": 4}
+_RGB = {"TH": 16, "WARPS": 8}
 
 
 def unfit(channels: int) -> str | None:
@@ -59,8 +60,8 @@ def resblock_bytes(channels: int, double: bool) -> int:
     return planes * (pixels + 1) * 16 + hidden + (4 * channels**2 if passes == 1 else 0)
 
 
-def _stage_bytes(rows: int) -> int:
-    return _halo(rows) * (CHUNK * 2 + 16) + CHUNK // GROUP * 9 * 512 + CHUNK * 4
+def _stage_bytes() -> int:
+    return _STAGE["WARPS"] * -(-_halo(ROWS) // 8) * 8 * GROUP * 2
 
 
 def _rgb_bytes(channels: int, rows: int) -> int:
@@ -105,8 +106,8 @@ def pack_resblock(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv2d) -> Tenso
 
 
 def pack_grouped(conv: nn.Conv2d) -> Tensor:
-    """Weights and biases of a grouped 3×3 convolution for ``grouped_conv``: uint8 ``[channels / 32, bytes]``."""
-    return _bytes_of(_filters(conv).unflatten(0, (-1, CHUNK // GROUP)), _biases(conv))
+    """Weights and biases of a grouped 3×3 convolution for ``grouped_conv``: uint8 ``[groups, bytes]``."""
+    return _bytes_of(_filters(conv), _biases(conv).view(-1, GROUP))
 
 
 def pack_rgb(conv: nn.Conv2d) -> Tensor:
@@ -147,7 +148,7 @@ def _launch(
 ) -> None:
     function = _load(file, name, tuple(defines.items()), shared, torch.cuda.current_device())
     values = [ctypes.c_int(value) if isinstance(value, int) else value for value in arguments]
-    function.launch(grid, 32 * defines["WARPS"], values)
+    function.launch(grid, 32 * defines["WARPS"], values, dependent(torch.device("cuda")))
 
 
 def resblock(x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None = None, silu: bool = False) -> Tensor:
@@ -176,9 +177,9 @@ def grouped_conv(x: Tensor, weights: Tensor) -> Tensor:
     """``leaky(conv(leaky(x)))`` of ``x [B, h, w, channels]``, 3×3 in groups of 16; ``weights`` of ``pack_grouped``."""
     batch, height, width, channels = x.shape
     out = torch.empty_like(x)
-    grid = (height // _STAGE["TH"] * (width // TILE), batch * (channels // CHUNK))
+    grid = (height // ROWS * (width // TILE), batch * (channels // GROUP // _STAGE["WARPS"]))
     arguments = (x, weights, out, height, width, channels)
-    _launch("conv_stage.cu", "grouped_conv", _STAGE, _stage_bytes(_STAGE["TH"]), grid, arguments)
+    _launch("conv_stage.cu", "grouped_conv", _STAGE, _stage_bytes(), grid, arguments)
     return out
 
 
@@ -186,8 +187,7 @@ def upsample(small: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
     """``small [B, h, w, C]`` doubled bicubically, and that plus ``shortcut [B, h, w, CI]``, shuffled: ``resblock``."""
     batch, h, w, channels = small.shape
     doubled, base = (small.new_empty(batch, 2 * h, 2 * w, channels) for _ in range(2))
-    rows, threads = _STAGE["TH"], 32 * _STAGE["WARPS"]
-    grid = (-(-2 * w * (channels // 8) // threads), batch * (2 * h // rows + 1))
+    grid = (-(-(w + 1) * (channels // 8) // (32 * _STAGE["WARPS"])), batch * (h + 1))
     arguments = (small, shortcut, doubled, base, 2 * h, 2 * w, channels, shortcut.shape[-1])
     _launch("conv_stage.cu", "upsample", _STAGE, 0, grid, arguments)
     return doubled, base

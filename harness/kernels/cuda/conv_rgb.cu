@@ -16,7 +16,9 @@ conv_rgb(const u16* __restrict__ input, const u8* __restrict__ weights, u16* __r
     const Tile tile = tile_of(blockIdx.x, height, width);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * ROWS;
     const long long pixels = static_cast<long long>(height) * width;
+    next_may_begin();
     for (int i = threadIdx.x; i < WEIGHTS / 16; i += THREADS) copy16(filters + i * 16, weights + i * 16, true);
+    previous_is_over();
     load_halo<C>(x, XS, 16, input + blockIdx.y * pixels * C, tile);
     copies_wait();
     __syncthreads();
@@ -68,6 +70,8 @@ __device__ __forceinline__ void cubic(float (&weights)[4], float t) {
 KERNEL(THREADS, 1, 2)
 resize(const u16* __restrict__ input, u16* __restrict__ out, int height, int width, int h, int w, int colours) {
     const int pixel = blockIdx.x * THREADS + threadIdx.x, y = pixel / w, x = pixel % w;
+    next_may_begin();
+    previous_is_over();
     if (y >= h) return;
     const float at_y = static_cast<float>(height) / h * (y + 0.5f) - 0.5f;
     const float at_x = static_cast<float>(width) / w * (x + 0.5f) - 0.5f;

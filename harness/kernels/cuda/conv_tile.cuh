@@ -53,71 +53,41 @@ __device__ __forceinline__ int clamped(int i, int size) { return max(0, min(i, s
 // The leftmost and topmost of the four pixels that make pixel `i` of a picture twice as large.
 __device__ __forceinline__ int first_tap(int i) { return i & 1 ? (i - 1) / 2 - 1 : i / 2 - 2; }
 
-// Column `x` of a picture doubled bicubically: calls emit(y, 8 channels) for each row from `first` (odd) on, `rows` of
-// them (even), with what fetch(row, tap) gives of the smaller picture, `row` counted from `first_tap(first)`.
-template <typename Fetch, typename Emit>
-__device__ __forceinline__ void upsampled_column(int x, int first, int rows, Fetch fetch, Emit emit) {
-    float weights[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = quarter(x & 1 ? i : 3 - i);
-    float ring[4][8];  // rows of the smaller one, interpolated along x, at their number modulo 4
-    for (int r = 0; r < rows / 2 + 3; r += 4) {
-#pragma unroll
-        for (int turn = 0; turn < 4; ++turn) {
-            if (r + turn >= rows / 2 + 3) break;
-#pragma unroll
-            for (int c = 0; c < 8; ++c) ring[turn][c] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint4 v = fetch(r + turn, i);
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    ring[turn][2 * c] += weights[i] * low(words[c]);
-                    ring[turn][2 * c + 1] += weights[i] * high(words[c]);
-                }
-            }
-            if (r + turn < 3) continue;
-#pragma unroll
-            for (int even = 0; even < 2; ++even) {
-                u32 words[4];
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e)
-                            sum[e] += quarter(even ? 3 - i : i) * ring[(turn + 1 + i) % 4][2 * c + e];
-                    words[c] = to_bf16(sum[0], sum[1]);
-                }
-                emit(first + 2 * (r + turn - 3) + even, uint4{words[0], words[1], words[2], words[3]});
-            }
-        }
-    }
-}
-
-// A unit of the grouped 3 by 3 convolution: ROWS rows of 16 pixels of one group of 16 channels, added to `sums`.
+// The grouped 3 by 3 convolution and its activation, a group of 16 channels of a tile by a warp.
 //
-// `halo`: that group's first 8 channels of the halo's pixel at the unit's upper left, the other 8 `half` bytes behind,
-// pixels `bytes` apart; `w`: the group's nine fragments. A row of pixels is read once a column of the kernel and serves
-// all three of its rows.
-template <int ROWS>
-__device__ __forceinline__ void convolve(float (&sums)[ROWS][2][4], u32 halo, int bytes, int half, const uint4 (&w)[9]) {
+// `halo`: that group's pixels in two planes of 8 channels, 16 bytes a pixel; `w`: its nine fragments; `to`: the same of the
+// tile, which may be where the halo is, with planes as far apart: four rows of the tile lie where the other four read
+// nothing. A row of pixels is read once a column of the kernel and serves all three of its rows.
+__device__ __forceinline__ void convolve_group(u32 halo, u32 to, int halo_plane, int to_plane, const uint4 (&w)[9],
+                                               const float (&biases)[4]) {
+    constexpr int ROWS = 4;
+    static_assert(TH % ROWS == 0, "units of four rows");
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int in = 0; in < ROWS + 2; ++in)
+    for (int begin = 0; begin < TH; begin += ROWS) {
+        float sums[ROWS][2][4];
 #pragma unroll
-        for (int kx = 0; kx < 3; ++kx) {
-            u32 a[4];
-            load_matrices(a, halo + (in * WIDE + kx + lane % 16) * bytes + lane / 16 * half);
+        for (int i = 0; i < 8 * ROWS; ++i) sums[i / 8][i / 4 % 2][i % 4] = biases[i / 4 % 2 * 2 + i % 2];
 #pragma unroll
-            for (int ky = 0; ky < 3; ++ky) {
-                const int out = in - ky;
-                if (out < 0 || out >= ROWS) continue;
-                const uint4& b = w[ky * 3 + kx];
-                mma(sums[out][0], a, b.x, b.y);
-                mma(sums[out][1], a, b.z, b.w);
+        for (int in = 0; in < ROWS + 2; ++in)
+#pragma unroll
+            for (int kx = 0; kx < 3; ++kx) {
+                u32 a[4];
+                load_matrices(a, halo + lane / 16 * halo_plane + ((begin + in) * WIDE + kx + lane % 16) * 16);
+#pragma unroll
+                for (int ky = 0; ky < 3; ++ky) {
+                    const int out = in - ky;
+                    if (out < 0 || out >= ROWS) continue;
+                    const uint4& b = w[ky * 3 + kx];
+                    mma(sums[out][0], a, b.x, b.y);
+                    mma(sums[out][1], a, b.z, b.w);
+                }
             }
-        }
+        __syncwarp();  // nobody reads these rows any more
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            store_matrices(to + lane / 16 * to_plane + ((begin + r) * TW + lane % 16) * 16,
+                           leaky(sums[r][0][0], sums[r][0][1]), leaky(sums[r][0][2], sums[r][0][3]),
+                           leaky(sums[r][1][0], sums[r][1][1]), leaky(sums[r][1][2], sums[r][1][3]));
+    }
 }

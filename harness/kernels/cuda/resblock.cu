@@ -148,26 +148,6 @@ __device__ __forceinline__ void clear_outside(u32 hidden, const Tile& tile) {
             for (int half = 0; half < 2; ++half) put16(hidden + half * HIDDEN_PLANE + p * 16, uint4{0, 0, 0, 0});
 }
 
-// conv2 and its activation, of the tile. `mid` may be where `hidden` is, with planes as far apart: four rows of the tile
-// lie where the other four read nothing.
-__device__ __forceinline__ void convolve_hidden(u32 hidden, u32 mid, int plane, const uint4 (&w)[9], const float (&biases)[4]) {
-    constexpr int UNIT = 4;
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int row = 0; row < TH; row += UNIT) {
-        float sums[UNIT][2][4];
-#pragma unroll
-        for (int i = 0; i < 8 * UNIT; ++i) sums[i / 8][i / 4 % 2][i % 4] = biases[i / 4 % 2 * 2 + i % 2];
-        convolve<UNIT>(sums, hidden + row * WIDE * 16, 16, HIDDEN_PLANE, w);
-        __syncwarp();  // nobody reads these rows any more
-#pragma unroll
-        for (int r = 0; r < UNIT; ++r)
-            store_matrices(mid + lane / 16 * plane + ((row + r) * TW + lane % 16) * 16,
-                           leaky(sums[r][0][0], sums[r][0][1]), leaky(sums[r][0][2], sums[r][0][3]),
-                           leaky(sums[r][1][0], sums[r][1][1]), leaky(sums[r][1][2], sums[r][1][3]));
-    }
-}
-
 // x += conv3, where x is. A warpgroup has some of the products of 64 channels and NARROW pixels.
 constexpr int NARROW = KEEPS ? TH * TW / 2 : TH * TW, UNITS = ROWS64 * (TH * TW / NARROW), BATCH = 4;
 
@@ -296,16 +276,17 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
     const u32 x = shared_memory(), matrix = x + MATRIX_AT, hidden = x + HIDDEN_AT, mid = x + MID_AT, small = hidden;
     const int warp = same_in_warp(threadIdx.x / 32), each = height / TH * (width / TW);
     const long long pixels = static_cast<long long>(height) * width;
-    if (DOUBLE) {
-        load_small(small, input + blockIdx.x / each * (pixels / 4) * C, tile_of(blockIdx.x % each, height, width));
-        put_matrix(matrix);
-    }
+    next_may_begin();
+    if (DOUBLE) put_matrix(matrix);
     Weights w;
     if (KEEPS) {
         for (int i = threadIdx.x; i < W3 / 16; i += THREADS) copy16(x + W3_AT + i * 16, weights + W1 + W2 + i * 16, true);
         fetch_widening(w, weights, warp);
         fetch_convolution(w, weights, warp);
     }
+    previous_is_over();
+    if (DOUBLE)
+        load_small(small, input + blockIdx.x / each * (pixels / 4) * C, tile_of(blockIdx.x % each, height, width));
 #pragma unroll 1
     for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
         const Tile tile = tile_of(number % each, height, width);
@@ -333,7 +314,8 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
             if (!KEEPS && !last) fetch_widening(w, weights, group + WARPS);
             clear_outside(mine, tile);
             __syncwarp();
-            convolve_hidden(mine, last ? mine : mid + group * MID, last ? HIDDEN_PLANE : MID_PLANE, w.w2, w.bias2);
+            const u32 to = last ? mine : mid + group * MID;
+            convolve_group(mine, to, HIDDEN_PLANE, last ? HIDDEN_PLANE : MID_PLANE, w.w2, w.bias2);
         }
         uint4 pieces[MINE][4];
         if (SHORTCUT) fetch_shortcut(pieces, shortcut + clip * (pixels / 4) * CI, tile);
