@@ -56,13 +56,15 @@ def stages(decoder: DCAEDecoder, batch: int) -> Timed:
     rows = torch.randn(batch, decoder.cfg.latent_size, decoder.cfg.latent_size, decoder.cfg.ch_max, device="cuda")
     x = rows.bfloat16()
     for number, stage in enumerate(fused.stages):
-        found.append((f"stage {number}, {tuple(x.shape)}", partial(stage, x)))
+        colours = fused.rgb if fused.resizes and number == len(fused.stages) - 1 else None
+        found.append((f"stage {number}, {tuple(x.shape)}", partial(stage, x, colours)))
         if not stage.small:
             found += parts(stage, x)
-        x = stage(x)
-    found.append(("last convolution", partial(conv.conv_rgb, x, fused.rgb, fused.colours)))
-    if fused.size is not None:
-        found.append(("   and resize", partial(conv.conv_rgb, x, fused.rgb, fused.colours, fused.size)))
+        x = stage(x, colours)
+    if fused.resizes:
+        found.append(("sums of the last convolution, resize", partial(conv.resize, x, fused.colours, fused.size)))
+    else:
+        found.append(("last convolution", partial(conv.conv_rgb, x, fused.rgb, fused.colours)))
     return found
 
 

@@ -80,15 +80,16 @@ class _Stage(nn.Module):
         else:
             self.blocks = nn.ModuleList(_Wide(block) for block in blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, h, w, CI]`` to ``[B, 2h, 2w, C]``."""
+    def forward(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
+        """Map ``[B, h, w, CI]`` to ``[B, 2h, 2w, C]``; ``colours``, where the stage is one kernel: see ``conv.resblock``."""
         small = x if self.proj is None else F.linear(x, self.proj)  # type: ignore[arg-type]
         if not self.small:
             return self._by_parts(small, x)
-        last = len(self.packed) - 1  # type: ignore[arg-type]
+        count = len(self.packed)  # type: ignore[arg-type]
         for number, weights in enumerate(self.packed):  # type: ignore[arg-type]
-            end = number == last
-            small = conv.resblock(small, weights, number == 0, x if end else None, self.does_silu and end)
+            end = number == count - 1
+            shortcut, last = (x, colours) if end else (None, None)
+            small = conv.resblock(small, weights, number == 0, shortcut, self.does_silu and end, last)
         return small
 
     def _by_parts(self, small: Tensor, x: Tensor) -> Tensor:
@@ -119,14 +120,23 @@ class FusedDecoder(nn.Module):
         self.size = out.size if isinstance(out, ResizedOutput) else None
         proj = out.proj if isinstance(out, ResizedOutput) else out
         self.colours = proj.out_channels
-        self.register_buffer("rgb", conv.pack_rgb(proj))
+        self.resizes = self.size is not None and self.stages[-1].does_silu
+        """Whether the last stage does the last convolution's products, too."""
+        self.register_buffer("rgb", conv.pack_products(proj) if self.resizes else conv.pack_rgb(proj))
 
     def forward(self, z: Tensor) -> Tensor:
         """Map BF16 latents ``[B, Cz, s, s]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
         rows = z.permute(0, 2, 3, 1)
         x = F.linear(rows, self.weight, self.bias) + rows.repeat(1, 1, 1, self.repeats)  # type: ignore[arg-type]
-        for stage in self.stages:
+        *front, last = self.stages
+        for stage in front:
             x = stage(x)
-        if not self.stages[-1].does_silu:
+        if self.resizes:
+            return conv.resize(last(x, self.rgb), self.colours, self.size)  # type: ignore[arg-type]
+        x = last(x)
+        if not last.does_silu:
             x = F.silu(x)
-        return conv.conv_rgb(x, self.rgb, self.colours, self.size)  # type: ignore[arg-type]
+        picture = conv.conv_rgb(x, self.rgb, self.colours)  # type: ignore[arg-type]
+        if self.size is None:
+            return picture
+        return F.interpolate(picture, size=self.size, mode="bicubic", align_corners=False)

@@ -61,6 +61,10 @@ inline void write16(void* to, uint4 v) {
     CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");
     std::memcpy(to, &v, 16);
 }
+inline void write4(void* to, u32 v) {
+    CHECK(reinterpret_cast<u64>(to) % 4 == 0, "misaligned memory");
+    std::memcpy(to, &v, 4);
+}
 inline u32 fetch4(const void* from) {
     u32 v;
     std::memcpy(&v, from, 4);

@@ -22,7 +22,10 @@ extern "C" void run(const u16* input, const u8* weights, const u16* shortcut, u1
     const int tiles = height / TH * (width / TW);
 #if defined(RESBLOCK)
     batch_ = batch;
-    body = [] { resblock(input_, weights_, shortcut_, out_, height_, width_, batch_ * (height_ / TH) * (width_ / TW)); };
+    body = [] {
+        const u8* colours = reinterpret_cast<const u8*>(base_);
+        resblock(input_, weights_, shortcut_, colours, out_, height_, width_, batch_ * (height_ / TH) * (width_ / TW));
+    };
     all_blocks(min(3, tiles * batch), 1, SHARED);
 #elif defined(GROUPED)
     body = [] { grouped_conv(input_, weights_, out_, height_, width_, channels_); };
@@ -31,8 +34,12 @@ extern "C" void run(const u16* input, const u8* weights, const u16* shortcut, u1
     body = [] { upsample(input_, shortcut_, out_, base_, height_, width_, channels_, wide_); };
     all_blocks(((width / 2 + 1) * (channels / 8) + THREADS - 1) / THREADS, batch * (height / 2 + 1), 16);
 #elif defined(RESIZE)
-    body = [] { resize(input_, out_, height_, width_, channels_, wide_, 3); };
-    all_blocks((channels_ * wide_ + THREADS - 1) / THREADS, batch, 16);
+    static int rows, columns;
+    rows = ((OUT_ROWS - 1) * height + channels - 1) / channels + 5;
+    columns = ((OUT_COLUMNS - 1) * width + wide - 1) / wide + 5;
+    body = [] { resize(input_, out_, height_, width_, channels_, wide_, 3, rows, columns); };
+    const int tall = (channels + OUT_ROWS - 1) / OUT_ROWS, across = (wide + OUT_COLUMNS - 1) / OUT_COLUMNS;
+    all_blocks(tall * across, batch, rows * columns * 16);
 #else
     body = [] { conv_rgb(input_, weights_, out_, height_, width_, channels_); };
     all_blocks(tiles, batch, SHARED);

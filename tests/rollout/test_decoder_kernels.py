@@ -150,29 +150,44 @@ def doubled_across(x):
     return first(x.double()) @ bicubic_matrix(x.shape[2], 2 * x.shape[2]).double().T
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_last_convolution_gives_three_colours(packed, kernel):
+def test_the_last_convolution_gives_three_colours(kernel):
     torch.manual_seed(0)
     channels, height, width = 64, 16, 32
     layer = nn.Conv2d(channels, 3, 3, padding=1, bias=False).bfloat16().requires_grad_(False)
-    shape = (2, height, width, 4) if packed else (2, 3, height, width)
-    x, out = picture(2, height, width, channels), torch.full(shape, torch.nan).bfloat16()
-    library = kernel("conv_rgb.cu", "RGB", {"TH": 8, "WARPS": 4, "C": channels, "PACKED": int(packed)})
+    x, out = picture(2, height, width, channels), torch.full((2, 3, height, width), torch.nan).bfloat16()
+    library = kernel("conv_rgb.cu", "RGB", {"TH": 8, "WARPS": 4, "C": channels})
     assert library.shared_bytes() == conv._rgb_bytes(channels, 8)
     call(library, x, conv.pack_rgb(layer), None, out, None, height, width, 3)
-    want, got = layer.double()(first(x).double()), first(out)[:, :3] if packed else out
-    assert (got.double() - want).norm() / want.norm() < 4e-3
+    want = layer.double()(first(x).double())
+    assert (out.double() - want).norm() / want.norm() < 4e-3
 
 
-@pytest.mark.parametrize("size", [(18, 40), (9, 16)])
-def test_resizing_is_torchs(size, kernel):
+@pytest.mark.parametrize("colours", [1, 3, 4])
+def test_a_last_stage_gives_what_each_tap_of_the_last_convolution_makes_of_a_pixel(colours, kernel):
+    torch.manual_seed(0)
+    block, channels, batch, height, width = block_of(32), 32, 2, 16, 32
+    layer = nn.Conv2d(channels, colours, 3, padding=1, bias=False).bfloat16().requires_grad_(False)
+    x, out = picture(batch, height, width, channels), torch.full((batch, 9, height, width, 4), torch.nan).bfloat16()
+    library = kernel("resblock.cu", "RESBLOCK", conv.resblock_defines(channels, channels, False, False, True, True))
+    packed = conv.pack_resblock(block.conv1, block.conv2, block.conv3)
+    call(library, x, packed, None, out, conv.pack_products(layer), height, width, channels)
+    result = F.silu(block.double()(first(x).double()))
+    want = torch.einsum("bchw,octs->btshwo", result, layer.weight.double()).flatten(1, 2)
+    assert (out[..., :colours].double() - want).norm() / want.norm() < 6e-3
+    assert (out[..., colours:] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(18, 40), (9, 16), (33, 70)])
+def test_resizing_adds_up_the_taps_and_is_torchs(size, kernel):
     torch.manual_seed(0)
     height, width = 16, 24
-    x, out = picture(2, height, width, 4), torch.full((2, 3, *size), torch.nan).bfloat16()
-    library = kernel("conv_rgb.cu", "RESIZE", {"TH": 8, "WARPS": 4, "C": 32, "PACKED": 1})
+    x, out = picture(2, 9, height, width, 4), torch.full((2, 3, *size), torch.nan).bfloat16()
+    library = kernel("conv_rgb.cu", "RESIZE", {**conv._RGB, "C": 32})
     call(library, x, None, None, out, None, height, width, *size)
-    want = F.interpolate(first(x).double()[:, :3], size=size, mode="bicubic", align_corners=False)
-    assert ((out.double() - want).abs() <= 2**-8 * want.abs() + 1e-4).all()
+    taps = F.pad(x.double(), (0, 0, 1, 1, 1, 1))  # each tap's neighbour, zeros outside
+    moved = [taps[:, 3 * y + z, y : y + height, z : z + width, :3] for y in range(3) for z in range(3)]
+    want = F.interpolate(first(sum(moved)), size=size, mode="bicubic", align_corners=False)
+    assert ((out.double() - want).abs() <= 2**-8 * want.abs() + 1e-3).all()
 
 
 @pytest.fixture
@@ -191,11 +206,14 @@ def kernels_on_a_cpu(kernel, monkeypatch):
             small, shortcut, out, base = tensors
             call(built[key], small, None, shortcut, out, base, *sizes)
         elif name == "resize":
-            call(built[key], tensors[0], None, None, tensors[1], None, *sizes[:4])
+            products, out = tensors
+            call(built[key], products, None, None, out, None, *sizes[:4])
+        elif name == "resblock":
+            x, weights, shortcut, colours, out = tensors
+            call(built[key], x, weights, shortcut, out, colours, *sizes[:2], 0)
         else:
-            x, weights, *shortcut, out = tensors
-            sizes = [*sizes, 0][:3]
-            call(built[key], x, weights, shortcut[0] if shortcut else None, out, None, *sizes)
+            x, weights, out = tensors
+            call(built[key], x, weights, None, out, None, *sizes[:3])
 
     monkeypatch.setattr(conv, "_launch", launch)
     monkeypatch.setattr(conv, "_multiprocessors", lambda _: 3)

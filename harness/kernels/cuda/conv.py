@@ -32,6 +32,7 @@ WIDEST = 192
 
 _STAGE = {"TH": ROWS, "WARPS": 4}
 _RGB = {"TH": 16, "WARPS": 8}
+_RESIZED = (16, 32)  # rows and columns of a tile of ``resize``
 
 
 def unfit(channels: int) -> str | None:
@@ -51,13 +52,15 @@ def _warps(channels: int) -> int:
 
 
 def resblock_bytes(channels: int, double: bool) -> int:
-    """Shared memory of a block of ``resblock``: x, doubling as a matrix, hidden channels, conv3's weights."""
+    """Shared memory of a block of ``resblock``: x, doubling as a matrix, hidden channels; conv3's weights and what is
+    doubled, where warps have one group each."""
     warps = _warps(channels)
     passes = 2 * channels // GROUP // warps
     pixels, small = -(-_halo(ROWS) // 8) * 8, (ROWS // 2 + 4) * (TILE // 2 + 4)
     planes = channels // 8 + (small // 8 if double else 0)
     hidden = warps * 2 * (pixels + (passes - 1) * ROWS * TILE) * 16
-    return planes * (pixels + 1) * 16 + hidden + (4 * channels**2 if passes == 1 else 0)
+    kept = 4 * channels**2 + (channels * (small + 1) * 2 if double else 0)
+    return planes * (pixels + 1) * 16 + hidden + (kept if passes == 1 else 0)
 
 
 def _stage_bytes() -> int:
@@ -127,9 +130,19 @@ def source(kernel: str) -> str:
     return "".join((here / name).read_text() for name in parts)
 
 
-def resblock_defines(channels: int, wide: int, double: bool, shortcut: bool, silu: bool) -> dict[str, int]:
+def pack_products(conv: nn.Conv2d) -> Tensor:
+    """The same of a convolution to at most 4 colours, for ``resblock``: uint8 ``[C / 16, 3, 512]``."""
+    weight = conv.weight.detach().flatten(2).permute(2, 0, 1)  # 9, colours, C
+    padded = weight.new_zeros(3 * GROUP // 4, 4, weight.shape[2])
+    padded[: len(weight), : weight.shape[1]] = weight
+    return fragments(padded.flatten(0, 1))
+
+
+def resblock_defines(
+    channels: int, wide: int, double: bool, shortcut: bool, silu: bool, rgb: bool = False
+) -> dict[str, int]:
     """Compile-time parameters of ``resblock``; ``wide``: channels of the shortcut's picture."""
-    flags = {"DOUBLE": int(double), "SHORTCUT": int(shortcut), "SILU": int(silu)}
+    flags = {"DOUBLE": int(double), "SHORTCUT": int(shortcut), "SILU": int(silu), "RGB": int(rgb)}
     return {"C": channels, "CI": wide, "TH": ROWS, "WARPS": _warps(channels), **flags}
 
 
@@ -151,24 +164,31 @@ def _launch(
     function.launch(grid, 32 * defines["WARPS"], values, dependent(torch.device("cuda")))
 
 
-def resblock(x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None = None, silu: bool = False) -> Tensor:
+def resblock(
+    x: Tensor,
+    weights: Tensor,
+    double: bool,
+    shortcut: Tensor | None = None,
+    silu: bool = False,
+    colours: Tensor | None = None,
+) -> Tensor:
     """A residual block of ``x [B, h, w, C]``, doubled bicubically before it if ``double``; ``weights`` of
     ``pack_resblock``.
 
     ``shortcut [B, height/2, width/2, CI]`` is pixel-shuffled, repeated along channels to C, and added. ``silu`` of the
-    sum.
+    sum. With ``colours`` of ``pack_products`` not that, but what ``resize`` adds up: ``[B, 9, height, width, 4]``.
 
     Raises ``nvrtc.DriverError`` when the driver refuses the launch.
     """
     batch, height, width, channels = x.shape
     if double:
         height, width = 2 * height, 2 * width
-    out = x.new_empty(batch, height, width, channels)
+    out = x.new_empty(batch, height, width, channels) if colours is None else x.new_empty(batch, 9, height, width, 4)
     wide = channels if shortcut is None else shortcut.shape[-1]
-    defines = resblock_defines(channels, wide, double, shortcut is not None, silu)
+    defines = resblock_defines(channels, wide, double, shortcut is not None, silu, colours is not None)
     tiles = batch * (height // ROWS) * (width // TILE)
     grid = (min(tiles, _multiprocessors(x.device)), 1)
-    arguments = (x, weights, shortcut, out, height, width, tiles)
+    arguments = (x, weights, shortcut, colours, out, height, width, tiles)
     _launch("resblock.cu", "resblock", defines, resblock_bytes(channels, double), grid, arguments)
     return out
 
@@ -193,20 +213,28 @@ def upsample(small: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
     return doubled, base
 
 
-def conv_rgb(x: Tensor, weights: Tensor, colours: int, size: tuple[int, int] | None = None) -> Tensor:
-    """A 3×3 convolution of ``x [B, h, w, C]`` to ``[B, colours, h, w]``; ``weights`` of ``pack_rgb``.
-
-    With ``size``, and at most 4 colours, then resized bicubically to that height and width.
-    """
+def conv_rgb(x: Tensor, weights: Tensor, colours: int) -> Tensor:
+    """A 3×3 convolution of ``x [B, h, w, C]`` to ``[B, colours, h, w]``; ``weights`` of ``pack_rgb``."""
     batch, height, width, channels = x.shape
-    shape = (batch, colours, height, width) if size is None else (batch, height, width, 4)
-    out = x.new_empty(shape)
-    defines = {**_RGB, "C": channels, "PACKED": int(size is not None)}
+    out = x.new_empty(batch, colours, height, width)
     shared, grid = _rgb_bytes(channels, _RGB["TH"]), (height // _RGB["TH"] * (width // TILE), batch)
-    _launch("conv_rgb.cu", "conv_rgb", defines, shared, grid, (x, weights, out, height, width, colours))
-    if size is None:
-        return out
-    resized = x.new_empty(batch, colours, *size)
-    grid = (-(-size[0] * size[1] // (32 * _RGB["WARPS"])), batch)
-    _launch("conv_rgb.cu", "resize", defines, 0, grid, (out, resized, height, width, *size, colours))
-    return resized
+    defines, arguments = {**_RGB, "C": channels}, (x, weights, out, height, width, colours)
+    _launch("conv_rgb.cu", "conv_rgb", defines, shared, grid, arguments)
+    return out
+
+
+def resize(products: Tensor, colours: int, size: tuple[int, int]) -> Tensor:
+    """The picture ``[B, colours, *size]``, resized bicubically, that ``products`` of ``resblock`` add up to."""
+    batch, _, height, width, _ = products.shape
+    rows, tall = _resized(height, size[0], _RESIZED[0])
+    columns, across = _resized(width, size[1], _RESIZED[1])
+    out = products.new_empty(batch, colours, *size)
+    arguments = (products, out, height, width, *size, colours, rows, columns)
+    defines, shared = {**_RGB, "C": CHUNK}, rows * columns * 16
+    _launch("conv_rgb.cu", "resize", defines, shared, (tall * across, batch), arguments)
+    return out
+
+
+def _resized(before: int, after: int, tile: int) -> tuple[int, int]:
+    """Along one axis of ``resize``: the most pixels that a tile is made of, and how many tiles there are."""
+    return -(-(tile - 1) * before // after) + 5, -(-after // tile)

@@ -81,6 +81,10 @@ __device__ __forceinline__ void write16(void* to, uint4 v) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+__device__ __forceinline__ void write4(void* to, u32 v) {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+
 // The larger of each of two BF16.
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     u32 d;

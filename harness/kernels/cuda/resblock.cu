@@ -13,7 +13,8 @@
 // the first of a product, and rows of 8 pixels meet no bank twice.
 //
 // Compile-time parameters beside those of conv_tile.cuh, of which TH is 8: C channels; CI channels of the shortcut's
-// picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result.
+// picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result; RGB whether
+// the result is not written, but what a 3 by 3 convolution to at most four colours adds up, for conv_rgb.cu.
 
 static_assert(TH == 8, "a product's columns are the halo of 8 rows");
 constexpr int GROUPS = 2 * C / 16, PASSES = GROUPS / WARPS, WARPGROUPS = WARPS / 4;
@@ -30,8 +31,11 @@ constexpr int W1 = GROUPS * PARTS * 256, W2 = GROUPS * 9 * 512, W3 = W1, BIAS = 
 constexpr bool KEEPS = PASSES == 1;  // weights stay: conv1's and conv2's in registers, conv3's in shared memory
 constexpr int MATRIX_AT = PARTS * X_PLANE, HIDDEN_AT = MATRIX_AT + (DOUBLE ? SMALL / 8 * X_PLANE : 0);
 constexpr int MID_AT = HIDDEN_AT + WARPS * HIDDEN, W3_AT = MID_AT + (PASSES - 1) * WARPS * MID;
-constexpr int SHARED = W3_AT + (KEEPS ? W3 : 0);
-static_assert(!DOUBLE || PARTS * SMALL_PLANE <= W3_AT - HIDDEN_AT, "what is doubled finds room");
+// What is doubled has a place of its own where there is room, and is asked for a tile ahead; else it lies where hidden
+// channels will.
+constexpr int SMALL_AT = KEEPS ? W3_AT + W3 : HIDDEN_AT;
+constexpr int SHARED = KEEPS && DOUBLE ? SMALL_AT + PARTS * SMALL_PLANE : KEEPS ? SMALL_AT : W3_AT;
+static_assert(!DOUBLE || KEEPS || PARTS * SMALL_PLANE <= W3_AT - HIDDEN_AT, "what is doubled finds room");
 
 constexpr int ROWS64 = (C + 63) / 64;  // of products whose rows are the C channels
 
@@ -226,6 +230,7 @@ __device__ __forceinline__ u32 finished(u32 pair, u32 other) {
     return SILU ? to_bf16(silu(a), silu(b)) : to_bf16(a, b);
 }
 
+// The result, to memory, or where x is if RGB.
 __device__ __forceinline__ void write_tile(u16* out, u32 x, const uint4 (&shortcut)[MINE][4], const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
@@ -240,10 +245,44 @@ __device__ __forceinline__ void write_tile(u16* out, u32 x, const uint4 (&shortc
                 const uint4& v = shortcut[i][j];
                 other[j] = __byte_perm(corner < 2 ? v.x : v.y, corner < 2 ? v.z : v.w, corner % 2 ? 0x7632 : 0x5410);
             }
-            const uint4 v = load16(at_pixel(x + piece.part * X_PLANE, row, column));
+            const u32 at = at_pixel(x + piece.part * X_PLANE, row, column);
+            const uint4 v = load16(at);
+            const uint4 result{finished(v.x, other[0]), finished(v.y, other[1]), finished(v.z, other[2]),
+                               finished(v.w, other[3])};
             const long long pixel = static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column;
-            write16(out + pixel * C + piece.part * 8, uint4{finished(v.x, other[0]), finished(v.y, other[1]),
-                                                           finished(v.z, other[2]), finished(v.w, other[3])});
+            if (RGB) put16(at, result);
+            else write16(out + pixel * C + piece.part * 8, result);
+        }
+    }
+}
+
+// `out` [TAPS, height, width, 4]: of each pixel what each tap of the convolution to colours makes of it. A warp computes 16
+// of the products of a row.
+constexpr int TAPS = 9, BLOCKS16 = (TAPS * 4 + 15) / 16;
+
+__device__ __forceinline__ void write_products(u16* out, u32 x, const u8* colours, const Tile& tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int unit = threadIdx.x / 32; unit < BLOCKS16 * TH; unit += WARPS) {
+        const int block = unit % BLOCKS16, row = unit / BLOCKS16;
+        uint4 w[PARTS / 2];
+#pragma unroll
+        for (int k = 0; k < PARTS / 2; ++k) w[k] = fetch16(colours + (k * BLOCKS16 + block) * 512 + lane * 16);
+        float sums[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < PARTS / 2; ++k) {
+            u32 a[4];
+            load_matrices(a, at_pixel(x + (2 * k + lane / 16) * X_PLANE, row, lane % 16));
+            mma(sums[0], a, w[k].x, w[k].y);
+            mma(sums[1], a, w[k].z, w[k].w);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int product = block * 16 + i / 2 * 8 + lane % 4 * 2, column = lane / 4 + i % 2 * 8;
+            const long long pixel = static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column;
+            const long long plane = static_cast<long long>(tile.height) * tile.width * (product / 4);
+            const float* pair = sums[i / 2] + i % 2 * 2;
+            if (product < TAPS * 4) write4(out + (plane + pixel) * 4 + product % 4, to_bf16(pair[0], pair[1]));
         }
     }
 }
@@ -269,11 +308,11 @@ __device__ __forceinline__ void fetch_convolution(Weights& w, const u8* weights,
         w.bias2[i] = __uint_as_float(fetch4(biases + (i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2) * 4));
 }
 
-// `tiles`: of all pictures.
+// `colours`: weights of the convolution that follows, if RGB; `tiles`: of all pictures.
 KERNEL(THREADS, 1, 1)
 resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u16* __restrict__ shortcut,
-         u16* __restrict__ out, int height, int width, int tiles) {
-    const u32 x = shared_memory(), matrix = x + MATRIX_AT, hidden = x + HIDDEN_AT, mid = x + MID_AT, small = hidden;
+         const u8* __restrict__ colours, u16* __restrict__ out, int height, int width, int tiles) {
+    const u32 x = shared_memory(), matrix = x + MATRIX_AT, hidden = x + HIDDEN_AT, mid = x + MID_AT, small = x + SMALL_AT;
     const int warp = same_in_warp(threadIdx.x / 32), each = height / TH * (width / TW);
     const long long pixels = static_cast<long long>(height) * width;
     next_may_begin();
@@ -291,6 +330,11 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
     for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
         const Tile tile = tile_of(number % each, height, width);
         const long long clip = number / each;
+        const int next = number + gridDim.x;
+        const auto load_next = [&] {
+            if (next < tiles)
+                load_small(small, input + next / each * (pixels / 4) * C, tile_of(next % each, height, width));
+        };
         if (!KEEPS) fetch_widening(w, weights, warp);
         if (!DOUBLE) {
             __syncthreads();  // the tile before is written
@@ -303,6 +347,7 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
             double_small(x, small, matrix);
             written_for_products();
             __syncthreads();  // x is there; nobody reads `small` any more
+            if (KEEPS) load_next();
         }
 #pragma unroll 1
         for (int pass = 0; pass < PASSES; ++pass) {
@@ -323,9 +368,11 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
         __syncthreads();  // hidden channels are convolved; nobody reads x any more
         narrow(x, hidden, mid, x + W3_AT, weights + W1 + W2);
         __syncthreads();  // nobody reads hidden channels any more
-        const int next = number + gridDim.x;
-        if (DOUBLE && next < tiles)
-            load_small(small, input + next / each * (pixels / 4) * C, tile_of(next % each, height, width));
+        if (DOUBLE && !KEEPS) load_next();
         write_tile(out + clip * pixels * C, x, pieces, tile);
+        if (RGB) {
+            __syncthreads();
+            write_products(out + clip * pixels * TAPS * 4, x, colours, tile);
+        }
     }
 }
