@@ -55,12 +55,18 @@ def stages(decoder: DCAEDecoder, batch: int) -> Timed:
     found: Timed = []
     rows = torch.randn(batch, decoder.cfg.latent_size, decoder.cfg.latent_size, decoder.cfg.ch_max, device="cuda")
     x = rows.bfloat16()
+    small, last = None, len(fused.stages) - 1
     for number, stage in enumerate(fused.stages):
-        colours = fused.rgb if fused.resizes and number == len(fused.stages) - 1 else None
-        found.append((f"stage {number}, {tuple(x.shape)}", partial(stage, x, colours)))
+        run = partial(stage, x, small)
+        if number == last and fused.resizes:
+            run = partial(stage.products, x, small, fused.rgb)
+        elif number < last and fused.projection(number) is not None:
+            run = partial(stage.followed_by, x, small, fused.projection(number))
+        found.append((f"stage {number}, {tuple(x.shape)}", run))
         if not stage.small:
             found += parts(stage, x)
-        x = stage(x, colours)
+        made = run()
+        x, small = made if isinstance(made, tuple) else (made, None)
     if fused.resizes:
         found.append(("sums of the last convolution, resize", partial(conv.resize, x, fused.colours, fused.size)))
     else:
@@ -70,7 +76,7 @@ def stages(decoder: DCAEDecoder, batch: int) -> Timed:
 
 def parts(stage: Any, x: Tensor) -> Timed:
     """The kernels of a stage with many channels."""
-    small = x if stage.proj is None else F.linear(x, stage.proj)
+    small = stage.projected(x)
     doubled, base = conv.upsample(small, x)
     block = stage.blocks[0]
     hidden = F.linear(doubled, block.wide, block.bias)

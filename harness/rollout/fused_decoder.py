@@ -7,6 +7,7 @@ convolutions with many channels are cuBLAS's.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,17 +81,34 @@ class _Stage(nn.Module):
         else:
             self.blocks = nn.ModuleList(_Wide(block) for block in blocks)
 
-    def forward(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
-        """Map ``[B, h, w, CI]`` to ``[B, 2h, 2w, C]``; ``colours``, where the stage is one kernel: see ``conv.resblock``."""
-        small = x if self.proj is None else F.linear(x, self.proj)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, small: Tensor | None = None) -> Tensor:
+        """Map ``[B, h, w, CI]`` to ``[B, 2h, 2w, C]``; ``small``: ``x`` projected, where that has been done."""
+        small = self.projected(x) if small is None else small
         if not self.small:
             return self._by_parts(small, x)
-        count = len(self.packed)  # type: ignore[arg-type]
-        for number, weights in enumerate(self.packed):  # type: ignore[arg-type]
-            end = number == count - 1
-            shortcut, last = (x, colours) if end else (None, None)
-            small = conv.resblock(small, weights, number == 0, shortcut, self.does_silu and end, last)
-        return small
+        small, double, weights = self._to_last(small)
+        return conv.resblock(small, weights, double, x, self.does_silu)
+
+    def followed_by(self, x: Tensor, small: Tensor | None, projection: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of a stage of one kernel, and the result projected for the next one."""
+        small, double, weights = self._to_last(self.projected(x) if small is None else small)
+        return conv.resblock_projected(small, weights, double, x, projection)
+
+    def products(self, x: Tensor, small: Tensor | None, colours: Tensor) -> Tensor:
+        """What the last convolution adds up, of a stage of one kernel: see ``conv.resblock_products``."""
+        small, double, weights = self._to_last(self.projected(x) if small is None else small)
+        return conv.resblock_products(small, weights, double, x, colours)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """``x`` with this stage's channels."""
+        return x if self.proj is None else F.linear(x, self.proj)  # type: ignore[arg-type]
+
+    def _to_last(self, small: Tensor) -> tuple[Tensor, bool, Tensor]:
+        """What the last residual block gets: its input, whether that is to be doubled, its weights."""
+        *front, last = self.packed  # type: ignore[misc]
+        for number, weights in enumerate(front):
+            small = conv.resblock(small, weights, number == 0)
+        return small, not front, last
 
     def _by_parts(self, small: Tensor, x: Tensor) -> Tensor:
         out, base = conv.upsample(small, x)
@@ -123,17 +141,27 @@ class FusedDecoder(nn.Module):
         self.resizes = self.size is not None and self.stages[-1].does_silu
         """Whether the last stage does the last convolution's products, too."""
         self.register_buffer("rgb", conv.pack_products(proj) if self.resizes else conv.pack_rgb(proj))
+        made: list[Any] = list(self.stages)
+        for number, (stage, following) in enumerate(pairwise(made)):
+            fits = stage.small and following.proj is not None
+            self.register_buffer(f"projection{number}", conv.fragments(following.proj) if fits else None)
+
+    def projection(self, number: int) -> Tensor | None:
+        """The next stage's projection, where stage ``number`` does it."""
+        return getattr(self, f"projection{number}")
 
     def forward(self, z: Tensor) -> Tensor:
         """Map BF16 latents ``[B, Cz, s, s]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
         rows = z.permute(0, 2, 3, 1)
         x = F.linear(rows, self.weight, self.bias) + rows.repeat(1, 1, 1, self.repeats)  # type: ignore[arg-type]
-        *front, last = self.stages
-        for stage in front:
-            x = stage(x)
+        front: list[Any] = list(self.stages)
+        last, small = front.pop(), None
+        for number, stage in enumerate(front):
+            projection = self.projection(number)
+            x, small = (stage(x, small), None) if projection is None else stage.followed_by(x, small, projection)
         if self.resizes:
-            return conv.resize(last(x, self.rgb), self.colours, self.size)  # type: ignore[arg-type]
-        x = last(x)
+            return conv.resize(last.products(x, small, self.rgb), self.colours, self.size)  # type: ignore[arg-type]
+        x = last(x, small)
         if not last.does_silu:
             x = F.silu(x)
         picture = conv.conv_rgb(x, self.rgb, self.colours)  # type: ignore[arg-type]

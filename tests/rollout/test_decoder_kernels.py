@@ -168,13 +168,32 @@ def test_a_last_stage_gives_what_each_tap_of_the_last_convolution_makes_of_a_pix
     block, channels, batch, height, width = block_of(32), 32, 2, 16, 32
     layer = nn.Conv2d(channels, colours, 3, padding=1, bias=False).bfloat16().requires_grad_(False)
     x, out = picture(batch, height, width, channels), torch.full((batch, 9, height, width, 4), torch.nan).bfloat16()
-    library = kernel("resblock.cu", "RESBLOCK", conv.resblock_defines(channels, channels, False, False, True, True))
+    library = kernel("resblock.cu", "RESBLOCK", conv.resblock_defines(channels, channels, False, False, True, rgb=True))
     packed = conv.pack_resblock(block.conv1, block.conv2, block.conv3)
-    call(library, x, packed, None, out, conv.pack_products(layer), height, width, channels)
+    colour_weights = conv.pack_products(layer)
+    library.behind(address(colour_weights), address(out))
+    call(library, x, packed, None, None, None, height, width, channels)
     result = F.silu(block.double()(first(x).double()))
     want = torch.einsum("bchw,octs->btshwo", result, layer.weight.double()).flatten(1, 2)
     assert (out[..., :colours].double() - want).norm() / want.norm() < 6e-3
     assert (out[..., colours:] == 0).all()
+
+
+@pytest.mark.parametrize("following", [32, 96])
+def test_a_stage_projects_its_result_for_the_next_one(following, kernel):
+    torch.manual_seed(0)
+    block, channels, batch, height, width = block_of(64), 64, 2, 16, 32
+    layer = nn.Conv2d(channels, following, 1, bias=False).bfloat16().requires_grad_(False)
+    x, out = picture(batch, height, width, channels), torch.full((batch, height, width, channels), torch.nan).bfloat16()
+    products = torch.full((batch, height, width, following), torch.nan).bfloat16()
+    library = kernel("resblock.cu", "RESBLOCK", conv.resblock_defines(channels, 64, False, False, False, following))
+    packed = conv.pack_resblock(block.conv1, block.conv2, block.conv3)
+    weights = conv.fragments(layer.weight.flatten(1))
+    library.behind(address(weights), address(products))
+    call(library, x, packed, None, out, None, height, width, channels)
+    assert_close(out, block.double()(first(x).double()))
+    want = layer.double()(first(out).double())
+    assert (first(products).double() - want).norm() / want.norm() < 4e-3
 
 
 @pytest.mark.parametrize("size", [(18, 40), (9, 16), (33, 70)])
@@ -209,8 +228,9 @@ def kernels_on_a_cpu(kernel, monkeypatch):
             products, out = tensors
             call(built[key], products, None, None, out, None, *sizes[:4])
         elif name == "resblock":
-            x, weights, shortcut, colours, out = tensors
-            call(built[key], x, weights, shortcut, out, colours, *sizes[:2], 0)
+            x, weights, shortcut, after, out, products = tensors
+            built[key].behind(address(after), address(products))
+            call(built[key], x, weights, shortcut, out, None, *sizes[:2], 0)
         else:
             x, weights, out = tensors
             call(built[key], x, weights, None, out, None, *sizes[:3])

@@ -131,7 +131,7 @@ def source(kernel: str) -> str:
 
 
 def pack_products(conv: nn.Conv2d) -> Tensor:
-    """The same of a convolution to at most 4 colours, for ``resblock``: uint8 ``[C / 16, 3, 512]``."""
+    """The same of a convolution to at most 4 colours, for ``resblock_products``: uint8 ``[C / 16, 3, 512]``."""
     weight = conv.weight.detach().flatten(2).permute(2, 0, 1)  # 9, colours, C
     padded = weight.new_zeros(3 * GROUP // 4, 4, weight.shape[2])
     padded[: len(weight), : weight.shape[1]] = weight
@@ -139,11 +139,14 @@ def pack_products(conv: nn.Conv2d) -> Tensor:
 
 
 def resblock_defines(
-    channels: int, wide: int, double: bool, shortcut: bool, silu: bool, rgb: bool = False
+    channels: int, wide: int, double: bool, shortcut: bool, silu: bool, following: int = 0, rgb: bool = False
 ) -> dict[str, int]:
-    """Compile-time parameters of ``resblock``; ``wide``: channels of the shortcut's picture."""
-    flags = {"DOUBLE": int(double), "SHORTCUT": int(shortcut), "SILU": int(silu), "RGB": int(rgb)}
-    return {"C": channels, "CI": wide, "TH": ROWS, "WARPS": _warps(channels), **flags}
+    """Compile-time parameters of ``resblock``.
+
+    ``wide``: channels of the shortcut's picture; ``following``: those of a projection of the result.
+    """
+    flags = {"DOUBLE": double, "SHORTCUT": shortcut, "SILU": silu, "NEXT": following, "RGB": rgb}
+    return {"C": channels, "CI": wide, "TH": ROWS, "WARPS": _warps(channels)} | {k: int(v) for k, v in flags.items()}
 
 
 @functools.cache
@@ -164,33 +167,59 @@ def _launch(
     function.launch(grid, 32 * defines["WARPS"], values, dependent(torch.device("cuda")))
 
 
-def resblock(
-    x: Tensor,
-    weights: Tensor,
-    double: bool,
-    shortcut: Tensor | None = None,
-    silu: bool = False,
-    colours: Tensor | None = None,
-) -> Tensor:
+def resblock(x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None = None, silu: bool = False) -> Tensor:
     """A residual block of ``x [B, h, w, C]``, doubled bicubically before it if ``double``; ``weights`` of
     ``pack_resblock``.
 
     ``shortcut [B, height/2, width/2, CI]`` is pixel-shuffled, repeated along channels to C, and added. ``silu`` of the
-    sum. With ``colours`` of ``pack_products`` not that, but what ``resize`` adds up: ``[B, 9, height, width, 4]``.
+    sum.
 
     Raises ``nvrtc.DriverError`` when the driver refuses the launch.
     """
+    out = _result_of(x, double)
+    _resblock(x, weights, double, shortcut, silu, out)
+    return out
+
+
+def resblock_projected(
+    x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None, projection: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``resblock`` and its 1×1 convolution ``[B, height, width, N]``; ``projection``: ``fragments`` of ``[N, C]``."""
+    out = _result_of(x, double)
+    products = out.new_empty(*out.shape[:3], projection.shape[-2] * GROUP)
+    _resblock(x, weights, double, shortcut, False, out, projection, products)
+    return out, products
+
+
+def resblock_products(x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None, colours: Tensor) -> Tensor:
+    """What ``resize`` adds up to the last convolution of SiLU of ``resblock``: ``[B, 9, height, width, 4]``.
+
+    ``colours`` of ``pack_products``.
+    """
+    batch, height, width, _ = x.shape
+    products = x.new_empty(batch, 9, height << double, width << double, 4)
+    _resblock(x, weights, double, shortcut, True, None, colours, products)
+    return products
+
+
+def _result_of(x: Tensor, double: bool) -> Tensor:
     batch, height, width, channels = x.shape
-    if double:
-        height, width = 2 * height, 2 * width
-    out = x.new_empty(batch, height, width, channels) if colours is None else x.new_empty(batch, 9, height, width, 4)
+    return x.new_empty(batch, height << double, width << double, channels)
+
+
+def _resblock(
+    x: Tensor, weights: Tensor, double: bool, shortcut: Tensor | None, silu: bool, out: Tensor | None,
+    after: Tensor | None = None, products: Tensor | None = None,
+) -> None:  # fmt: skip
+    batch, height, width, channels = x.shape
+    height, width = height << double, width << double
     wide = channels if shortcut is None else shortcut.shape[-1]
-    defines = resblock_defines(channels, wide, double, shortcut is not None, silu, colours is not None)
+    following = 0 if products is None or out is None else products.shape[-1]
+    defines = resblock_defines(channels, wide, double, shortcut is not None, silu, following, out is None)
     tiles = batch * (height // ROWS) * (width // TILE)
     grid = (min(tiles, _multiprocessors(x.device)), 1)
-    arguments = (x, weights, shortcut, colours, out, height, width, tiles)
+    arguments = (x, weights, shortcut, after, out, products, height, width, tiles)
     _launch("resblock.cu", "resblock", defines, resblock_bytes(channels, double), grid, arguments)
-    return out
 
 
 def grouped_conv(x: Tensor, weights: Tensor) -> Tensor:
@@ -224,7 +253,7 @@ def conv_rgb(x: Tensor, weights: Tensor, colours: int) -> Tensor:
 
 
 def resize(products: Tensor, colours: int, size: tuple[int, int]) -> Tensor:
-    """The picture ``[B, colours, *size]``, resized bicubically, that ``products`` of ``resblock`` add up to."""
+    """The picture ``[B, colours, *size]``, resized bicubically, that ``resblock_products`` add up to."""
     batch, _, height, width, _ = products.shape
     rows, tall = _resized(height, size[0], _RESIZED[0])
     columns, across = _resized(width, size[1], _RESIZED[1])

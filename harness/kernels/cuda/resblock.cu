@@ -13,8 +13,9 @@
 // the first of a product, and rows of 8 pixels meet no bank twice.
 //
 // Compile-time parameters beside those of conv_tile.cuh, of which TH is 8: C channels; CI channels of the shortcut's
-// picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result; RGB whether
-// the result is not written, but what a 3 by 3 convolution to at most four colours adds up, for conv_rgb.cu.
+// picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result; NEXT how many
+// channels of a 1 by 1 convolution of the result are written, too; RGB whether the result is not written, but what a 3 by
+// 3 convolution to at most four colours adds up, for conv_rgb.cu.
 
 static_assert(TH == 8, "a product's columns are the halo of 8 rows");
 constexpr int GROUPS = 2 * C / 16, PASSES = GROUPS / WARPS, WARPGROUPS = WARPS / 4;
@@ -230,7 +231,7 @@ __device__ __forceinline__ u32 finished(u32 pair, u32 other) {
     return SILU ? to_bf16(silu(a), silu(b)) : to_bf16(a, b);
 }
 
-// The result, to memory, or where x is if RGB.
+// The result, to memory and, where there is a product of it, to where x is.
 __device__ __forceinline__ void write_tile(u16* out, u32 x, const uint4 (&shortcut)[MINE][4], const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
@@ -250,39 +251,43 @@ __device__ __forceinline__ void write_tile(u16* out, u32 x, const uint4 (&shortc
             const uint4 result{finished(v.x, other[0]), finished(v.y, other[1]), finished(v.z, other[2]),
                                finished(v.w, other[3])};
             const long long pixel = static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column;
-            if (RGB) put16(at, result);
-            else write16(out + pixel * C + piece.part * 8, result);
+            if (RGB || NEXT > 0) put16(at, result);
+            if (!RGB) write16(out + pixel * C + piece.part * 8, result);
         }
     }
 }
 
-// `out` [TAPS, height, width, 4]: of each pixel what each tap of the convolution to colours makes of it. A warp computes 16
-// of the products of a row.
-constexpr int TAPS = 9, BLOCKS16 = (TAPS * 4 + 15) / 16;
+// Products of the result: `out` [height, width, NEXT]; or, if RGB, [TAPS, height, width, 4], what each tap of the convolution
+// to colours makes of a pixel. A warp computes 16 of them for some of the rows.
+constexpr int TAPS = 9, PRODUCTS = RGB ? TAPS * 4 : NEXT, BLOCKS = PRODUCTS > 0 ? (PRODUCTS + 15) / 16 : 1;
 
-__device__ __forceinline__ void write_products(u16* out, u32 x, const u8* colours, const Tile& tile) {
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void write_products(u16* out, u32 x, const u8* weights, const Tile& tile) {
+    constexpr int SHARES = WARPS > BLOCKS ? WARPS / BLOCKS : 1;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int unit = threadIdx.x / 32; unit < BLOCKS16 * TH; unit += WARPS) {
-        const int block = unit % BLOCKS16, row = unit / BLOCKS16;
+    for (int block = warp < BLOCKS * SHARES ? warp % BLOCKS : BLOCKS; block < BLOCKS; block += WARPS) {
         uint4 w[PARTS / 2];
 #pragma unroll
-        for (int k = 0; k < PARTS / 2; ++k) w[k] = fetch16(colours + (k * BLOCKS16 + block) * 512 + lane * 16);
-        float sums[2][4] = {};
+        for (int k = 0; k < PARTS / 2; ++k) w[k] = fetch16(weights + (k * BLOCKS + block) * 512 + lane * 16);
+#pragma unroll 1
+        for (int row = SHARES > 1 ? warp / BLOCKS : 0; row < TH; row += SHARES) {
+            float sums[2][4] = {};
 #pragma unroll
-        for (int k = 0; k < PARTS / 2; ++k) {
-            u32 a[4];
-            load_matrices(a, at_pixel(x + (2 * k + lane / 16) * X_PLANE, row, lane % 16));
-            mma(sums[0], a, w[k].x, w[k].y);
-            mma(sums[1], a, w[k].z, w[k].w);
-        }
+            for (int k = 0; k < PARTS / 2; ++k) {
+                u32 a[4];
+                load_matrices(a, at_pixel(x + (2 * k + lane / 16) * X_PLANE, row, lane % 16));
+                mma(sums[0], a, w[k].x, w[k].y);
+                mma(sums[1], a, w[k].z, w[k].w);
+            }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int product = block * 16 + i / 2 * 8 + lane % 4 * 2, column = lane / 4 + i % 2 * 8;
-            const long long pixel = static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column;
-            const long long plane = static_cast<long long>(tile.height) * tile.width * (product / 4);
-            const float* pair = sums[i / 2] + i % 2 * 2;
-            if (product < TAPS * 4) write4(out + (plane + pixel) * 4 + product % 4, to_bf16(pair[0], pair[1]));
+            for (int i = 0; i < 4; ++i) {
+                const int product = block * 16 + i / 2 * 8 + lane % 4 * 2, column = lane / 4 + i % 2 * 8;
+                const long long pixel = static_cast<long long>(tile.y0 + row) * tile.width + tile.x0 + column;
+                const long long plane = static_cast<long long>(tile.height) * tile.width * (product / 4);
+                const long long at = RGB ? (plane + pixel) * 4 + product % 4 : pixel * NEXT + product;
+                const float* pair = sums[i / 2] + i % 2 * 2;
+                if (product < PRODUCTS) write4(out + at, to_bf16(pair[0], pair[1]));
+            }
         }
     }
 }
@@ -308,10 +313,10 @@ __device__ __forceinline__ void fetch_convolution(Weights& w, const u8* weights,
         w.bias2[i] = __uint_as_float(fetch4(biases + (i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2) * 4));
 }
 
-// `colours`: weights of the convolution that follows, if RGB; `tiles`: of all pictures.
+// `after`: weights of the products of the result, `products` where they go to; `tiles`: of all pictures.
 KERNEL(THREADS, 1, 1)
 resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u16* __restrict__ shortcut,
-         const u8* __restrict__ colours, u16* __restrict__ out, int height, int width, int tiles) {
+         const u8* __restrict__ after, u16* __restrict__ out, u16* __restrict__ products, int height, int width, int tiles) {
     const u32 x = shared_memory(), matrix = x + MATRIX_AT, hidden = x + HIDDEN_AT, mid = x + MID_AT, small = x + SMALL_AT;
     const int warp = same_in_warp(threadIdx.x / 32), each = height / TH * (width / TW);
     const long long pixels = static_cast<long long>(height) * width;
@@ -370,9 +375,9 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
         __syncthreads();  // nobody reads hidden channels any more
         if (DOUBLE && !KEEPS) load_next();
         write_tile(out + clip * pixels * C, x, pieces, tile);
-        if (RGB) {
+        if (PRODUCTS > 0) {
             __syncthreads();
-            write_products(out + clip * pixels * TAPS * 4, x, colours, tile);
+            write_products(products + clip * pixels * PRODUCTS, x, after, tile);
         }
     }
 }
