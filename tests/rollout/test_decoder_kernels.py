@@ -87,6 +87,7 @@ def assert_close(got, want):
         (32, None, False, True),
         (64, 64, True, True),
         (96, None, False, False),
+        (96, 192, True, True),
         (128, 256, True, False),
     ],
 )

@@ -52,15 +52,17 @@ def _warps(channels: int) -> int:
 
 
 def resblock_bytes(channels: int, double: bool) -> int:
-    """Shared memory of a block of ``resblock``: x, doubling as a matrix, hidden channels; conv3's weights and what is
-    doubled, where warps have one group each."""
+    """Shared memory of a block of ``resblock``: x, doubling as a matrix, hidden channels.
+
+    Where warps have one group each: conv3's weights, what is doubled, and x again, too.
+    """
     warps = _warps(channels)
     passes = 2 * channels // GROUP // warps
     pixels, small = -(-_halo(ROWS) // 8) * 8, (ROWS // 2 + 4) * (TILE // 2 + 4)
-    planes = channels // 8 + (small // 8 if double else 0)
+    x, matrix = channels * 2 * (pixels + 1), 2 * small * _halo(ROWS) if double else 0
     hidden = warps * 2 * (pixels + (passes - 1) * ROWS * TILE) * 16
-    kept = 4 * channels**2 + (channels * (small + 1) * 2 if double else 0)
-    return planes * (pixels + 1) * 16 + hidden + (kept if passes == 1 else 0)
+    kept = 4 * channels**2 + (x + channels * 2 * (small + 1) if double else 0)
+    return x + matrix + hidden + (kept if passes == 1 else 0)
 
 
 def _stage_bytes() -> int:

@@ -30,13 +30,15 @@ constexpr int HIDDEN_PLANE = PIXELS * 16, HIDDEN = 2 * HIDDEN_PLANE, MID_PLANE =
 
 constexpr int W1 = GROUPS * PARTS * 256, W2 = GROUPS * 9 * 512, W3 = W1, BIAS = 2 * C * 4;  // bytes of the weights
 constexpr bool KEEPS = PASSES == 1;  // weights stay: conv1's and conv2's in registers, conv3's in shared memory
-constexpr int MATRIX_AT = PARTS * X_PLANE, HIDDEN_AT = MATRIX_AT + (DOUBLE ? SMALL / 8 * X_PLANE : 0);
+// Where there is room, two tiles are under way: x lies in two places, and what is doubled has a place of its own and is
+// asked for a tile ahead. Else it lies where hidden channels will.
+constexpr bool PIPELINED = KEEPS && DOUBLE;
+constexpr int X = PARTS * X_PLANE, MATRIX_PLANE = HALO * 16, MATRIX_AT = PIPELINED ? 2 * X : X;
+constexpr int HIDDEN_AT = MATRIX_AT + (DOUBLE ? SMALL / 8 * MATRIX_PLANE : 0);
 constexpr int MID_AT = HIDDEN_AT + WARPS * HIDDEN, W3_AT = MID_AT + (PASSES - 1) * WARPS * MID;
-// What is doubled has a place of its own where there is room, and is asked for a tile ahead; else it lies where hidden
-// channels will.
-constexpr int SMALL_AT = KEEPS ? W3_AT + W3 : HIDDEN_AT;
-constexpr int SHARED = KEEPS && DOUBLE ? SMALL_AT + PARTS * SMALL_PLANE : KEEPS ? SMALL_AT : W3_AT;
-static_assert(!DOUBLE || KEEPS || PARTS * SMALL_PLANE <= W3_AT - HIDDEN_AT, "what is doubled finds room");
+constexpr int SMALL_AT = PIPELINED ? W3_AT + W3 : HIDDEN_AT;
+constexpr int SHARED = PIPELINED ? SMALL_AT + PARTS * SMALL_PLANE : KEEPS ? W3_AT + W3 : W3_AT;
+static_assert(!DOUBLE || PIPELINED || PARTS * SMALL_PLANE <= W3_AT - HIDDEN_AT, "what is doubled finds room");
 
 constexpr int ROWS64 = (C + 63) / 64;  // of products whose rows are the C channels
 
@@ -81,10 +83,10 @@ __device__ __forceinline__ float tap(int to, int from) {
     return i < 0 || i > 3 ? 0.0f : quarter(to % 2 ? 3 - i : i);
 }
 
-// Doubling as a matrix [PIXELS, SMALL], the same for every tile.
+// Doubling as a matrix [HALO, SMALL], the same for every tile. Columns of products beyond the halo are anything.
 __device__ __forceinline__ void put_matrix(u32 matrix) {
-    for (int i = threadIdx.x; i < SMALL / 8 * PIXELS; i += THREADS) {
-        const int part = i / PIXELS, p = i % PIXELS;
+    for (int i = threadIdx.x; i < SMALL / 8 * HALO; i += THREADS) {
+        const int part = i / HALO, p = i % HALO;
         u32 pairs[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -92,31 +94,32 @@ __device__ __forceinline__ void put_matrix(u32 matrix) {
             const float down = tap(p / WIDE, row);
             pairs[e] = to_bf16(down * tap(p % WIDE, column), down * tap(p % WIDE, column + 1));
         }
-        put16(matrix + part * X_PLANE + p * 16, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+        put16(matrix + part * MATRIX_PLANE + p * 16, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
     }
 }
 
-// x of the halo. A warpgroup has some of the products of 64 channels and half of the pixels.
+// x of the halo. A warpgroup has some of the products of 64 channels and 64 pixels.
 __device__ __forceinline__ void double_small(u32 x, u32 small, u32 matrix) {
+    constexpr int THIRDS = (PIXELS + 63) / 64;
     const int warp = same_in_warp(threadIdx.x / 32), warpgroup = warp / 4;
 #pragma unroll 1
-    for (int unit = 2 * ROWS64 * warpgroup / WARPGROUPS; unit < 2 * ROWS64 * (warpgroup + 1) / WARPGROUPS; ++unit) {
-        const int rows = unit / 2 * 4 + warp % 4, begin = unit % 2 * SECOND * 16;
+    for (int unit = THIRDS * ROWS64 * warpgroup / WARPGROUPS; unit < THIRDS * ROWS64 * (warpgroup + 1) / WARPGROUPS; ++unit) {
+        const int rows = unit / THIRDS * 4 + warp % 4, begin = min(unit % THIRDS * 64, PIXELS - 64) * 16;
         const bool real = rows < C / 16;
         u32 a[SMALL / 16][4];
 #pragma unroll
         for (int k = 0; k < SMALL / 16; ++k)
             load_transposed(a[k], small + (real ? rows * 2 * SMALL_PLANE : 0) + k * 256 + planes_row(SMALL_PLANE));
-        float sums[COLUMNS / 8][4];
+        float sums[8][4];
         products_begin();
 #pragma unroll
         for (int k = 0; k < SMALL / 16; ++k)
-            multiply_rows<0>(sums, a[k], planes_at(matrix + begin + k * 2 * X_PLANE, X_PLANE), k > 0);
+            multiply_rows<0>(sums, a[k], planes_at(matrix + begin + k * 2 * MATRIX_PLANE, MATRIX_PLANE), k > 0);
         settle_products(sums);
         if (!real) continue;
         const u32 to = x + rows * 2 * X_PLANE + begin + planes_row(X_PLANE);
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n += 2)
+        for (int n = 0; n < 8; n += 2)
             store_transposed(to + n * 128, to_bf16(sums[n][0], sums[n][1]), to_bf16(sums[n][2], sums[n][3]),
                              to_bf16(sums[n + 1][0], sums[n + 1][1]), to_bf16(sums[n + 1][2], sums[n + 1][3]));
     }
@@ -313,71 +316,139 @@ __device__ __forceinline__ void fetch_convolution(Weights& w, const u8* weights,
         w.bias2[i] = __uint_as_float(fetch4(biases + (i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2) * 4));
 }
 
+// What a launch is about, at hand for the steps of a tile.
+struct Stage {
+    const u16 *input, *shortcut;
+    const u8 *weights, *after;
+    u16 *out, *products;
+    int height, width, tiles;
+    u32 shared;
+
+    __device__ __forceinline__ Tile tile(int number) const {
+        return tile_of(number % (height / TH * (width / TW)), height, width);
+    }
+    // What lies in front of tile `number`'s picture, whose pixels number a `part` of this one's.
+    __device__ __forceinline__ long long before(int number, int part) const {
+        return number / (height / TH * (width / TW)) * (static_cast<long long>(height) * width / part);
+    }
+    __device__ __forceinline__ void ask_small(int number) const {
+        if (number < tiles) load_small(shared + SMALL_AT, input + before(number, 4) * C, tile(number));
+    }
+    __device__ __forceinline__ void ask_shortcut(uint4 (&pieces)[MINE][4], int number) const {
+        if (SHORTCUT) fetch_shortcut(pieces, shortcut + before(number, 4) * CI, tile(number));
+    }
+    __device__ __forceinline__ void double_to(u32 x) const {
+        double_small(x, shared + SMALL_AT, shared + MATRIX_AT);
+    }
+    // conv1 and conv2: a warp's groups.
+    __device__ __forceinline__ void widen_and_convolve(Weights& w, u32 x, int number) const {
+        const int warp = same_in_warp(threadIdx.x / 32);
+        const u32 hidden = shared + HIDDEN_AT + warp * HIDDEN;
+#pragma unroll 1
+        for (int group = warp; group < GROUPS; group += WARPS) {
+            const bool last = group + WARPS >= GROUPS;
+            if (!KEEPS) fetch_convolution(w, weights, group);
+            widen(x, hidden, w.w1, w.bias1);
+            if (!KEEPS && !last) fetch_widening(w, weights, group + WARPS);
+            clear_outside(hidden, tile(number));
+            __syncwarp();
+            const u32 to = last ? hidden : shared + MID_AT + group * MID;
+            convolve_group(hidden, to, HIDDEN_PLANE, last ? HIDDEN_PLANE : MID_PLANE, w.w2, w.bias2);
+        }
+    }
+    __device__ __forceinline__ void narrow_onto(u32 x) const {
+        narrow(x, shared + HIDDEN_AT, shared + MID_AT, shared + W3_AT, weights + W1 + W2);
+    }
+    __device__ __forceinline__ void write(u32 x, const uint4 (&pieces)[MINE][4], int number) const {
+        write_tile(out + before(number, 1) * C, x, pieces, tile(number));
+    }
+    __device__ __forceinline__ void write_after(u32 x, int number) const {
+        if (PRODUCTS > 0) write_products(products + before(number, 1) * PRODUCTS, x, after, tile(number));
+    }
+};
+
+// Tiles one after the other. A fence waits for all that a thread has asked memory for: nothing is asked for in front of one.
+__device__ __forceinline__ void one_by_one(const Stage& stage, Weights& w) {
+    const u32 x = stage.shared;
+    const int warp = same_in_warp(threadIdx.x / 32);
+#pragma unroll 1
+    for (int number = blockIdx.x; number < stage.tiles; number += gridDim.x) {
+        if (!DOUBLE) {
+            __syncthreads();  // the tile before is written
+            load_halo<C>(x, 16, X_PLANE, stage.input + stage.before(number, 1) * C, stage.tile(number));
+        }
+        copies_wait();
+        if (!DOUBLE) written_for_products();
+        __syncthreads();
+        if (!KEEPS) fetch_widening(w, stage.weights, warp);
+        if (DOUBLE) {
+            stage.double_to(x);
+            written_for_products();
+            __syncthreads();  // x is there; hidden channels may lie where what was doubled did
+        }
+        stage.widen_and_convolve(w, x, number);
+        written_for_products();
+        __syncthreads();  // hidden channels are convolved; nobody reads x any more
+        uint4 pieces[MINE][4];
+        stage.ask_shortcut(pieces, number);
+        stage.narrow_onto(x);
+        __syncthreads();  // nobody reads hidden channels any more
+        if (DOUBLE) stage.ask_small(number + gridDim.x);
+        stage.write(x, pieces, number);
+        if (PRODUCTS > 0) __syncthreads();
+        stage.write_after(x, number);
+    }
+}
+
+// A tile's result is written while the next one is doubled, and multiplied while that one is convolved.
+__device__ __forceinline__ void pipelined(const Stage& stage, Weights& w) {
+    copies_wait();
+    __syncthreads();
+    stage.double_to(stage.shared);
+    int turn = 0;
+#pragma unroll 1
+    for (int number = blockIdx.x; number < stage.tiles; number += gridDim.x, turn ^= 1) {
+        const u32 x = stage.shared + turn * X, other = stage.shared + (turn ^ 1) * X;
+        const int next = number + gridDim.x;
+        written_for_products();
+        __syncthreads();  // x is there, and the result before in `other`
+        stage.ask_small(next);
+        if (number >= gridDim.x) stage.write_after(other, number - gridDim.x);
+        stage.widen_and_convolve(w, x, number);
+        copies_wait();
+        written_for_products();
+        __syncthreads();  // hidden channels are convolved; nobody reads x and `other` any more
+        uint4 pieces[MINE][4];
+        stage.ask_shortcut(pieces, number);
+        stage.narrow_onto(x);
+        __syncthreads();  // nobody reads hidden channels any more
+        stage.write(x, pieces, number);
+        if (next < stage.tiles) stage.double_to(other);
+        else if (PRODUCTS > 0) {
+            __syncthreads();
+            stage.write_after(x, number);
+        }
+    }
+}
+
 // `after`: weights of the products of the result, `products` where they go to; `tiles`: of all pictures.
 KERNEL(THREADS, 1, 1)
 resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u16* __restrict__ shortcut,
          const u8* __restrict__ after, u16* __restrict__ out, u16* __restrict__ products, int height, int width, int tiles) {
-    const u32 x = shared_memory(), matrix = x + MATRIX_AT, hidden = x + HIDDEN_AT, mid = x + MID_AT, small = x + SMALL_AT;
-    const int warp = same_in_warp(threadIdx.x / 32), each = height / TH * (width / TW);
-    const long long pixels = static_cast<long long>(height) * width;
+    const Stage stage{input, shortcut, weights, after, out, products, height, width, tiles, shared_memory()};
+    const int warp = same_in_warp(threadIdx.x / 32);
     next_may_begin();
-    if (DOUBLE) put_matrix(matrix);
+    if (DOUBLE) put_matrix(stage.shared + MATRIX_AT);
     Weights w;
     if (KEEPS) {
-        for (int i = threadIdx.x; i < W3 / 16; i += THREADS) copy16(x + W3_AT + i * 16, weights + W1 + W2 + i * 16, true);
+        for (int i = threadIdx.x; i < W3 / 16; i += THREADS)
+            copy16(stage.shared + W3_AT + i * 16, weights + W1 + W2 + i * 16, true);
         fetch_widening(w, weights, warp);
         fetch_convolution(w, weights, warp);
     }
+    if (DOUBLE) written_for_products();
     previous_is_over();
-    if (DOUBLE)
-        load_small(small, input + blockIdx.x / each * (pixels / 4) * C, tile_of(blockIdx.x % each, height, width));
-#pragma unroll 1
-    for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-        const Tile tile = tile_of(number % each, height, width);
-        const long long clip = number / each;
-        const int next = number + gridDim.x;
-        const auto load_next = [&] {
-            if (next < tiles)
-                load_small(small, input + next / each * (pixels / 4) * C, tile_of(next % each, height, width));
-        };
-        if (!KEEPS) fetch_widening(w, weights, warp);
-        if (!DOUBLE) {
-            __syncthreads();  // the tile before is written
-            load_halo<C>(x, 16, X_PLANE, input + clip * pixels * C, tile);
-        }
-        copies_wait();
-        written_for_products();
-        __syncthreads();
-        if (DOUBLE) {
-            double_small(x, small, matrix);
-            written_for_products();
-            __syncthreads();  // x is there; nobody reads `small` any more
-            if (KEEPS) load_next();
-        }
-#pragma unroll 1
-        for (int pass = 0; pass < PASSES; ++pass) {
-            const int group = pass * WARPS + warp;
-            const bool last = pass == PASSES - 1;
-            if (!KEEPS) fetch_convolution(w, weights, group);
-            const u32 mine = hidden + warp * HIDDEN;
-            widen(x, mine, w.w1, w.bias1);
-            if (!KEEPS && !last) fetch_widening(w, weights, group + WARPS);
-            clear_outside(mine, tile);
-            __syncwarp();
-            const u32 to = last ? mine : mid + group * MID;
-            convolve_group(mine, to, HIDDEN_PLANE, last ? HIDDEN_PLANE : MID_PLANE, w.w2, w.bias2);
-        }
-        uint4 pieces[MINE][4];
-        if (SHORTCUT) fetch_shortcut(pieces, shortcut + clip * (pixels / 4) * CI, tile);
-        written_for_products();
-        __syncthreads();  // hidden channels are convolved; nobody reads x any more
-        narrow(x, hidden, mid, x + W3_AT, weights + W1 + W2);
-        __syncthreads();  // nobody reads hidden channels any more
-        if (DOUBLE && !KEEPS) load_next();
-        write_tile(out + clip * pixels * C, x, pieces, tile);
-        if (PRODUCTS > 0) {
-            __syncthreads();
-            write_products(products + clip * pixels * PRODUCTS, x, after, tile);
-        }
-    }
+    if (DOUBLE) stage.ask_small(blockIdx.x);
+    if (PIPELINED) pipelined(stage, w);
+    else one_by_one(stage, w);
 }
