@@ -81,18 +81,21 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize(
-    ("channels", "wide", "double", "silu"),
+    ("channels", "wide", "double", "silu", "rows"),
     [
-        (32, 64, True, False),
-        (32, None, False, True),
-        (64, 64, True, True),
-        (96, None, False, False),
-        (96, 192, True, True),
-        (128, 256, True, False),
+        (32, 64, True, False, 8),
+        (32, None, False, True, 8),
+        (64, 64, True, True, 8),
+        (96, None, False, False, 8),
+        (96, 192, True, True, 8),
+        (128, 256, True, False, 8),
+        (128, 256, True, False, 4),
+        (128, None, False, True, 4),
     ],
 )
-def test_a_stage_is_doubling_a_residual_block_and_the_shortcut(channels, wide, double, silu, kernel):
+def test_a_stage_is_doubling_a_residual_block_and_the_shortcut(channels, wide, double, silu, rows, kernel, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(conv, "rows_of", lambda _: rows)
     block, batch, height, width = block_of(channels), 2, 16, 32
     size = (batch, height // 2, width // 2) if double else (batch, height, width)
     x = picture(*size, channels)

@@ -24,10 +24,10 @@ TILE = 16
 """Width of a tile in pixels."""
 
 ROWS = 8
-"""Height of a tile in pixels."""
+"""Height of a tile in pixels, but in ``resblock`` where channels are many (``rows_of``)."""
 
 
-WIDEST = 192
+WIDEST = 384
 """Channels up to which a stage is one kernel: above, weights are read more often than their reuse is worth."""
 
 _STAGE = {"TH": ROWS, "WARPS": 4}
@@ -46,6 +46,11 @@ def _halo(rows: int) -> int:
     return (rows + 2) * (TILE + 2)
 
 
+def rows_of(channels: int) -> int:
+    """Height of a tile of ``resblock``: what shared memory has room for."""
+    return ROWS if channels <= 192 else ROWS // 2
+
+
 def _warps(channels: int) -> int:
     """Warps of a block of ``resblock``, four a warpgroup: as many of 4 to 12 as share the hidden channels evenly."""
     return next(4 * groups for groups in (3, 2, 1) if channels // CHUNK % groups == 0)
@@ -58,9 +63,10 @@ def resblock_bytes(channels: int, double: bool) -> int:
     """
     warps = _warps(channels)
     passes = 2 * channels // GROUP // warps
-    pixels, small = -(-_halo(ROWS) // 8) * 8, (ROWS // 2 + 4) * (TILE // 2 + 4)
-    x, matrix = channels * 2 * (pixels + 1), 2 * small * _halo(ROWS) if double else 0
-    hidden = warps * 2 * (pixels + (passes - 1) * ROWS * TILE) * 16
+    rows = rows_of(channels)
+    pixels, small = -(-_halo(rows) // 8) * 8, -(-(rows // 2 + 4) * (TILE // 2 + 4) // 16) * 16
+    x, matrix = channels * 2 * (pixels + 1), 2 * small * _halo(rows) if double else 0
+    hidden = warps * 2 * (pixels + (passes - 1) * rows * TILE) * 16
     kept = 4 * channels**2 + (x + channels * 2 * (small + 1) if double else 0)
     return x + matrix + hidden + (kept if passes == 1 else 0)
 
@@ -148,7 +154,9 @@ def resblock_defines(
     ``wide``: channels of the shortcut's picture; ``following``: those of a projection of the result.
     """
     flags = {"DOUBLE": double, "SHORTCUT": shortcut, "SILU": silu, "NEXT": following, "RGB": rgb}
-    return {"C": channels, "CI": wide, "TH": ROWS, "WARPS": _warps(channels)} | {k: int(v) for k, v in flags.items()}
+    return {"C": channels, "CI": wide, "TH": rows_of(channels), "WARPS": _warps(channels)} | {
+        k: int(v) for k, v in flags.items()
+    }
 
 
 @functools.cache
@@ -218,7 +226,7 @@ def _resblock(
     wide = channels if shortcut is None else shortcut.shape[-1]
     following = 0 if products is None or out is None else products.shape[-1]
     defines = resblock_defines(channels, wide, double, shortcut is not None, silu, following, out is None)
-    tiles = batch * (height // ROWS) * (width // TILE)
+    tiles = batch * (height // rows_of(channels)) * (width // TILE)
     grid = (min(tiles, _multiprocessors(x.device)), 1)
     arguments = (x, weights, shortcut, after, out, products, height, width, tiles)
     _launch("resblock.cu", "resblock", defines, resblock_bytes(channels, double), grid, arguments)

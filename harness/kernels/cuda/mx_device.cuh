@@ -211,8 +211,9 @@ __device__ __forceinline__ int same_in_warp(int value) {
 #define SUM8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define SUM16 SUM8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define SUM32 SUM16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define SUM48 SUM32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 
-// acc[FIRST], ... (+)= A * B^T for 16 inputs: A 64 rows, 16 a warp, fragments of m16n8k16; B up to 96 rows in shared
+// acc[FIRST], ... (+)= A * B^T for 16 inputs: A 64 rows, 16 a warp, fragments of m16n8k16; B up to 112 rows in shared
 // memory, 8 for each acc[m]. Without `add` what acc held does not matter.
 template <int FIRST, int COUNT>
 __device__ __forceinline__ void multiply_rows(float (&acc)[COUNT][4], const u32 (&a)[4], u64 rows, u32 add) {
@@ -229,9 +230,12 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[COUNT][4], const u32 
                      : SUMS8(0), SUMS(8)
                      : FACTORS);
     } else if constexpr (COUNT == 12) {
-        asm volatile(WGMMA(96, SUM32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47",
-                           "{%48,%49,%50,%51}, %52", "%53")
+        asm volatile(WGMMA(96, SUM48, "{%48,%49,%50,%51}, %52", "%53")
                      : SUMS8(0), SUMS(8), SUMS(9), SUMS(10), SUMS(11)
+                     : FACTORS);
+    } else if constexpr (COUNT == 14) {
+        asm volatile(WGMMA(112, SUM48 ",%48,%49,%50,%51,%52,%53,%54,%55", "{%56,%57,%58,%59}, %60", "%61")
+                     : SUMS8(0), SUMS(8), SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13)
                      : FACTORS);
     } else {
         static_assert(COUNT % 8 == 0, "a width that nobody has needed");

@@ -3,7 +3,7 @@
 //   x = double(low)
 //   out = x + conv3(leaky(conv2(leaky(conv1(x))))) + shortcut, conv1 and conv3 1 by 1, conv2 3 by 3 in groups of 16
 //
-// A block computes tiles of 8 by 16 pixels and all C channels, one after the other. A warp has a group of 16 hidden
+// A block computes tiles of TH by 16 pixels and all C channels, one after the other. A warp has a group of 16 hidden
 // channels, or PASSES of them one after the other: it computes conv1 for the halo (conv2's border) and then conv2, and
 // nobody else reads what lies between. Doubling, conv1 and conv3 are products of a warpgroup (wgmma) whose rows are
 // channels, weights in registers, and whose columns are pixels, which tensor cores fetch from shared memory themselves.
@@ -12,17 +12,18 @@
 // Shared memory holds pixels in planes of 8 channels: 16 bytes a pixel, one after the other, so that any pixel may be
 // the first of a product, and rows of 8 pixels meet no bank twice.
 //
-// Compile-time parameters beside those of conv_tile.cuh, of which TH is 8: C channels; CI channels of the shortcut's
+// Compile-time parameters beside those of conv_tile.cuh, of which TH is 8, or 4 where channels are many: C channels; CI channels of the shortcut's
 // picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result; NEXT how many
 // channels of a 1 by 1 convolution of the result are written, too; RGB whether the result is not written, but what a 3 by
 // 3 convolution to at most four colours adds up, for conv_rgb.cu.
 
-static_assert(TH == 8, "a product's columns are the halo of 8 rows");
+static_assert(TH == 8 || TH == 4, "a product's columns are the halo of 8 rows, or of 4");
 constexpr int GROUPS = 2 * C / 16, PASSES = GROUPS / WARPS, WARPGROUPS = WARPS / 4;
 static_assert(PASSES * WARPS == GROUPS, "warps share groups evenly");
 constexpr int PARTS = C / 8, PIXELS = (HALO + 7) / 8 * 8;  // planes of x; pixels of the halo, in eights
-constexpr int COLUMNS = 96, SECOND = PIXELS - COLUMNS;     // of a product over the halo; where the second one begins
-constexpr int SMALL_ROWS = TH / 2 + 4, SMALL_COLUMNS = TW / 2 + 4, SMALL = SMALL_ROWS * SMALL_COLUMNS;
+constexpr int COLUMNS = TH == 8 ? 96 : PIXELS;             // of a product over the halo, of which there are two, or one
+constexpr int SMALL_ROWS = TH / 2 + 4, SMALL_COLUMNS = TW / 2 + 4;
+constexpr int SMALL = (SMALL_ROWS * SMALL_COLUMNS + 15) / 16 * 16;  // pixels, in sixteens, that double to the halo
 
 // Bytes of planes. Those written and read a pixel at a time are an odd multiple of 16, so that neighbours do not meet.
 constexpr int X_PLANE = (PIXELS + 1) * 16, SMALL_PLANE = (SMALL + 1) * 16;
@@ -53,12 +54,6 @@ __device__ __forceinline__ u32 planes_row(int plane) {
 }
 
 template <int COUNT>
-__device__ __forceinline__ void load_fragments(uint4 (&w)[COUNT], const u8* from) {
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k) w[k] = fetch16(from + k * 512 + threadIdx.x % 32 * 16);
-}
-
-template <int COUNT>
 __device__ __forceinline__ void settle_products(float (&sums)[COUNT][4]) {
     products_commit();
     products_wait<0>();
@@ -73,7 +68,8 @@ __device__ __forceinline__ void load_small(u32 small, const u16* from, const Til
         const int y = clamped(first_tap(tile.y0 - 1) + pixel / SMALL_COLUMNS, tile.height / 2);
         const int column = clamped(first_tap(tile.x0 - 1) + pixel % SMALL_COLUMNS, tile.width / 2);
         copy16(small + part * SMALL_PLANE + pixel * 16,
-               from + (static_cast<long long>(y) * (tile.width / 2) + column) * C + part * 8, true);
+               from + (static_cast<long long>(y) * (tile.width / 2) + column) * C + part * 8,
+               pixel < SMALL_ROWS * SMALL_COLUMNS);
     }
 }
 
@@ -125,21 +121,45 @@ __device__ __forceinline__ void double_small(u32 x, u32 small, u32 matrix) {
     }
 }
 
-// conv1 and its activation: a warp's 16 hidden channels of the halo.
-__device__ __forceinline__ void widen(u32 x, u32 hidden, const uint4 (&w)[PARTS / 2], const float (&biases)[2]) {
+// conv1 and its activation: a warp's 16 hidden channels of the halo. All of the weights are at hand, or come in batches.
+constexpr int STEPS = PARTS / 2, BATCH = 4;
+constexpr bool BATCHES = TH < 8;
+static_assert(!BATCHES || !KEEPS, "weights that come in batches do not stay");
+
+template <int COUNT>
+__device__ __forceinline__ void load_fragments(uint4 (&w)[COUNT], const u8* from) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int begin = half * SECOND * 16;
+    for (int k = 0; k < COUNT; ++k) w[k] = fetch16(from + k * 512 + threadIdx.x % 32 * 16);
+}
+
+struct Weights {  // of a warp's group
+    uint4 w1[BATCHES ? 2 * BATCH : STEPS], w2[9];
+    float bias1[2], bias2[4];
+};
+
+__device__ __forceinline__ void widen(u32 x, u32 hidden, Weights& w, const u8* weights) {
+#pragma unroll
+    for (int first = 0; first < PIXELS; first += COLUMNS) {
+        const int begin = min(first, PIXELS - COLUMNS) * 16;
         float sums[COLUMNS / 8][4];
 #pragma unroll
-        for (int i = 0; i < COLUMNS / 2; ++i) sums[i / 4][i % 4] = biases[i % 4 / 2];
-        products_begin();
+        for (int i = 0; i < COLUMNS / 2; ++i) sums[i / 4][i % 4] = w.bias1[i % 4 / 2];
+        constexpr int EACH = BATCHES ? BATCH : STEPS;
 #pragma unroll
-        for (int k = 0; k < PARTS / 2; ++k) {
-            const u32 a[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
-            multiply_rows<0>(sums, a, planes_at(x + begin + k * 2 * X_PLANE, X_PLANE), 1);
+        for (int k = 0; k < STEPS; k += EACH) {
+            if (BATCHES && k + EACH < STEPS)
+#pragma unroll
+                for (int i = 0; i < EACH; ++i)
+                    w.w1[(k + EACH) % (2 * EACH) + i] = fetch16(weights + (k + EACH + i) * 512 + threadIdx.x % 32 * 16);
+            products_begin();
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const uint4& v = w.w1[BATCHES ? k % (2 * EACH) + i : i];
+                const u32 a[4] = {v.x, v.y, v.z, v.w};
+                multiply_rows<0>(sums, a, planes_at(x + begin + (k + i) * 2 * X_PLANE, X_PLANE), 1);
+            }
+            settle_products(sums);
         }
-        settle_products(sums);
         const u32 to = hidden + begin + planes_row(HIDDEN_PLANE);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n += 2)
@@ -157,7 +177,7 @@ __device__ __forceinline__ void clear_outside(u32 hidden, const Tile& tile) {
 }
 
 // x += conv3, where x is. A warpgroup has some of the products of 64 channels and NARROW pixels.
-constexpr int NARROW = KEEPS ? TH * TW / 2 : TH * TW, UNITS = ROWS64 * (TH * TW / NARROW), BATCH = 4;
+constexpr int NARROW = KEEPS ? TH * TW / 2 : TH * TW, UNITS = ROWS64 * (TH * TW / NARROW);
 
 __device__ __forceinline__ void fetch_narrowing(uint4 (&w)[BATCH], u32 shared, const u8* memory, int at) {
 #pragma unroll
@@ -295,14 +315,14 @@ __device__ __forceinline__ void write_products(u16* out, u32 x, const u8* weight
     }
 }
 
-struct Weights {  // of a warp's group
-    uint4 w1[PARTS / 2], w2[9];
-    float bias1[2], bias2[4];
-};
-
 __device__ __forceinline__ void fetch_widening(Weights& w, const u8* weights, int group) {
     const int lane = threadIdx.x % 32;
-    load_fragments(w.w1, weights + group * (W1 / GROUPS));
+    if (BATCHES) {  // the first ones
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) w.w1[k] = fetch16(weights + group * (W1 / GROUPS) + k * 512 + lane * 16);
+    } else {
+        load_fragments(w.w1, weights + group * (W1 / GROUPS));
+    }
     const u8* biases = weights + W1 + W2 + W3 + group * 64;
 #pragma unroll
     for (int i = 0; i < 2; ++i) w.bias1[i] = __uint_as_float(fetch4(biases + (lane / 4 + i * 8) * 4));
@@ -348,7 +368,7 @@ struct Stage {
         for (int group = warp; group < GROUPS; group += WARPS) {
             const bool last = group + WARPS >= GROUPS;
             if (!KEEPS) fetch_convolution(w, weights, group);
-            widen(x, hidden, w.w1, w.bias1);
+            widen(x, hidden, w, weights + group * (W1 / GROUPS));
             if (!KEEPS && !last) fetch_widening(w, weights, group + WARPS);
             clear_outside(hidden, tile(number));
             __syncwarp();
