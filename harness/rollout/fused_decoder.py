@@ -71,7 +71,7 @@ class _Stage(nn.Module):
         super().__init__()
         blocks: list[Any] = list(stage.blocks)
         channels = blocks[0].conv1.in_channels
-        self.small = channels <= conv.WIDEST
+        self.small = conv.one_launch(channels)
         self.does_silu = silu and self.small
         proj = stage.up.proj.weight.detach().flatten(1).contiguous() if hasattr(stage.up, "proj") else None
         self.register_buffer("proj", proj)

@@ -263,6 +263,10 @@ def test_the_fused_decoder_gives_the_models_picture(size, stages, widest, kernel
     assert error < 1.3 * usual
 
 
+def test_a_stage_is_one_kernel_where_tiles_of_it_fit():
+    assert [c for c in range(32, 800, 32) if conv.one_launch(c)] == [32, 64, 96, 128, 160, 192, 256, 320, 384]
+
+
 @pytest.mark.parametrize(
     ("fields", "dtype", "reason"),
     [

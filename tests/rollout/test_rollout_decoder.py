@@ -3,6 +3,7 @@ import torch
 from rollout_cases import make_core, make_inputs, make_rollout, play
 from torch import nn
 
+from harness.kernels.cuda import conv
 from harness.measure.memory import module_bytes
 from harness.models.checkpoint import random_decoder
 from harness.models.dcae import DCAEConfig
@@ -24,11 +25,11 @@ def latent(batch=1, device="cpu"):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_regrouping_changes_no_value(groups):
     torch.manual_seed(0)
-    conv = nn.Conv2d(32, 64, 3, padding=1, groups=4)
+    layer = nn.Conv2d(32, 64, 3, padding=1, groups=4)
     x = torch.randn(2, 32, 5, 5)
-    merged = regroup(conv, groups)
+    merged = regroup(layer, groups)
     assert merged.groups == groups
-    torch.testing.assert_close(merged(x), conv(x))
+    torch.testing.assert_close(merged(x), layer(x))
 
 
 def test_regrouping_needs_a_divisor():
@@ -57,8 +58,10 @@ def test_our_kernels_are_refused_where_they_do_not_run():
 @pytest.mark.gpu
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_our_kernels_give_the_picture_that_bf16_gives(stages, batch):
-    """Stages of one kernel (32, 96 and 192 channels) and of five (384), a resized picture; captured and replayed."""
+@pytest.mark.parametrize("widest", [192, 384])
+def test_our_kernels_give_the_picture_that_bf16_gives(stages, batch, widest, monkeypatch):
+    """Stages of one kernel (32 to 384 channels) and of five (384), a resized picture; captured and replayed."""
+    monkeypatch.setattr(conv, "WIDEST", widest)
     for ch_0, ch_max, size in ((96, 384, [36, 64]), (32, 64, [64, 64])):
         cfg = DCAEConfig(
             sample_size=size, latent_size=8, latent_channels=16, ch_0=ch_0, ch_max=ch_max,

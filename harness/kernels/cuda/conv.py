@@ -46,6 +46,11 @@ def _halo(rows: int) -> int:
     return (rows + 2) * (TILE + 2)
 
 
+def one_launch(channels: int) -> bool:
+    """Whether a stage of so many channels is one kernel; in tiles of four rows conv1's inputs come in batches of 64."""
+    return channels <= WIDEST and (rows_of(channels) == ROWS or channels % 64 == 0)
+
+
 def rows_of(channels: int) -> int:
     """Height of a tile of ``resblock``: what shared memory has room for."""
     return ROWS if channels <= 192 else ROWS // 2

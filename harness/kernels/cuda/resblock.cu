@@ -124,7 +124,7 @@ __device__ __forceinline__ void double_small(u32 x, u32 small, u32 matrix) {
 // conv1 and its activation: a warp's 16 hidden channels of the halo. All of the weights are at hand, or come in batches.
 constexpr int STEPS = PARTS / 2, BATCH = 4;
 constexpr bool BATCHES = TH < 8;
-static_assert(!BATCHES || !KEEPS, "weights that come in batches do not stay");
+static_assert(!BATCHES || !KEEPS && STEPS % BATCH == 0, "weights that come in batches do not stay");
 
 template <int COUNT>
 __device__ __forceinline__ void load_fragments(uint4 (&w)[COUNT], const u8* from) {
