@@ -69,7 +69,8 @@ struct Block {
 };
 
 struct Barrier {  // 8 bytes of shared memory
-    u16 pending, phase;
+    u8 pending, arrivals;
+    u16 phase;
     int bytes;
 };
 
@@ -167,20 +168,21 @@ inline void previous_is_over() {}
 
 inline Barrier& barrier_at(Block& block, u32 bar) { return *reinterpret_cast<Barrier*>(at(block, bar, 8, 8)); }
 inline void settle(Barrier& b) {
-    if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = 1;
+    if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.arrivals;
 }
-inline void barrier_init(u32 bar) { barrier_at(*now->block, bar) = Barrier{1, 0, 0}; }
-inline void barrier_arrive(u32 bar) {
+inline void barrier_init(u32 bar, int arrivals = 1) {
+    barrier_at(*now->block, bar) = Barrier{static_cast<u8>(arrivals), static_cast<u8>(arrivals), 0, 0};
+}
+inline Barrier& arrive_at(u32 bar) {
     Barrier& b = barrier_at(*now->block, bar);
-    CHECK(b.phase <= 1 && b.pending == 1, "one arrival a phase");
-    b.pending = 0;
-    settle(b);
+    CHECK(b.phase <= 1 && b.pending > 0, "no more arrivals than a barrier waits for");
+    --b.pending;
+    return b;
 }
+inline void barrier_arrive(u32 bar) { settle(arrive_at(bar)); }
 inline void barriers_ready() {}
 inline void barrier_expect(u32 bar, u32 bytes) {
-    Barrier& b = barrier_at(*now->block, bar);
-    CHECK(b.pending == 1, "one arrival a phase");
-    b.pending = 0;
+    Barrier& b = arrive_at(bar);
     b.bytes += bytes;
     settle(b);
 }

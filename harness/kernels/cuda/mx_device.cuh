@@ -32,11 +32,11 @@ __device__ __forceinline__ u64 cache_policy(bool read_once) {
     return policy;
 }
 
-__device__ __forceinline__ void barrier_init(u32 bar) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+__device__ __forceinline__ void barrier_init(u32 bar, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 
-// The one arrival a barrier waits for: what this thread wrote to shared memory is seen by those that waited.
+// One of the arrivals a barrier waits for: what this thread wrote to shared memory is seen by those that waited.
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }

@@ -171,21 +171,27 @@ struct Outputs {
     }
 };
 
-// A warp's partial sums, each unit to the block that owns it, where the barrier at `bar` waits for them.
+// A warp's partial sums, each unit to the block that owns it, where the barrier at `bar` waits for them: for the bytes that
+// come from other blocks, and for the warps of its own.
 __device__ __forceinline__ void send(const float (&acc)[RT][XT][4], u32 partial, u32 bar, int first_tile, int slot,
-                                     int place, int lane) {
+                                     int rank, int place, int lane) {
 #pragma unroll
     for (int r = 0; r < RT; ++r) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             const u32 to = partial + (slot * OWNED + place_of(first_tile + r, m)) * 512 + lane * 16;
-            if constexpr (CL > 1) {
-                const int owner = place * CL + owner_of(first_tile + r, m);
-                store16_in(address_in(to, owner), acc[r][m], address_in(bar, owner));
-            } else {
+            const int owner = owner_of(first_tile + r, m);
+            if (CL == 1 || owner == rank) {
                 store16(to, acc[r][m]);
+            } else {
+                const int block = place * CL + owner;
+                store16_in(address_in(to, block), acc[r][m], address_in(bar, block));
             }
         }
+    }
+    if (CL > 1) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bar);
     }
 }
 
@@ -281,8 +287,8 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         for (int i = 0; i < ST; ++i) barrier_init(w_bars + i * 8);
         for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
         if (CL > 1 && warp == 0) {
-            barrier_init(sums_bar);
-            barrier_expect(sums_bar, units_of(rank) * SLOTS * 512);
+            barrier_init(sums_bar, WARPS + 1);
+            barrier_expect(sums_bar, units_of(rank) * (SLOTS - WK) * 512);
         }
         if (NORM && warp == 0) barrier_init(norms_bar);
         barriers_ready();
@@ -372,7 +378,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
         if (CL > 1 && CN == 1) cluster_wait();
         if (OVERLAY) cluster_sync();  // all have read what the partial sums will replace
         const u32 partial = base + PARTIAL_AT;
-        send(acc, partial, sums_bar, wr * RT, rank * WK + wk, place, lane);
+        send(acc, partial, sums_bar, wr * RT, rank * WK + wk, rank, place, lane);
         if constexpr (CL > 1) {
             barrier_wait(sums_bar, 0);
         } else {
