@@ -32,6 +32,9 @@ DIM = 64
 _WARPS, _THREADS = 12, 13 * 32
 _ROW = 2 * DIM
 _FRAME = TOKENS * _ROW
+_PIECE = 16
+"""Rows of the window that are fetched at once."""
+
 _MOST_STAGES = 4
 
 
@@ -231,7 +234,7 @@ def attend(
     with torch.cuda.device(device), loading:
         function = _load(shape, torch.cuda.current_device())
         x_map = nvrtc.TensorMap(modulated, TOKENS + 8, GROUP)
-        maps = (nvrtc.TensorMap(r.data.view(-1, DIM), TOKENS, GROUP) if r.scales is None else x_map for r in rings)
+        maps = (nvrtc.TensorMap(r.data.view(-1, DIM), _PIECE, GROUP) if r.scales is None else x_map for r in rings)
         arguments = (
             x_map,
             *maps,

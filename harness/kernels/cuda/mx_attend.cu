@@ -10,8 +10,8 @@
 //     tile of 8.
 //  2. Of its tokens a block adds up the sums in the order of ranks, normalises and rotates queries and keys, sends queries to
 //     all blocks of the cluster and keeps keys and values.
-//  3. Attention. Each warpgroup of the cluster takes every (3 CL)-th frame of the window, and the third one its block's own
-//     keys and values. Queries are A fragments in registers; keys and values lie in shared memory, and are decoded there if
+//  3. Attention. Each warpgroup of the cluster takes an equal part of the window, in order of age, and the third one of a
+//     block its own keys and values. Queries are A fragments in registers; keys and values lie in shared memory, and are decoded there if
 //     they are stored in an MX format. Scores need no running maximum: see window.py.
 //  4. Sums of weighted values, and of weights, are added up in a block, go to the block that owns these outputs, and are added
 //     there, always in the same order.
@@ -77,21 +77,28 @@ struct Window {
     float eps;    // of the norms of queries and keys
 };
 
-// The frames of the window that a warpgroup attends to: every WORKERS-th, in order of age.
+// The part of the window that a warpgroup attends to, in pieces of 16 rows, up to four of which are a stage.
 struct Share {
-    int first, frames, slot;
+    int slot, frames, begin, end;
 
     __device__ __forceinline__ Share(const Window& window, int worker)
-        : first(worker), frames(window.frames), slot(static_cast<int>(*window.slot)) {}
+        : slot(static_cast<int>(*window.slot)),
+          frames(window.frames),
+          begin((window.frames - 1) * 4 * worker / WORKERS),
+          end((window.frames - 1) * 4 * (worker + 1) / WORKERS) {}
 
-    __device__ __forceinline__ int count() const {
-        return max(0, (frames - 2 - first + WORKERS) / WORKERS);
+    __device__ __forceinline__ int stages() const {
+        return (end - begin + 3) / 4;
     }
 
-    // The row in the ring at which the `i`th of them begins.
-    __device__ __forceinline__ int row(int head, int i) const {
-        const int frame = slot + 1 + first + i * WORKERS;
-        return (head * frames + (frame >= frames ? frame - frames : frame)) * 64;
+    __device__ __forceinline__ int pieces(int stage) const {
+        return min(4, end - begin - stage * 4);
+    }
+
+    // The row in the ring at which a piece begins.
+    __device__ __forceinline__ int row(int head, int stage, int piece) const {
+        const int place = begin + stage * 4 + piece, frame = slot + 1 + place / 4;
+        return (head * frames + (frame >= frames ? frame - frames : frame)) * 64 + place % 4 * 16;
     }
 };
 
@@ -124,9 +131,10 @@ __device__ __forceinline__ u32 scale_pair(u32 byte) {
     return (byte == 255 ? 0x7fc0u : byte == 0 ? 0x40u : byte << 7) * 0x10001u;
 }
 
-// Rows of 64 elements in shared memory, 64 rows, to BF16 where TMA would have put them; by the 128 threads of a warpgroup.
+// Rows of 64 elements in shared memory to BF16 where TMA would have put them; by a warpgroup, of whose threads two have a row.
 template <int BITS_, int MANTISSA>
-__device__ __forceinline__ void decode_frame(u32 from, u32 scales, u32 to, int thread) {
+__device__ __forceinline__ void decode_rows(u32 from, u32 scales, u32 to, int rows, int thread) {
+    if (thread >= 2 * rows) return;
     const int row = thread / 2, half = thread % 2;  // 32 elements, a block
     const u32 scale = scale_pair(load4(scales + row / 2 * 4) >> ((row % 2 * 2 + half) * 8) & 255);
     constexpr int PIECES = 32 * BITS_ / 128;  // of 16 bytes
@@ -226,26 +234,37 @@ __device__ __forceinline__ void store_rows(const Ring& ring, u32 rows, int row, 
     }
 }
 
-// Cosines or sines of a lane's numbers of a tile of 8 tokens: [token 2t, 2t + 1][column / 2 of the pairs it has].
+// 16 rows of a ring, and their scales, to shared memory.
+template <int BITS_>
+__device__ __forceinline__ void fetch_rows(u32 to, u32 scales, const Ring& ring, const TensorMap* map, int row, u32 bar,
+                                           u64 policy) {
+    if constexpr (BITS_ == 16) {
+        copy_x(to, map, 0, row, bar);
+    } else {
+        copy_bytes(to, ring.data + static_cast<long long>(row) * (8 * BITS_), 128 * BITS_, bar, policy);
+        copy_bytes(scales, ring.scales + static_cast<long long>(row) * 2, 32, bar, policy);
+    }
+}
+
+// Cosines and sines of a lane's columns of a token, of which two make a pair.
 struct Angles {
-    float cos[2][8], sin[2][8];
+    float cos[8], sin[8];
 
     __device__ __forceinline__ void load(const Window& window, int token, int lane) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int at = (token + lane % 4 * 2 + e) * 32 + i * 4 + lane / 8;
-                cos[e][i] = window.cos[at];
-                sin[e][i] = window.sin[at];
-            }
+        for (int i = 0; i < 8; ++i) {
+            const int at = token * 32 + i * 4 + lane / 8;
+            cos[i] = window.cos[at];
+            sin[i] = window.sin[at];
+        }
     }
 };
 
-// A head's queries, keys or values of a tile of 8 tokens from their partial sums: a lane has columns lane / 4 + 8 i of tokens
-// 2 (lane % 4) and the next.
+// A head's queries, keys or values of a tile of 8 tokens from their partial sums. Two warps share them: a lane has columns
+// lane / 4 + 8 i of token 2 (lane % 4) + ODD.
+template <int ODD>
 struct Projected {
-    float of[2][8];
+    float of[8];
 
     // Adds up what lies `from` there, 512 bytes for each of four tiles of 16 columns, once for each block; rounds as a
     // projection by itself would.
@@ -259,57 +278,67 @@ struct Projected {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const u32 pair = to_bf16(fmaf(sum[2 * i], output_scale, bias[i]), fmaf(sum[2 * i + 1], output_scale, bias[i]));
-                of[0][2 * r + i] = low_of(pair);
-                of[1][2 * r + i] = high_of(pair);
+                of[2 * r + i] = ODD ? high_of(pair) : low_of(pair);
             }
         }
     }
 
     // RMS norm, rounded, and pairs (2 i, 2 i + 1) rotated to columns i and 32 + i, rounded when they are stored.
     __device__ __forceinline__ void rotate(const Angles& angles, float eps, int lane) {
+        float squares = 0.0f;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            float squares = 0.0f;
+        for (int i = 0; i < 8; ++i) squares = fmaf(of[i], of[i], squares);
+        squares += of_lanes(squares, lane, 4);
+        squares += of_lanes(squares, lane, 8);
+        squares += of_lanes(squares, lane, 16);
+        const float norm = inverse_root(fmaf(squares, 0.015625f, eps));
 #pragma unroll
-            for (int i = 0; i < 8; ++i) squares = fmaf(of[e][i], of[e][i], squares);
-            squares += of_lanes(squares, lane, 4);
-            squares += of_lanes(squares, lane, 8);
-            squares += of_lanes(squares, lane, 16);
-            const float norm = inverse_root(fmaf(squares, 0.015625f, eps));
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const float mine = low_of(to_bf16(of[e][i] * norm, 0.0f)), other = of_lanes(mine, lane, 4);
-                const float turned = lane / 4 % 2 ? other : -other;
-                of[e][i] = fmaf(turned, angles.sin[e][i], mine * angles.cos[e][i]);
-            }
+        for (int i = 0; i < 8; ++i) {
+            const float mine = low_of(to_bf16(of[i] * norm, 0.0f)), other = of_lanes(mine, lane, 4);
+            const float turned = lane / 4 % 2 ? other : -other;
+            of[i] = fmaf(turned, angles.sin[i], mine * angles.cos[i]);
         }
     }
 
     // To 8 rows in shared memory; `rotated`: column 8 i + j is at 4 i + j / 2, and 32 further on if it is odd.
     __device__ __forceinline__ void store(u32 rows, bool rotated, int lane) const {
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int column = lane / 4 + 8 * i;
-                const int at = rotated ? column / 2 + column % 2 * 32 : column;
-                store2(place_in_rows(rows, lane % 4 * 2 + e, at * 2), to_bf16(of[e][i], 0.0f));
-            }
+        for (int i = 0; i < 8; ++i) {
+            const int column = lane / 4 + 8 * i;
+            const int at = rotated ? column / 2 + column % 2 * 32 : column;
+            store2(place_in_rows(rows, lane % 4 * 2 + ODD, at * 2), to_bf16(of[i], 0.0f));
+        }
     }
 };
 
-// Scores of a warp's 16 queries and KEYS keys, and what these make of the values' weights.
-template <int KEYS>
-struct Weights {
-    float scores[KEYS / 8][4];
-    u32 pairs[KEYS / 16][4];  // fragments of the weights
+// Queries, keys or values of every other one of 8 tokens from `token` on, once their partial sums are there.
+template <int ODD>
+__device__ __forceinline__ void own_rows(const Window& window, const Bias (&biases)[4], u32 from, u32 rows, bool rotated,
+                                         int token, float output_scale, u32 sums_bar, int lane) {
+    Angles angles;
+    Projected<ODD> projected;
+    if (rotated) angles.load(window, token + lane % 4 * 2 + ODD, lane);
+    barrier_wait(sums_bar, 0);
+    projected.load(from, biases, output_scale, lane);
+    if (rotated) projected.rotate(angles, window.eps, lane);
+    projected.store(rows, rotated, lane);
+}
 
-    __device__ __forceinline__ void score(const u32 (&queries)[4][4], u32 keys) {
+// Weighted values and weights of a warp's 16 queries.
+struct Attended {
+    float sums[8][4];
+    float totals[2];
+
+    // Adds the first `known` of KEYS keys and values, rows in shared memory.
+    template <int KEYS>
+    __device__ __forceinline__ void add(const u32 (&queries)[4][4], u32 keys, u32 values, int known, float scale, int lane) {
+        float scores[KEYS / 8][4];
+        products_begin();
 #pragma unroll
         for (int i = 0; i < 4; ++i) multiply_rows<0>(scores, queries[i], rows_after(rows_at(keys), i * 32), i > 0);
-    }
-
-    __device__ __forceinline__ void weigh(float (&totals)[2], int known, float scale, int lane) {
+        products_commit();
+        products_wait<0>();
+        u32 weights[KEYS / 16][4];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
@@ -318,58 +347,27 @@ struct Weights {
                 scores[n][i] = n * 8 + lane % 4 * 2 + i % 2 < known ? power_of_two(scores[n][i] * scale) : 0.0f;
                 totals[i / 2] += scores[n][i];
             }
-            pairs[n / 2][n % 2 * 2] = to_bf16(scores[n][0], scores[n][1]);
-            pairs[n / 2][n % 2 * 2 + 1] = to_bf16(scores[n][2], scores[n][3]);
+            weights[n / 2][n % 2 * 2] = to_bf16(scores[n][0], scores[n][1]);
+            weights[n / 2][n % 2 * 2 + 1] = to_bf16(scores[n][2], scores[n][3]);
         }
-    }
-
-    __device__ __forceinline__ void sum(float (&sums)[8][4], u32 values) const {
+        products_begin();
 #pragma unroll
         for (int i = 0; i < KEYS / 16; ++i)
-            multiply_columns(sums, pairs[i], rows_after(columns_at(values), i * 16 * ROW), true);
-    }
-
-    __device__ __forceinline__ void hold() const {
+            multiply_columns(sums, weights[i], rows_after(columns_at(values), i * 16 * ROW), true);
+        products_commit();
+        products_wait<0>();
 #pragma unroll
-        for (int i = 0; i < KEYS / 16 * 4; ++i) keep(pairs[i / 4][i % 4]);
-    }
-};
-
-template <>
-struct Weights<0> {
-    __device__ __forceinline__ void score(const u32 (&)[4][4], u32) {}
-    __device__ __forceinline__ void weigh(float (&)[2], int, float, int) {}
-    __device__ __forceinline__ void sum(float (&)[8][4], u32) const {}
-    __device__ __forceinline__ void hold() const {}
-};
-
-// Weighted values and weights of a warp's 16 queries.
-struct Attended {
-    float sums[8][4];
-    float totals[2];
-
-    // Adds KEYS of the window, rows in shared memory, and OWN of the frame's own, of which the first `known` are some.
-    template <int KEYS, int OWN>
-    __device__ __forceinline__ void add(const u32 (&queries)[4][4], u32 keys, u32 values, u32 own_keys, u32 own_values,
-                                        int known, float scale, int lane) {
-        Weights<KEYS> window;
-        Weights<OWN> own;
-        products_begin();
-        window.score(queries, keys);
-        own.score(queries, own_keys);
-        products_commit();
-        products_wait<0>();
-        window.weigh(totals, KEYS, scale, lane);
-        own.weigh(totals, known, scale, lane);
-        products_begin();
-        window.sum(sums, values);
-        own.sum(sums, own_values);
-        products_commit();
-        products_wait<0>();
-        window.hold();
-        own.hold();
+        for (int i = 0; i < KEYS / 16 * 4; ++i) keep(weights[i / 4][i % 4]);
 #pragma unroll
         for (int i = 0; i < 32; ++i) keep(sums[i / 4][i % 4]);
+    }
+
+    // Adds `pieces` times 16 rows of the window, fewer than 64.
+    __device__ __forceinline__ void add_some(const u32 (&queries)[4][4], u32 keys, u32 values, int pieces, float scale,
+                                             int lane) {
+        if (pieces >= 2) add<32>(queries, keys, values, 32, scale, lane);
+        const u32 rest = pieces / 2 * 32 * ROW;
+        if (pieces % 2) add<16>(queries, keys + rest, values + rest, 16, scale, lane);
     }
 };
 
@@ -378,19 +376,20 @@ __device__ __forceinline__ void help(const Squares& squares, const Window& windo
                                      u32 norms_bar, int lane) {
     cluster_arrive();
     __syncthreads();
-    for (int wg = 0; wg < 3; ++wg) {
-        const Share share(window, wg * CL + rank);
-        for (int i = lane; i < share.count(); i += 32) {
-            const long long row = share.row(head, i);
-            prefetch_bytes(window.k.data + row * (8 * K_BITS), K_BYTES);
-            prefetch_bytes(window.v.data + row * (8 * V_BITS), V_BYTES);
-        }
-    }
     if (PDL) previous_is_over();
     if constexpr (NORM) {
         norms(squares, rows, 64, lane);
         __syncwarp();
         if (lane == 0) barrier_arrive(norms_bar);
+    }
+    // When the weight is on its way: of the window's rows most are needed last.
+    for (int wg = 0; wg < 3; ++wg) {
+        const Share share(window, wg * CL + rank);
+        for (int i = lane; i < share.end - share.begin; i += 32) {
+            const long long row = share.row(head, 0, i);
+            prefetch_bytes(window.k.data + row * (8 * K_BITS), K_BYTES / 4);
+            prefetch_bytes(window.v.data + row * (8 * V_BITS), V_BYTES / 4);
+        }
     }
     cluster_wait();
 }
@@ -499,42 +498,36 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
 
     // The window, on its way while the tokens' owners are at work.
     const Share share(window, wg * CL + rank);
-    const int frames = share.count();
+    const int stages = share.stages();
     const auto fetch = [&](int i) {
-        if (warp % 4 != 0 || lane != 0 || i >= frames) return;
-        const u32 to = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, bar = window_bars + i % STAGES * 8;
-        const int row = share.row(head, i);
+        if (warp % 4 != 0 || lane != 0 || i >= stages) return;
+        const u32 stage = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, bar = window_bars + i % STAGES * 8;
         const u64 policy = cache_policy(false);
-        barrier_expect(bar, K_BYTES + V_BYTES + K_SCALES + V_SCALES);
-        if constexpr (K_BITS == 16) {
-            copy_x(to, &k_map, 0, row, bar);
-        } else {
-            copy_bytes(to, window.k.data + static_cast<long long>(row) * (8 * K_BITS), K_BYTES, bar, policy);
-            copy_bytes(to + K_BYTES + V_BYTES, window.k.scales + row * 2, K_SCALES, bar, policy);
-        }
-        if constexpr (V_BITS == 16) {
-            copy_x(to + K_BYTES, &v_map, 0, row, bar);
-        } else {
-            copy_bytes(to + K_BYTES, window.v.data + static_cast<long long>(row) * (8 * V_BITS), V_BYTES, bar, policy);
-            copy_bytes(to + K_BYTES + V_BYTES + K_SCALES, window.v.scales + row * 2, V_SCALES, bar, policy);
+        barrier_expect(bar, (K_BYTES + V_BYTES + K_SCALES + V_SCALES) / 4 * share.pieces(i));
+#pragma unroll 1
+        for (int piece = 0; piece < share.pieces(i); ++piece) {
+            const int row = share.row(head, i, piece);
+            const u32 scales = stage + K_BYTES + V_BYTES + piece * 32;
+            fetch_rows<K_BITS>(stage + piece * (K_BYTES / 4), scales, window.k, &k_map, row, bar, policy);
+            fetch_rows<V_BITS>(stage + K_BYTES + piece * (V_BYTES / 4), scales + K_SCALES, window.v, &v_map, row, bar, policy);
         }
     };
-    for (int i = 0; i < STAGES; ++i) fetch(i);
+    fetch(0);  // others in the way of partial sums would be late themselves
 
-    // 2. The tokens this block owns: a warp for a tile's queries, keys or values.
-    if (warp < 3 * OWN_M) {
-        const int mine = warp / 3, part = warp % 3, m = mine * CL + rank;
+    // 2. The tokens this block owns: two warps for a tile's queries, keys or values.
+    for (int item = warp / 2; item < 3 * OWN_M; item += WARPS / 2) {
+        const int mine = item / 3, part = item % 3, m = mine * CL + rank;
+        const u32 from = partial + (mine * WARPS + part * 4) * 512;
         const u32 rows = part == 0 ? base + Q_AT + m * 1024 : base + (part == 1 ? OWN_K_AT : OWN_V_AT) + mine * 1024;
         if (m < MT) {
             Bias biases[4];
-            Angles angles;
+#pragma unroll
             for (int r = 0; r < 4; ++r) biases[r].load(bias, (part * window.heads + head) * 4 + r, 1 << 30, lane);
-            if (part < 2) angles.load(window, m * 8, lane);
-            barrier_wait(sums_bar, 0);
-            Projected projected;
-            projected.load(partial + (mine * WARPS + part * 4) * 512, biases, output_scale, lane);
-            if (part < 2) projected.rotate(angles, window.eps, lane);
-            projected.store(rows, part < 2, lane);
+            if (warp % 2) {
+                own_rows<1>(window, biases, from, rows, part < 2, m * 8, output_scale, sums_bar, lane);
+            } else {
+                own_rows<0>(window, biases, from, rows, part < 2, m * 8, output_scale, sums_bar, lane);
+            }
         } else if (part > 0) {  // keys that are none
             const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             for (int i = lane; i < 64; i += 32) store16(rows + i * 16, zeros);
@@ -548,6 +541,7 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
         copies_see_stores();
     }
     group_sync(1, WARPS * 32);  // all partial sums are read, all rows are written
+    for (int i = 1; i < STAGES; ++i) fetch(i);
     if (warp < OWN_M && lane < CL && lane != rank && warp * CL + rank < MT) {
         const u32 rows = base + Q_AT + (warp * CL + rank) * 1024;
         send_bytes(address_in(rows, lane), rows, 1024, address_in(q_bar, lane));
@@ -564,30 +558,29 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     attended.totals[0] = attended.totals[1] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) attended.sums[i / 4][i % 4] = 0.0f;
-    const u32 own_keys = base + OWN_K_AT, own_values = base + OWN_V_AT;
-    const int known = owned_m * 8;
-    if (wg == 2 && frames == 0) attended.add<0, OWN_KEYS>(queries, 0, 0, own_keys, own_values, known, window.scale, lane);
-    for (int i = 0; i < frames; ++i) {
+    if (wg == 2) attended.add<OWN_KEYS>(queries, base + OWN_K_AT, base + OWN_V_AT, owned_m * 8, window.scale, lane);
+    for (int i = 0; i < stages; ++i) {
         const u32 stage = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, decoded = base + DECODED_AT + wg * DECODED;
         const u32 scales = stage + K_BYTES + V_BYTES;
+        const int pieces = share.pieces(i);
         u32 keys = stage, values = stage + K_BYTES;
         barrier_wait(window_bars + i % STAGES * 8, i / STAGES % 2);
         if constexpr (K_BITS < 16) {
             keys = decoded;
-            decode_frame<K_BITS, K_MANTISSA>(stage, scales, keys, threadIdx.x % 128);
+            decode_rows<K_BITS, K_MANTISSA>(stage, scales, keys, pieces * 16, threadIdx.x % 128);
         }
         if constexpr (V_BITS < 16) {
             values = decoded + (K_BITS < 16 ? FRAME : 0);
-            decode_frame<V_BITS, V_MANTISSA>(stage + K_BYTES, scales + K_SCALES, values, threadIdx.x % 128);
+            decode_rows<V_BITS, V_MANTISSA>(stage + K_BYTES, scales + K_SCALES, values, pieces * 16, threadIdx.x % 128);
         }
         if constexpr (DECODED > 0) {
             copies_see_stores();
             group_sync(2 + wg, 128);
         }
-        if (wg == 2 && i == 0) {
-            attended.add<64, OWN_KEYS>(queries, keys, values, own_keys, own_values, known, window.scale, lane);
+        if (pieces == 4) {
+            attended.add<64>(queries, keys, values, 64, window.scale, lane);
         } else {
-            attended.add<64, 0>(queries, keys, values, 0, 0, 0, window.scale, lane);
+            attended.add_some(queries, keys, values, pieces, window.scale, lane);
         }
         group_sync(2 + wg, 128);  // all have read the stage
         fetch(i + STAGES);

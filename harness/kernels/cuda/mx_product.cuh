@@ -113,8 +113,12 @@ __device__ __forceinline__ void norms(const Squares& squares, u32 to, int M, int
 __device__ __forceinline__ void normalise(float (&acc)[RT][XT][4], u32 rows, int lane) {
 #pragma unroll
     for (int r = 0; r < RT; ++r) {
-        const float above = __uint_as_float(from_lane(bits_of(acc[r][MT * NORM][0]), lane & ~3));
-        const float below = __uint_as_float(from_lane(bits_of(acc[r][MT * NORM][2]), lane & ~3));
+        // In registers of their own: else ptxas makes BF16's products wait for each other (its note C7511).
+        float shift[2] = {acc[r][MT * NORM][0], acc[r][MT * NORM][2]};
+        keep(shift[0]);
+        keep(shift[1]);
+        const float above = __uint_as_float(from_lane(bits_of(shift[0]), lane & ~3));
+        const float below = __uint_as_float(from_lane(bits_of(shift[1]), lane & ~3));
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             const float first = __uint_as_float(load4(rows + (m * 8 + lane % 4 * 2) * 4));

@@ -196,9 +196,16 @@ def choose(shape: CudaShape, gpu: str | None = None, role: Role = Role.plain) ->
 
 
 def suits(config: CudaConfig, shape: CudaShape, role: Role) -> bool:
-    """Whether ``config`` can have ``role``: there is room, and a block has all rows."""
-    if role is not Role.plain and (config.m_tiles != NORM_TILES or shape.m > 8 * NORM_TILES):
-        return False
+    """Whether ``config`` can have ``role``: there is room, also in registers, and a block has all rows.
+
+    Fragments that are spilled while tensor cores are at work gave wrong results on an H100.
+    """
+    if role is not Role.plain:
+        columns = config.m_tiles + (role is Role.norm)
+        needed = config.row_tiles * (4 * columns + 20) + 24
+        warps = 4 * -(-(config.warps + 1) // 4)  # those of a quarter of a multiprocessor have the same
+        if config.m_tiles != NORM_TILES or shape.m > 8 * NORM_TILES or needed > 65536 // (config.blocks * warps * 32):
+            return False
     return layout(config, shape.k, shape.bits, role)[0] <= _room(config)
 
 
