@@ -30,7 +30,7 @@ from harness.rollout import assemble
 from harness.streams import patient
 
 PARTS = (
-    ("attention", r"window_kernel|window_attention|flash|fmha|attention|flex|sdpa"),
+    ("attention", r"mx_attend|window_kernel|window_attention|flash|fmha|attention|flex|sdpa"),
     ("cache", r"index_copy|index_put|scatter"),
     ("norm and elementwise", r"triton_(red|poi|per)_|residual_norm"),
     ("packed GEMM", r"^mx_|^gemm_fp8|^gemm_bf16|harness_mx"),

@@ -196,9 +196,6 @@ inline void copy_bytes(u32 to, const u8* from, u32 bytes, u32 bar, u64) {
     at(*now->block, to, bytes, 16);
     now->block->copies.push_back({static_cast<int>(dice() % 8), to, bytes, bar, from, nullptr, 0, 0});
 }
-inline void prefetch_bytes(const u8* from, u32 bytes) {
-    CHECK(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<u64>(from) % 16 == 0, "bulk copies are of 16 bytes");
-}
 inline void copies_see_stores() {}
 inline void prefetch_map(const TensorMap*) {}
 inline void copy_x(u32 to, const TensorMap* map, int k, int m, u32 bar) {

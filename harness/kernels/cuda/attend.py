@@ -90,7 +90,7 @@ class AttendShape:
         return min(2, -(-self.held // self.fetched))
 
     def stages(self) -> int:
-        """Frames of the window that a warpgroup has on their way: as many as there is room for; 0: there is none."""
+        """Times 64 rows of the window that a warpgroup has on their way: as many as find room; 0: there is none."""
         most = range(_MOST_STAGES, 0, -1)
         enough = (n for n in most if n * self._stage >= 2 * _FRAME + 256 and self.shared_bytes(n) <= SHARED_BYTES)
         return next(enough, 0)

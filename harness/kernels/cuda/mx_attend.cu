@@ -3,7 +3,7 @@
 // for sm_90.
 //
 // A cluster of CL blocks has one head. Each of its blocks has 13 warps: three warpgroups, of queries, keys and values first,
-// and a warp more, which does for the norm in front what it does in mx_linear.cu, and has the window brought into L2.
+// and a warp more, which does for the norm in front what it does in mx_linear.cu.
 //
 //  1. Projection. The blocks split K. A warpgroup multiplies the head's 64 rows of its W with the block's part of x, as
 //     mx_linear.cu does. Partial sums go, through distributed shared memory, to the block that owns the tokens: every CL-th
@@ -11,8 +11,8 @@
 //  2. Of its tokens a block adds up the sums in the order of ranks, normalises and rotates queries and keys, sends queries to
 //     all blocks of the cluster and keeps keys and values.
 //  3. Attention. Each warpgroup of the cluster takes an equal part of the window, in order of age, and the third one of a
-//     block its own keys and values. Queries are A fragments in registers; keys and values lie in shared memory, and are decoded there if
-//     they are stored in an MX format. Scores need no running maximum: see window.py.
+//     block its own keys and values. Queries are A fragments in registers; keys and values lie in shared memory, and are
+//     decoded there if they are stored in an MX format. Scores need no running maximum: see window.py.
 //  4. Sums of weighted values, and of weights, are added up in a block, go to the block that owns these outputs, and are added
 //     there, always in the same order.
 //
@@ -20,10 +20,10 @@
 // read by nobody, so the frame's own may be stored there.
 //
 // Compile-time parameters beside those of mx_decode.cuh and mx_product.cuh (MT 8, RT 1, GS 1): CL; GX groups of 64 inputs a
-// block holds; FETCHED groups of W that arrive together, WAITING such fetches a warp has on their way; K_BITS, V_BITS of what the ring stores (16, 8 or 4), K_MANTISSA,
-// V_MANTISSA of its elements (3 of E4M3, 2 of E5M2, 1 of E2M1); STAGES frames of the window that a warpgroup has on their way;
-// K_STORE, V_STORE whether the frame's own go into the ring; K_THRESHOLD, V_THRESHOLD see `biased_exponent`; PDL programmatic
-// dependent launch.
+// block holds; FETCHED groups of W that arrive together, WAITING such fetches a warp has on their way; K_BITS, V_BITS of what
+// the ring stores (16, 8 or 4), K_MANTISSA, V_MANTISSA of its elements (3 of E4M3, 2 of E5M2, 1 of E2M1); STAGES times 64 rows
+// of the window that a warpgroup has on their way; K_STORE, V_STORE whether the frame's own go into the ring; K_THRESHOLD,
+// V_THRESHOLD see `biased_exponent`; PDL programmatic dependent launch.
 
 constexpr int WARPS = 12;                      // that multiply
 constexpr int THREADS = (WARPS + 1) * 32;
@@ -371,9 +371,8 @@ struct Attended {
     }
 };
 
-// The warp more: the window into L2, and the norm in front.
-__device__ __forceinline__ void help(const Squares& squares, const Window& window, int head, int rank, u32 rows,
-                                     u32 norms_bar, int lane) {
+// The warp more: the norm in front.
+__device__ __forceinline__ void help(const Squares& squares, u32 rows, u32 norms_bar, int lane) {
     cluster_arrive();
     __syncthreads();
     if (PDL) previous_is_over();
@@ -381,15 +380,6 @@ __device__ __forceinline__ void help(const Squares& squares, const Window& windo
         norms(squares, rows, 64, lane);
         __syncwarp();
         if (lane == 0) barrier_arrive(norms_bar);
-    }
-    // When the weight is on its way: of the window's rows most are needed last.
-    for (int wg = 0; wg < 3; ++wg) {
-        const Share share(window, wg * CL + rank);
-        for (int i = lane; i < share.end - share.begin; i += 32) {
-            const long long row = share.row(head, 0, i);
-            prefetch_bytes(window.k.data + row * (8 * K_BITS), K_BYTES / 4);
-            prefetch_bytes(window.v.data + row * (8 * V_BITS), V_BYTES / 4);
-        }
     }
     cluster_wait();
 }
@@ -411,7 +401,7 @@ mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
 
     if (PDL) next_may_begin();
     if (warp == WARPS) {
-        help(squares, window, head, rank, base + ROWS_AT, norms_bar, lane);
+        help(squares, base + ROWS_AT, norms_bar, lane);
         return;
     }
 

@@ -68,11 +68,6 @@ __device__ __forceinline__ void copy_bytes(u32 to, const u8* from, u32 bytes, u3
         ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
 
-// Has memory brought into L2; waits for nothing.
-__device__ __forceinline__ void prefetch_bytes(const u8* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // Has the description of a matrix at hand when the first copy needs it.
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
