@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.bytecode import keep_bytecode
 from harness.streams import complain
 
 PYTHON = (3, 11)
@@ -75,6 +76,7 @@ def start(place: str) -> None:
     """Import ``module:function`` and :func:`call` it; the process ends with what it returns."""
     hush()
     require()
+    keep_bytecode()
     sys.exit(call(ready(place)))
 
 
