@@ -239,7 +239,7 @@ def test_what_comes_after_bf16_itself_was_lost_ends_no_run(composed, monkeypatch
     clip = {0} if kind == "non_finite" else set()  # of which no picture is looked at
     rolled = {
         "candidate": SimpleNamespace(non_finite=clip),
-        "bf16": SimpleNamespace(frames=lambda clip: None),
+        "bf16": SimpleNamespace(signs=lambda clip: None),
     }
     settle = functools.partial(guard.settle, None, rolled, None, 1, None, None)
     if not ends:

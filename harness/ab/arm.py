@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from harness.kv import KVConf, KVStats
 from harness.kv.stats import KVSamples
 from harness.measure.memory import PeakProbe
 from harness.measure.pictures import Pictures, Shown
-from harness.measure.stability import finite_clips, watch_non_finite
+from harness.measure.stability import Signs, finite_clips, watch_non_finite
 from harness.measure.timing import FrameTimer, PartTimer
 from harness.models.dcae import to_frames
 from harness.models.world import WorldModel
@@ -29,7 +29,7 @@ from harness.mx.conf import MXConf
 from harness.mx.weights import WeightSource
 from harness.report.journal import ArmFigures
 from harness.report.sections import PARTS, FramesFrom, FrameTimes
-from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, assemble
+from harness.rollout import CompileConf, CompileCounters, OverlappedDecoding, Rollout, prepare
 
 DIGITS = 4
 """Decimals of a time in milliseconds: a tenth of a microsecond."""
@@ -53,10 +53,17 @@ class Rolled:
     non_finite: dict[int, int]
     in_pictures: frozenset[int] = frozenset()
     kept: FramesFrom | None = None
+    _signs: dict[int, Signs] = field(default_factory=dict, init=False)
 
     def frames(self, clip: int) -> Shown:
         """Of one clip, in [0, 1]."""
         return self.pictures.clip(clip, to_frames)
+
+    def signs(self, clip: int) -> Signs:
+        """Of its frames; looked for once."""
+        if clip not in self._signs:
+            self._signs[clip] = Signs.of(self.frames(clip))
+        return self._signs[clip]
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Overlap:
 
 
 class Arm:
-    """A rollout (:func:`harness.rollout.assembly`), and what is measured while it runs.
+    """A rollout (:func:`harness.rollout.assembly`), and what is measured while it runs, once it is :meth:`warm`.
 
     Args:
         core: a BF16 model on its device; the arm owns and changes it.
@@ -96,8 +103,12 @@ class Arm:
         source: WeightSource | None = None,
     ) -> None:
         self.device, self.decode, self.quant, self.kv, self.source = plan.device, decode, quant, kv, source
-        self.assembled = assemble(core, quant, kv, plan.setup, source)
-        self.core, self.cache, self.rollout = core, self.assembled.cache, self.assembled.rollout
+        self._prepared = prepare(core, quant, kv, plan.setup, source)
+        self.rollout = self._prepared.rollout
+        self.core, self.cache = core, self.rollout.cache
+        if plan.conf.measure.parts_frames:
+            self.eager().rehearse()
+            torch.cuda.empty_cache()  # what an eager prefill needs is more than the arm does
         self.probe = PeakProbe(self.device)
         self.kv_stats = KVStats(self.cache)
         self.frame_timer = FrameTimer(self.device, ("dit", "decoder"))
@@ -106,6 +117,11 @@ class Arm:
         self._new = ArmFigures()
         self.parts: list[dict[str, float]] = []
         self.overlap: Overlap | None = None
+
+    def warm(self) -> Arm:
+        """Compile, capture and run it on zeros: this arm, ready. Arms are all made before the first is warmed up."""
+        self.assembled = self._prepared.warm()
+        return self
 
     @property
     def calibrated(self) -> CalibratedWeights | None:

@@ -15,8 +15,7 @@ from harness.config import RunPlan
 from harness.data.conf import BUTTON_NAMES
 from harness.data.datamodule import ClipBatch
 from harness.measure.conf import RUN_ENDED, OnInstability
-from harness.measure.pictures import Shown
-from harness.measure.stability import NON_FINITE, Incident, InstabilityError, detect
+from harness.measure.stability import NON_FINITE, Incident, InstabilityError, Signs, detect
 from harness.report.sections import FallbackRecord, IncidentRecord
 
 MOVES = [BUTTON_NAMES.index(name) for name in "WASD"]
@@ -63,7 +62,7 @@ class Guard:
         if rolled.non_finite and (name == "bf16" or self.policy is OnInstability["raise"]):
             self._raise(self._non_finite(name, arm, rolled, batch, noise)[0])
 
-    def note_baseline(self, rolled: Rolled, batch: ClipBatch, clips: int, recording: Sequence[Shown] | None) -> None:
+    def note_baseline(self, rolled: Rolled, batch: ClipBatch, clips: int, recording: Sequence[Signs] | None) -> None:
         """Record what the BF16 arm does that the recording does not."""
         for clip in range(clips):
             reference = None if recording is None else recording[clip]
@@ -76,7 +75,7 @@ class Guard:
         batch: ClipBatch,
         clips: int,
         noise: Noise,
-        recording: Sequence[Shown] | None,
+        recording: Sequence[Signs] | None,
     ) -> Fallback | None:
         """Judge the candidate's rollout of the first ``clips`` clips of a batch against BF16's, or the recording's.
 
@@ -92,7 +91,7 @@ class Guard:
             if clip not in ours.non_finite:
                 reference = None if recording is None else recording[clip]
                 if "bf16" in rolled:
-                    reference = rolled["bf16"].frames(clip)
+                    reference = rolled["bf16"].signs(clip)
                 found += self._visible("candidate", ours, batch, clip, reference)
         lost = self._lost()
         # After BF16 itself was lost in a clip, what the candidate shows there proves nothing of it.
@@ -142,13 +141,13 @@ class Guard:
         return incidents
 
     def _visible(
-        self, name: str, rolled: Rolled, batch: ClipBatch, clip: int, reference: Shown | None
+        self, name: str, rolled: Rolled, batch: ClipBatch, clip: int, reference: Signs | None
     ) -> list[Incident]:
         window = self.plan.conf.sampler.window
         mouse, btn = batch.mouse[clip, window:], batch.btn[clip, window:]
         moving = (mouse.ne(0).any(1) | btn[:, MOVES].ne(0).any(1)).cpu()
         found = detect(
-            rolled.frames(clip),
+            rolled.signs(clip),
             moving,
             self.plan.conf.stability,
             reference,

@@ -26,7 +26,7 @@ from harness.measure.appearance import appearance
 from harness.measure.figures import Appearance, FrameScores
 from harness.measure.pictures import Pictures, Shown
 from harness.measure.quality import score_frames
-from harness.measure.stability import frame_change
+from harness.measure.stability import Signs
 from harness.models.dcae import to_frames
 from harness.mx.conf import MXConf
 from harness.report.journal import ArmFigures
@@ -114,6 +114,9 @@ class RolloutModule(LightningModule):
         self._load_decoder()
         formats = {"bf16": (MXConf(), KVConf()), "candidate": (conf.quant, conf.kv)}
         arms = {name: Arm(core, *formats[name], plan, self.decode, source) for name, (core, source) in loaded.items()}
+        self._warm_decoder()
+        for arm in arms.values():
+            arm.warm()
         if conf.quant.list and self.trainer.is_global_zero:
             print(arms[plan.arm_names[-1]].assembled.summary.listing())
         self.arms = arms
@@ -121,10 +124,13 @@ class RolloutModule(LightningModule):
             self.kept = KeptFrames(plan, arms["bf16"], self.decode, self.folder.name)
 
     def _load_decoder(self) -> None:
-        """Load and warm the decoder, which both arms share: the same frames for the same latents."""
-        plan, conf, shape = self.plan, self.plan.conf.decoder, self.plan.clip_shape
+        """Load the decoder, which both arms share: the same frames for the same latents."""
+        plan, conf = self.plan, self.plan.conf.decoder
         decoder = load_dcae(plan.dcae, conf.checkpoint, conf.seed, plan.device)
         self.decode = LatentDecoder(decoder, plan.vae_scale, conf.dtype_on(plan.device), plan.conf.compile, conf.groups)
+
+    def _warm_decoder(self) -> None:
+        plan, shape = self.plan, self.plan.clip_shape
         zeros = torch.zeros(plan.conf.data.batch_size, shape.channels, shape.side, shape.side, device=plan.device)
         self.decoder_cold_start_s = self.decode.warmup(zeros)
 
@@ -151,16 +157,23 @@ class RolloutModule(LightningModule):
             rolled[name] = roll(batch, noise, self.on_frame, self.guard.patient, self.folder)
             self.guard.check_finite(name, self.arms[name], rolled[name], batch, noise)
         recording = self._recording(batch)
+        recorded = None if recording is None else [Signs.of(shown) for shown in recording[:clips]]
         if "bf16" in rolled:
-            self.guard.note_baseline(rolled["bf16"], batch, clips, recording)
+            self.guard.note_baseline(rolled["bf16"], batch, clips, recorded)
         if "candidate" in self.arms:
-            while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise, recording):
+            while fallback := self.guard.settle(self.arms["candidate"], rolled, batch, clips, noise, recorded):
                 self.rebuild(fallback)
                 rolled["candidate"] = self.arms["candidate"].roll(batch, noise, self.on_frame, folder=self.folder)
         # A clip with NaN (only if the run was told to go on) has no score to give.
         scored = [clip for clip in range(clips) if not any(clip in arm.non_finite for arm in rolled.values())]
         times = self._times(batch.clip_ids[:clips], order, rolled)
-        outcomes = [self._outcome(batch, clip, rolled, recording) for clip in scored]
+        outcomes = []
+        for clip in scored:
+            signs = {name: rolled[name].signs(clip) for name in self.arms}
+            if recorded is not None:
+                signs["recording"] = recorded[clip]
+            change = {name: found.change.tolist() for name, found in signs.items() if len(found.change)}
+            outcomes.append(self._outcome(batch, clip, rolled, recording, change))
         return BatchOutcome(outcomes, times, {name: arm.take() for name, arm in self.arms.items()})
 
     def _times(self, clips: list[str], order: list[str], rolled: dict[str, Rolled]) -> BatchTimes:
@@ -174,7 +187,7 @@ class RolloutModule(LightningModule):
         calibrated = self.arms["candidate"].calibrated if fallback.quant == self.plan.conf.quant else None
         with torch.inference_mode(False):  # what is built here outlives this step
             core = unpack(copy.deepcopy(self.arms["bf16"].core))
-            self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode, calibrated)
+            self.arms["candidate"] = Arm(core, fallback.quant, fallback.kv, self.plan, self.decode, calibrated).warm()
 
     @property
     def folder(self) -> Path:
@@ -193,7 +206,12 @@ class RolloutModule(LightningModule):
         return [decoded.clip(clip, to_frames) for clip in range(len(batch.clip_ids))]
 
     def _outcome(
-        self, batch: ClipBatch, clip: int, rolled: dict[str, Rolled], recording: Sequence[Shown] | None
+        self,
+        batch: ClipBatch,
+        clip: int,
+        rolled: dict[str, Rolled],
+        recording: Sequence[Shown] | None,
+        change: dict[str, list[float]],
     ) -> ClipOutcome:
         frames = {name: rolled[name].frames(clip) for name in self.arms}
         scores: dict[str, FrameScores] = {}
@@ -206,7 +224,6 @@ class RolloutModule(LightningModule):
             frames["recording"] = recording[clip]
         if len(self.arms) == 2:
             scores["fidelity"] = score_frames(frames["candidate"], frames["bf16"], self.plan.device)
-        change = {name: frame_change(shown).tolist() for name, shown in frames.items() if len(shown) > 1}
         clip_id, fallback = batch.clip_ids[clip], self.guard.fallback
         record = ClipRecord.of(clip_id, batch.tags[clip], scores, change=change, fallback=fallback, appearance=looks)
         return ClipOutcome(record, batch.fps[clip], frames)

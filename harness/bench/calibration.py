@@ -114,7 +114,7 @@ class Bench:
         shape, frames = plan.clip_shape, conf.data.future_frames
         noise = batch_noise(conf.sampler.seed, self.batch.clip_ids, shape.window, frames, shape.channels, shape.side)
         self.noise = noise[0].to(plan.device), noise[1].to(plan.device)
-        self.pictures = self._roll(Arm(copy.deepcopy(self.core), MXConf(), KVConf(), plan, self.decode))
+        self.pictures = self._roll(Arm(copy.deepcopy(self.core), MXConf(), KVConf(), plan, self.decode).warm())
         self.recorded = self._record()
         self.velocities = velocities(self.core, conf.sampler, KVConf(), self.recorded)
 
@@ -131,7 +131,7 @@ class Bench:
         """A candidate of ``plan``."""
         core, conf = copy.deepcopy(self.core), plan.conf
         source = plan_weights(plan, core)
-        arm = Arm(core, conf.quant, conf.kv, plan, self.decode, source)
+        arm = Arm(core, conf.quant, conf.kv, plan, self.decode, source).warm()
         keep_decoded(core, KeepDecoded.always)
         steps = velocities(core, conf.sampler, conf.kv, self.recorded)[1:]
         pictures = self._roll(arm)

@@ -45,11 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Each result file, and the module of this room with the words that write it."""
     device = ["--device", args.device]
-    rows = f"{ROWS}|{args.models[0]}{MAIN_ROWS}"
-    rollouts = ["--models", ",".join(args.models), "--batches", "1", "--frames", str(args.frames), "--match", rows]
-    compile = [] if args.device == "cuda" else ["--compile", "off"]
-    # Whole frames first: what matters most, should the time not be enough for all.
-    found = {"bench.json": ["rollout", *device, *rollouts, *compile, "--out", str(args.out), *args.overrides]}
+    found = {}
     for model in args.models:
         name = LINEARS.get(model, ("mlp.fc1",))[0]
         linear = ["--model", model, "--only", "linear", "--products", name, "--formats", "W8A16", "W4A16"]
@@ -58,6 +54,10 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
     file = args.out / "attention.json"
     attention = ["--frames", str(args.window), "--kinds", "flex,sdpa,fused", "--storages", "bf16,mx_v_only,mx_kv"]
     found[file.name] = ["attention", *device, *attention, "--out", str(file)]
+    rows = f"{ROWS}|{args.models[0]}{MAIN_ROWS}"
+    rollouts = ["--models", ",".join(args.models), "--batches", "1", "--frames", str(args.frames), "--match", rows]
+    compile = [] if args.device == "cuda" else ["--compile", "off"]
+    found["bench.json"] = ["rollout", *device, *rollouts, *compile, "--out", str(args.out), *args.overrides]
     return found
 
 

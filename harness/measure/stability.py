@@ -48,15 +48,8 @@ class InstabilityError(RuntimeError):
         self.incident = incident
 
 
-def frame_change(frames: Shown) -> Tensor:
-    """Mean absolute change of each frame from the one before: ``[F, 3, h, w]`` in [0, 1] to float32 ``[F - 1]``."""
-    several = (piece.float() for (piece,) in pieces(frames, before=1))
-    return torch.cat([(piece[1:] - piece[:-1]).abs().flatten(1).mean(1) for piece in several])
-
-
-def gradient_energy(frames: Shown) -> Tensor:
-    """Mean squared difference of neighbouring pixels' luma: ``[F, 3, h, w]`` to float32 ``[F]``. Blur lowers it."""
-    return torch.cat([_gradient_energy(piece) for (piece,) in pieces(frames)])
+def _change(frames: Tensor) -> Tensor:
+    return (frames[1:] - frames[:-1]).abs().flatten(1).mean(1)
 
 
 def _gradient_energy(frames: Tensor) -> Tensor:
@@ -73,16 +66,40 @@ def first_run(mask: Tensor, length: int) -> int | None:
     return int(runs[0]) if len(runs) else None
 
 
+@dataclass(frozen=True)
+class Signs:
+    """What shows an instability, of the F frames of one clip, float32.
+
+    Attributes:
+        brightness: ``[F]``, the mean of each frame.
+        change: ``[F - 1]``, mean absolute change of each frame from the one before.
+        energy: ``[F]``, mean squared difference of neighbouring pixels' luma. Blur lowers it.
+    """
+
+    brightness: Tensor
+    change: Tensor
+    energy: Tensor
+
+    @classmethod
+    def of(cls, frames: Shown) -> Signs:
+        """Of ``[F, 3, h, w]`` in [0, 1], read once: to read pictures takes as long as to look at them."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for (piece,) in pieces(frames, before=1):
+            new = piece[1:] if found else piece
+            found.append((new.float().flatten(1).mean(1), _change(piece.float()), _gradient_energy(new)))
+        return cls(*map(torch.cat, zip(*found, strict=True)))
+
+
 def detect(
-    frames: Shown, moving: Tensor, conf: StabilityConf, reference: Shown | None, same_model: bool
+    shown: Signs, moving: Tensor, conf: StabilityConf, reference: Signs | None, same_model: bool
 ) -> list[tuple[str, int, str]]:
     """Black frames, frozen frames and dropped structure of one finite rollout.
 
     Args:
-        frames: ``[F, 3, h, w]`` in [0, 1].
+        shown: of its F frames.
         moving: bool ``[F]``, whether the player moves while the frame is produced.
         conf: the bounds.
-        reference: of the shape of ``frames``: frames that show which of this is not the arm's doing.
+        reference: of as many frames, that show which of this is not the arm's doing.
         same_model: whether ``reference`` is the same model in BF16. Then structure is held against the reference's,
             frame by frame; a recording is sharper than its model, so against one it is held against the clip's start.
 
@@ -90,15 +107,15 @@ def detect(
         (kind, first frame, what was seen), at most one per kind.
     """
     found = []
-    black = first_run(_black(frames, conf) & ~_black(reference, conf), 1)
+    black = first_run(_black(shown, conf) & ~_black(reference, conf), 1)
     if black is not None:
         found.append((BLACK, black, f"black frames (mean below {conf.black_level})"))
-    still = _frozen(frames, conf) & ~_frozen(reference, conf) & moving[1:]
+    still = _frozen(shown, conf) & ~_frozen(reference, conf) & moving[1:]
     frozen = first_run(still, conf.frozen_frames)
     if frozen is not None:
         text = f"frozen frames ({conf.frozen_frames} in a row change by less than {conf.frozen_change} while moving)"
         found.append((FROZEN, frozen + 1, text))
-    dropped = first_run(_dropped(frames, reference, conf, same_model), conf.structure_frames)
+    dropped = first_run(_dropped(shown, reference, conf, same_model), conf.structure_frames)
     if dropped is not None:
         against = "BF16's" if same_model else "its start's"
         text = f"dropped structure (gradient energy below {conf.structure_ratio} of {against} for "
@@ -106,19 +123,17 @@ def detect(
     return found
 
 
-def _black(frames: Shown | None, conf: StabilityConf) -> Tensor:
-    if frames is None:
-        return torch.tensor(False)
-    return torch.cat([piece.float().flatten(1).mean(1) for (piece,) in pieces(frames)]) < conf.black_level
+def _black(shown: Signs | None, conf: StabilityConf) -> Tensor:
+    return torch.tensor(False) if shown is None else shown.brightness < conf.black_level
 
 
-def _frozen(frames: Shown | None, conf: StabilityConf) -> Tensor:
-    return torch.tensor(False) if frames is None else frame_change(frames) < conf.frozen_change
+def _frozen(shown: Signs | None, conf: StabilityConf) -> Tensor:
+    return torch.tensor(False) if shown is None else shown.change < conf.frozen_change
 
 
-def _dropped(frames: Shown, reference: Shown | None, conf: StabilityConf, same_model: bool) -> Tensor:
-    ours = gradient_energy(frames)
-    theirs = None if reference is None else gradient_energy(reference)
+def _dropped(shown: Signs, reference: Signs | None, conf: StabilityConf, same_model: bool) -> Tensor:
+    ours = shown.energy
+    theirs = None if reference is None else reference.energy
     if same_model and theirs is not None:
         return ours < conf.structure_ratio * theirs
     lost = ours < conf.structure_ratio * ours[:START_FRAMES].mean()

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING
 from harness.lazily import attributes
 
 if TYPE_CHECKING:
-    from harness.rollout.assembly import Assembled, LatentDecoder, RolloutSetup, assemble, load_core, load_dcae
+    from harness.rollout.assembly import (
+        Assembled,
+        LatentDecoder,
+        Prepared,
+        RolloutSetup,
+        assemble,
+        load_core,
+        load_dcae,
+        prepare,
+    )
     from harness.rollout.attention import FRAME_ATTENTION
     from harness.rollout.compile import CompileCounters
     from harness.rollout.conf import AttentionKind, CompileConf, DecoderGroups, SamplerConf
@@ -16,7 +25,7 @@ else:
     __getattr__ = attributes(
         __name__,
         {
-            "assembly": "Assembled LatentDecoder RolloutSetup assemble load_core load_dcae",
+            "assembly": "Assembled LatentDecoder Prepared RolloutSetup assemble load_core load_dcae prepare",
             "attention": "FRAME_ATTENTION",
             "compile": "CompileCounters",
             "conf": "AttentionKind CompileConf DecoderGroups SamplerConf",
@@ -37,6 +46,7 @@ __all__ = [
     "FrameDecoder",
     "LatentDecoder",
     "OverlappedDecoding",
+    "Prepared",
     "Rollout",
     "RolloutSetup",
     "SamplerConf",
@@ -45,4 +55,5 @@ __all__ = [
     "load_core",
     "load_dcae",
     "make_cache",
+    "prepare",
 ]

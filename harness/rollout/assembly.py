@@ -83,10 +83,38 @@ class Assembled:
         return module_bytes(self.core)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A rollout over weights in their formats, for which threads compile kernels; see :class:`Assembled`.
+
+    Several that are to stand side by side are all prepared before the first is warmed up.
+    """
+
+    rollout: Rollout
+    summary: TransformSummary
+    packed: int
+    allocated_bytes: int | None
+    warmup_frames: int
+
+    def warm(self) -> Assembled:
+        """Warm it up."""
+        meter, before = AllocationMeter(self.rollout.core.device), self.allocated_bytes
+        warmup, taken = self.rollout.warmup(self.warmup_frames), meter.taken()
+        allocated = None if before is None or taken is None else before + taken
+        return Assembled(self.rollout, self.summary, self.packed, warmup, allocated)
+
+
 def assemble(
     core: WorldModel, quant: MXConf, kv: KVConf, setup: RolloutSetup, source: WeightSource | None = None
 ) -> Assembled:
-    """Put a rollout of ``core`` together, and warm it up.
+    """Put a rollout of ``core`` together, and warm it up; arguments and errors are those of :func:`prepare`."""
+    return prepare(core, quant, kv, setup, source).warm()
+
+
+def prepare(
+    core: WorldModel, quant: MXConf, kv: KVConf, setup: RolloutSetup, source: WeightSource | None = None
+) -> Prepared:
+    """Put a rollout of ``core`` together, and have its kernels compiled meanwhile.
 
     Args:
         core: a BF16 model on the device it will run on; owned and changed from now on.
@@ -100,14 +128,15 @@ def assemble(
     """
     summary, packed = put_into_formats(core, quant, setup, source)
     meter = AllocationMeter(core.device)
-    rollout, warmup = warm_rollout(core, kv, setup)
-    return Assembled(rollout, summary, packed, warmup, meter.taken())
+    rollout = _rollout(core, kv, setup)
+    rollout.rehearse()
+    return Prepared(rollout, summary, packed, meter.taken(), setup.warmup_frames)
 
 
 def put_into_formats(
     core: WorldModel, quant: MXConf, setup: RolloutSetup, source: WeightSource | None = None
 ) -> tuple[TransformSummary, int]:
-    """The first half of :func:`assemble`: the weights, in place; returns what is MX and how many Linears are packed."""
+    """The beginning of :func:`prepare`: the weights, in place; returns what is MX and how many Linears are packed."""
     summary = apply_mx(core, quant, source)
     packed = pack_where_faster(core, setup.compile, setup.attention, setup.batch)
     widen(core)
@@ -115,10 +144,14 @@ def put_into_formats(
 
 
 def warm_rollout(core: WorldModel, kv: KVConf, setup: RolloutSetup) -> tuple[Rollout, Warmup]:
-    """The second half: a cache and a rollout over weights in their formats, which several rollouts may share."""
-    cache = make_cache(core, setup.sampler, kv, setup.batch)
-    rollout = Rollout(core, cache, setup.sampler, setup.attention, setup.compile)
+    """The rest of :func:`assemble`: a cache and a rollout over weights in their formats, which several may share."""
+    rollout = _rollout(core, kv, setup)
     return rollout, rollout.warmup(setup.warmup_frames)
+
+
+def _rollout(core: WorldModel, kv: KVConf, setup: RolloutSetup) -> Rollout:
+    cache = make_cache(core, setup.sampler, kv, setup.batch)
+    return Rollout(core, cache, setup.sampler, setup.attention, setup.compile)
 
 
 def load_core(

@@ -11,6 +11,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from harness.kernels.rehearsal import rehearsing
 from harness.rollout.conf import BACKENDS, LINEARS, MODES, SCOPES, CompileConf
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -78,15 +79,30 @@ def without_grad(function: Callable[Params, Result]) -> Callable[Params, Result]
     return wrapped
 
 
-def compile_function(function: Function, conf: CompileConf) -> Function:
+def compile_function(function: Function, conf: CompileConf, tune: bool = True) -> Function:
     """``function`` compiled as ``conf`` says (itself if compilation is off); a graph break is an error.
 
     ``function`` is a plain Python function. Its code object is copied first: the compiler keeps its results per code
     object and gives up after a few, so that two arms of a run, or a sweep in one process, would count as recompiles
-    of one another.
+    of one another. Inductor is imported when it is first called. In a rehearsal (:mod:`harness.kernels.rehearsal`) it
+    runs as it is.
+
+    ``tune``: whether Inductor tries several launch shapes of each kernel, all of which it compiles.
     """
     if not conf.enabled:
         return function
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return _compiled(function, conf, tune)
+
+    def run(*args: Any) -> Any:
+        return function(*args) if rehearsing() else compiled()(*args)
+
+    return run  # type: ignore[return-value]
+
+
+def _compiled(function: Function, conf: CompileConf, tune: bool) -> Function:
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -96,7 +112,10 @@ def compile_function(function: Function, conf: CompileConf) -> Function:
     )
     options = None
     if conf.backend == "inductor":  # a mode is a set of options; torch.compile takes one or the other
-        options = {"triton.enable_pdl": False, **torch._inductor.list_mode_options(conf.mode), **conf.options}
+        options = {"triton.enable_pdl": False, **torch._inductor.list_mode_options(conf.mode)}
+        if not tune:
+            options["triton.autotune_pointwise"] = False
+        options |= conf.options
     return torch.compile(own, fullgraph=True, dynamic=False, options=options, backend=conf.backend)  # type: ignore[return-value]
 
 

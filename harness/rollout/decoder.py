@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from harness.kernels.rehearsal import rehearsal
 from harness.measure.timing import samples_ms
 from harness.models.dcae import DCAEConfig, DCAEDecoder
 from harness.rollout import fused_decoder
@@ -173,6 +174,8 @@ class FrameDecoder:
             self.groups = {name: conv.groups for name, conv in _grouped(self.decoder).items()}
             assert isinstance(self.decoder, DCAEDecoder)
             self.decoder = self._decode = FusedDecoder(self.decoder)  # nothing is left for a compiler to fuse
+            with rehearsal():
+                self.decoder(self._latent)
         else:
             self._decode = self._compiled()
         decode, buffer = self._decode, self._latent

@@ -8,19 +8,15 @@ faster.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from harness.kernels.cuda import attend
 from harness.kernels.cuda import linear as cuda_linear
 from harness.kernels.cuda.linear import PackedBF16Linear, PackedLinear
 from harness.kernels.cuda.shapes import Role
-from harness.kv import KVCache
 from harness.models.world import WorldModel
-from harness.rollout.attention import joined
 from harness.rollout.conf import AttentionKind, CompileConf
 
 WIDEST = {64: 2560, 128: 1536}
@@ -89,28 +85,3 @@ def is_packed(module: nn.Module) -> TypeGuard[PackedBF16Linear]:
 
 ROLES = {"attn.qkv": Role.norm, "attn.out": Role.residual, "mlp.fc1": Role.norm, "mlp.fc2": Role.residual}
 """What a block's Linears do for its norms where these are in their kernels."""
-
-
-def compile_ahead(core: WorldModel, cache: KVCache, streamed: bool = False) -> None:
-    """Compile what multiplies a frame's rows by the blocks' packed weights: all at once, not each at its first use.
-
-    ``cache``: of the rollout; ``streamed``: the blocks' norms are in their Linears' kernels, and attention may be.
-    """
-    if core.device.type != "cuda":
-        return
-    from harness.kernels.cuda.ops import compile_product  # an operator of CUDA tensors alone
-
-    rows, kinds, shapes = cache.batch * core.cfg.tokens_per_frame, set(), set()
-    for _, layer, spec, x in core.linears():
-        if not isinstance(x, PackedLinear) or spec.per_frame or x.config is not None:
-            continue
-        found = [joined(cache, layer, x, store) for store in (False, True)] if spec.name == "attn.qkv" else []
-        shapes |= {shape for shape in found if streamed and shape is not None}
-        if not streamed or None in found or not found:
-            role = ROLES[spec.name] if streamed else Role.plain
-            kinds.add((x.out_features, x.in_features, x.element, x.silu, core.device, role))
-    with ThreadPoolExecutor() as pool:
-        jobs: list[Future[object]] = [pool.submit(compile_product, rows, *kind) for kind in kinds]
-        jobs += [pool.submit(attend.compiled, shape) for shape in shapes]
-    for job in jobs:
-        job.result()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda.inputs import InputCopies
+from harness.kernels.rehearsal import finish, rehearsal
 from harness.kv import KVCache, KVConf
 from harness.models.world import FrameModulation, WorldModel
 from harness.rollout.attention import PrefillAttention, check_attention
@@ -25,11 +26,10 @@ from harness.rollout.compile import (
 )
 from harness.rollout.compile import validate as validate_compile
 from harness.rollout.conf import AttentionKind, CompileConf, SamplerConf
-from harness.rollout.linears import compile_ahead
 from harness.rollout.modulation import StackedModulation
 from harness.rollout.prefill import fits as prefill_fits
 from harness.rollout.prefill import prefill_fused
-from harness.rollout.steps import Rotary, Step, all_stream, make_step
+from harness.rollout.steps import Rotary, Step, make_step
 
 NO_CONTROLS = "this model is conditioned on controls: pass mouse and btn"
 
@@ -122,13 +122,13 @@ class Rollout:
         """Whose layers prefill runs by our kernels; None: as the model itself does."""
         self._modulate = StackedModulation(core) if self.compile.enabled else core.modulation
         self._make_buffers()
-        self._prepare = compile_function(self._prepare_function(), self.compile)
+        self._prepare = compile_function(self._prepare_function(), self.compile, tune=False)
         self._steps = self._make_steps()
         self._append_step: Step | None = None
         self.graph: CapturedGraph[Frame] | None = None
         """The captured frame, once warm, where frames are captured."""
         self._copies: InputCopies | None = None
-        self._prefilled = False
+        self._prefilled = self._rehearsed = False
 
     def _make_buffers(self) -> None:
         cfg, batch, device = self.core.cfg, self.cache.batch, self.cache.device
@@ -174,6 +174,28 @@ class Rollout:
         return Frame(x, tuple(velocities))
 
     @without_grad
+    def rehearse(self) -> None:
+        """Have threads compile the kernels of ours that prefill and frames launch, and go on meanwhile.
+
+        Leaves an empty cache behind, as :meth:`warmup` does, which begins with this unless it was done. FlexAttention
+        is the compiler's, and cannot be run without it.
+        """
+        if self._rehearsed or self.cache.device.type != "cuda" or self.attention is AttentionKind.flex:
+            return
+        self._rehearsed = True
+        self._empty()
+        with rehearsal():
+            self._prefill_zeros()
+            self._frame()
+        self._empty()
+
+    def _empty(self) -> None:
+        for buffer in (self._noise, self._mouse, self._btn):
+            buffer.zero_()
+        self.cache.reset()
+        self._prefilled = False
+
+    @without_grad
     def warmup(self, frames: int = 2) -> Warmup:
         """Compile, capture and run a few frames on zeros, so that no later frame pays for it.
 
@@ -181,13 +203,12 @@ class Rollout:
         graph is used; otherwise the first frame compiles.
         """
         start, counted = time.perf_counter(), CompileCounters()
-        for buffer in (self._noise, self._mouse, self._btn):
-            buffer.zero_()
-        self.cache.reset()
-        streamed = all_stream(self.core, self.cache, self.attention, self.compile)
-        compile_ahead(self.core, self.cache, streamed)
+        self.rehearse()
+        self._empty()
+        if self._rehearsed and self.cuda_graph:
+            self._prepare(self._mouse, self._btn)  # Inductor's part, while threads compile the rest
         if self._layers is not None:
-            self._warm_prefill()
+            self._prefill_zeros()  # a player's first frame waits for no compiler
         for _ in range(frames):
             self._frame()
         if self.cuda_graph:
@@ -195,14 +216,13 @@ class Rollout:
             if nvrtc.unavailable() is None:
                 buffers = [self._noise] if self.core.cfg.uncond else [self._noise, self._mouse, self._btn]
                 self._copies = InputCopies(buffers)
-        self.cache.reset()
-        self._prefilled = False
+        finish()
+        self._empty()
         if self.cache.device.type == "cuda":
             torch.cuda.synchronize(self.cache.device)
         return Warmup(time.perf_counter() - start, counted.graphs, counted.graph_breaks, self.cuda_graph)
 
-    def _warm_prefill(self) -> None:
-        """Prefill zeros, which builds the kernels: a player's first frame waits for no compiler."""
+    def _prefill_zeros(self) -> None:
         shape = (self.cache.batch, self.sampler.window)
         history = self._noise.new_zeros(*shape, *self._noise.shape[1:])
         mouse, btn = (x[:, None].expand(*shape, -1) for x in (self._mouse, self._btn))

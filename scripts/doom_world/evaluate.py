@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from doom_world.autoencoder import encode_all
 from harness.kv import KVConf
 from harness.measure.appearance import sharpness
-from harness.measure.stability import STRUCTURE, StabilityConf, detect
+from harness.measure.stability import STRUCTURE, Signs, StabilityConf, detect
 from harness.models.dcae import to_frames
 from harness.models.gamerft import GameRFTCore
 from harness.rollout.sampler import Rollout, SamplerConf, make_cache
@@ -126,7 +126,7 @@ def evaluate(
 def _lost(frames: Tensor, recorded: Tensor) -> bool:
     """Whether a clip's frames ``[F, 3, h, w]`` lose their structure, as the harness finds it."""
     moving = torch.ones(len(frames), dtype=torch.bool)
-    found = detect(frames.cpu(), moving, StabilityConf(), recorded.cpu(), same_model=False)
+    found = detect(Signs.of(frames.cpu()), moving, StabilityConf(), Signs.of(recorded.cpu()), same_model=False)
     return any(kind == STRUCTURE for kind, _, _ in found)
 
 

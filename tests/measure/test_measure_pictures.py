@@ -9,7 +9,7 @@ from harness.measure.conf import StabilityConf
 from harness.measure.motion import image_motion
 from harness.measure.pictures import Pictures
 from harness.measure.quality import score_frames
-from harness.measure.stability import detect, frame_change, gradient_energy
+from harness.measure.stability import Signs, detect
 from harness.models.dcae import to_frames
 
 
@@ -67,10 +67,9 @@ def test_every_figure_of_pieces_is_that_of_the_whole(monkeypatch, rollout):
     def figures(ours, theirs):
         return {
             "scores": score_frames(ours, theirs),
-            "change": frame_change(ours).tolist(),
-            "energy": gradient_energy(ours).tolist(),
+            "signs": [sign.tolist() for sign in vars(Signs.of(ours)).values()],
             "motion": image_motion(ours).tolist(),
-            "seen": detect(ours, moving, conf, theirs, same_model=True),
+            "seen": detect(Signs.of(ours), moving, conf, Signs.of(theirs), same_model=True),
             "texture": looks.texture_distance(ours, theirs),
         }
 

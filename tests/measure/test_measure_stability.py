@@ -9,11 +9,10 @@ from harness.measure.stability import (
     BLACK,
     FROZEN,
     STRUCTURE,
+    Signs,
     detect,
     finite_clips,
     first_run,
-    frame_change,
-    gradient_energy,
     watch_non_finite,
 )
 
@@ -29,7 +28,8 @@ def game():
 
 
 def kinds(frames, reference=None, moving=MOVING, same_model=True):
-    return {kind: frame for kind, frame, _ in detect(frames, moving, CONF, reference, same_model)}
+    theirs = None if reference is None else Signs.of(reference)
+    return {kind: frame for kind, frame, _ in detect(Signs.of(frames), moving, CONF, theirs, same_model)}
 
 
 def test_a_sound_rollout_has_no_incident(game):
@@ -79,10 +79,10 @@ def test_a_baseline_is_held_against_its_own_start_for_a_recording_is_sharper(gam
 def test_figures_of_frames():
     frames = torch.zeros(3, 3, 4, 4)
     frames[1] = 0.5
-    assert frame_change(frames).tolist() == [0.5, 0.5]
-    assert gradient_energy(frames).tolist() == [0, 0, 0]
+    assert Signs.of(frames).change.tolist() == [0.5, 0.5]
+    assert Signs.of(frames).energy.tolist() == [0, 0, 0]
     frames[2, :, :, 2:] = 1.0  # one edge: of 12 horizontal differences in 4 rows, 4 are 1
-    assert gradient_energy(frames)[2] == pytest.approx(4 / 12)
+    assert Signs.of(frames).energy[2] == pytest.approx(4 / 12)
 
 
 def test_runs_of_frames():

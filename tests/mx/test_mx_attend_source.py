@@ -188,10 +188,8 @@ def test_threads_may_run_in_any_order(compiled):
     assert all(torch.equal(first, other) for other in others)
 
 
-MODES = [("e4m3", R), ("e4m3", ScaleMode.floor), ("e5m2", ScaleMode.even), ("e2m1", ScaleMode.ceil), ("e2m1", R)]
-
-
-@pytest.mark.parametrize(("fmt", "mode"), MODES)
+@pytest.mark.parametrize("mode", ScaleMode)
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_values_are_stored_as_they_are_encoded_elsewhere(compiled, fmt, mode):
     """Rows of x are unit vectors, so that values are columns of the weight, exactly."""
     shape = AttendShape(64, "bf16", fmt, fmt, True, True, mode, 2, norm=False)

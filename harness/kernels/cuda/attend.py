@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.formats.mx import FORMATS, carry_threshold
 from harness.formats.scales import ScaleMode
+from harness.kernels import rehearsal
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda.packing import GROUP, decoding, element_bits, groups, tile_bytes
 from harness.kernels.cuda.shapes import PLACES, SHARED_BYTES
@@ -259,4 +260,5 @@ def compiled(shape: AttendShape) -> bytes:
 
 @functools.cache
 def _load(shape: AttendShape, device: int) -> nvrtc.Function:
-    return nvrtc.Function(compiled(shape), "mx_attend", shape.shared_bytes(shape.stages()))
+    make = functools.partial(compiled, shape)
+    return nvrtc.Function(rehearsal.compiled(make), "mx_attend", shape.shared_bytes(shape.stages()))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from harness.kernels import rehearsal
 from harness.kernels.cuda import nvrtc
 from harness.kernels.launch import dependent
 
@@ -171,7 +172,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _load(file: str, name: str, defines: tuple[tuple[str, int], ...], shared: int, device: int) -> nvrtc.Function:
-    return nvrtc.Function(nvrtc.compile_source(source(file), file, dict(defines), "sm_90a"), name, shared)
+    make = functools.partial(nvrtc.compile_source, source(file), file, dict(defines), "sm_90a")
+    return nvrtc.Function(rehearsal.compiled(make), name, shared)
 
 
 def _launch(

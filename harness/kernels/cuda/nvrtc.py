@@ -8,17 +8,21 @@ demands. Nothing here waits for the device.
 import ctypes
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.kernels import cache
+from harness.kernels import cache, rehearsal
 
 _BFLOAT16, _SWIZZLE_128B, _PROMOTE_L2_128B = 9, 3, 2  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+
+_loading = threading.Lock()
 
 
 class CompileError(RuntimeError):
@@ -75,23 +79,34 @@ class TensorMap:
 class Function:
     """A kernel on a device. Takes ctypes values, tensors (their addresses), None (a null pointer), TensorMaps."""
 
-    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
-        """Load ``cubin`` into the current device's context, for launches with ``shared_bytes`` of shared memory."""
-        module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
+    def __init__(self, cubin: bytes | Future[bytes], name: str, shared_bytes: int) -> None:
+        """Load ``cubin`` into the current device's context, for launches with ``shared_bytes`` of shared memory.
+
+        One that is still being compiled is waited for, and loaded, when it is first launched.
+        """
+        self._cubin, self._name, self._shared_bytes = cubin, name, shared_bytes
+        self._handle: ctypes.c_void_p | None = None
+        if isinstance(cubin, bytes):
+            self._load(cubin)
+
+    def _load(self, cubin: bytes) -> None:
+        name, shared_bytes, handle, module = self._name, self._shared_bytes, ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
-        _check(_driver().cuModuleGetFunction(ctypes.byref(self._handle), module, name.encode()), f"finding {name}")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), f"finding {name}")
         _check(
-            _driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes),
+            _driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_bytes),
             f"{shared_bytes} bytes of shared memory for {name}",
         )
-        self._name, self._shared_bytes = name, shared_bytes
+        self._handle = handle
 
     def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], dependent: bool = False) -> None:
-        """Queue the kernel on torch's current stream.
+        """Queue the kernel on torch's current stream; in a rehearsal, do nothing.
 
         ``dependent``: as programmatic dependent launch, see ``harness.kernels.launch``.
         Raises DriverError when the driver refuses.
         """
+        if rehearsal.rehearsing():
+            return
         self.prepared(grid, threads, arguments, dependent)(torch.cuda.current_stream().cuda_stream)
 
     def clusters_at_once(self, threads: int, cluster: int) -> int:
@@ -113,6 +128,10 @@ class Function:
         It returns True, and raises DriverError for any other result. Arguments that are ctypes values may be given
         others in between.
         """
+        with _loading:
+            if self._handle is None:
+                assert isinstance(self._cubin, Future)
+                self._load(self._cubin.result())
         kept = [_pointer(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(kept))(*(address for address, _ in kept))
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_uint64 * 8)(1))

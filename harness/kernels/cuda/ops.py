@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.kernels import launch
+from harness.kernels import launch, rehearsal
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda import shapes as cuda_config
@@ -208,15 +208,6 @@ def compiled(config: CudaConfig, k: int, element: str, silu: bool, dependent: bo
     return nvrtc.compile_source(source(), "mx_linear.cu", defines, "sm_90a")
 
 
-def compile_product(
-    rows: int, n: int, k: int, element: str, silu: bool, device: torch.device, role: Role = Role.plain
-) -> None:
-    """Have the kernel ready that ``mx_linear`` takes for so many rows and an [n, k] weight; any thread may ask."""
-    product = CudaShape(rows, n, k, cuda_packing.element_bits(element))
-    if not product.many:
-        compiled(choose(product, gpu_name(device), role), k, element, silu, launch.dependent(device), role)
-
-
 def load(
     config: CudaConfig,
     shape: CudaShape,
@@ -237,7 +228,8 @@ def load(
 def _load(
     config: CudaConfig, k: int, shared: int, element: str, device: int, silu: bool, dependent: bool, role: Role
 ) -> nvrtc.Function:
-    return nvrtc.Function(compiled(config, k, element, silu, dependent, role), "mx_linear", shared)
+    make = functools.partial(compiled, config, k, element, silu, dependent, role)
+    return nvrtc.Function(rehearsal.compiled(make), "mx_linear", shared)
 
 
 def compiled_unpack(element: str, dependent: bool) -> bytes:
@@ -248,4 +240,4 @@ def compiled_unpack(element: str, dependent: bool) -> bytes:
 
 @functools.cache
 def _load_unpack(element: str, device: int, dependent: bool) -> nvrtc.Function:
-    return nvrtc.Function(compiled_unpack(element, dependent), "mx_unpack", 0)
+    return nvrtc.Function(rehearsal.compiled(lambda: compiled_unpack(element, dependent)), "mx_unpack", 0)
