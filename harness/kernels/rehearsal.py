@@ -87,8 +87,8 @@ def _hook_into_triton() -> None:
 
 def _missed(*, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, **_: Any) -> bool:
     """Triton's ``jit_cache_hook``: whether a kernel that is not there yet is neither compiled nor launched now."""
-    if is_manual_warmup:  # by a thread of ours, or by whoever asks for no more than that
-        return False
+    if is_manual_warmup or any(_is_changed_by_text(value) for value in compile["constants"].values()):
+        return False  # asked for by a thread of ours, or no other than the launch can compile it
     kernel = (fn.module, fn.name, compile["device"], compile["key"])
     if _here.pool is None:
         if kernel in _jobs:
@@ -98,6 +98,12 @@ def _missed(*, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, **_: An
         given = fn.jit_function, compile["device"], compile["specialization_data"]
         _jobs[kernel] = _begin(_here.pool, _compile, *given)
     return True
+
+
+def _is_changed_by_text(constant: Any) -> bool:
+    """Whether ``preload`` makes something else of a constant: of the name of a Triton type it makes the type."""
+    dtype: Any = importlib.import_module("triton.language").dtype
+    return isinstance(constant, str) and bool(dtype.is_dtype(constant))
 
 
 def _compile(kernel: Any, device: int, specialization: str) -> None:

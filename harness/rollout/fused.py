@@ -120,7 +120,7 @@ def ring_view(ring: FrameRing) -> RingView:
         if isinstance(codec, MXCodec):
             return RingView(*ring.stored, codec.fmt.name, "block", codec.scale_mode)
         if isinstance(codec, Int8Codec):
-            return RingView(*ring.stored, "int8", "token", None)
+            return RingView(*ring.stored, "i8", "token", None)
     raise ValueError(f"attention=fused does not know the storage {ring.format_name}; use attention=sdpa")
 
 
@@ -281,7 +281,7 @@ def window_attention(
         slot: int64 ``[1]`` on the device.
         parts: see :class:`Meeting`, of this window or of longer ones.
         arrived: likewise.
-        k_format: "plain", "e4m3", "e5m2", "e2m1" or "int8".
+        k_format: "plain", "e4m3", "e5m2", "e2m1" or "i8".
         k_per: what has a scale of its own: see ``kernels.window.load_factors``.
         k_store: whether K goes into its ring, which must be plain or have a scale per block.
         v_format: likewise.

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,6 +101,17 @@ def test_what_a_compiler_refused_is_told_where_it_is_launched(driver):
     function = nvrtc.Function(refused, "kernel", 0)
     with pytest.raises(nvrtc.CompileError, match="no"):
         function.prepared((1, 1), 32, [])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+@pytest.mark.parametrize(("constant", "kept"), [("i8", True), ("e4m3", True), ("int8", False), (3, True)])
+def test_a_kernel_whose_constants_triton_would_read_back_as_something_else_is_not_compiled_ahead(constant, kept):
+    """`preload` makes of a text that names a type the type: a kernel that compares it with the text is another."""
+    call = {"device": 0, "key": str(constant), "constants": {(0,): constant}, "specialization_data": ""}
+    function = SimpleNamespace(module="module", name=f"kernel {constant}", jit_function=None)
+    with rehearsal.rehearsal():
+        missed = rehearsal._missed(fn=function, compile=call, is_manual_warmup=False)
+    assert missed is kept
 
 
 def test_a_rehearsal_is_that_of_its_thread():

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 from harness.kernels.triton.window import window_kernel
 from harness.rollout import fused
 
-RING = {"plain": ("*bf16", "*i64"), "int8": ("*i8", "*bf16")}
+RING = {"plain": ("*bf16", "*i64"), "i8": ("*i8", "*bf16")}
 TENSORS = {"cos": "*fp32", "sin": "*fp32", "parts": "*i32", "slot": "*i64", "arrived": "*i32"}
 
 
@@ -37,7 +37,7 @@ def window(k, v, basis="own", heads=24, dim=64, frames=60, tokens=64):
         "OWN": shape.own,
         "SHARES": shape.combiners,
         "POLLS": fused.POLLS,
-        "KEEP_K": k == "int8",
+        "KEEP_K": k == "i8",
         "K_TURN": basis == "hadamard",
         "V_TURN": basis == "hadamard",
         "EMPTY": fused.EMPTY,
@@ -47,8 +47,8 @@ def window(k, v, basis="own", heads=24, dim=64, frames=60, tokens=64):
     for name, fmt in (("K", k), ("V", v)):
         types[f"{name.lower()}_ring"], types[f"{name.lower()}_scales"] = RING.get(fmt, ("*u8", "*u8"))
         fields = (f"{name}_{field}" for field in ("FORMAT", "PER", "STORE", "LARGEST", "EMAX", "THRESHOLD"))
-        encoding = fused.encoding(fmt != "int8", fmt, "rceil")
-        constants |= dict(zip(fields, (fmt, "token" if fmt == "int8" else "block", *encoding), strict=True))
+        encoding = fused.encoding(fmt != "i8", fmt, "rceil")
+        constants |= dict(zip(fields, (fmt, "token" if fmt == "i8" else "block", *encoding), strict=True))
     return compiled(
         window_kernel, types, constants, num_warps=fused.WARPS, num_stages=fused.stages(dim), launch_pdl=True
     )

@@ -1,6 +1,7 @@
 """MX blocks in registers: decoding, and encoding exactly as :func:`harness.formats.mx.encode` does.
 
-Formats are compile-time strings: "plain" (unquantised), "e4m3", "e5m2", "e2m1", and "int8", whose scales are BF16.
+Formats are compile-time strings: "plain" (unquantised), "e4m3", "e5m2", "e2m1", and "i8", whose scales are BF16
+(not "int8": Triton, which keeps constants as text, reads that back as its type of that name).
 A tile has one row per token.
 """
 
@@ -36,7 +37,7 @@ def rescale(values, scales, ROWS: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.
 @triton.jit
 def decode_bytes(elements, factors, FORMAT: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SCALES: tl.constexpr):
     """8-bit ``elements [ROWS, DIM]`` times float32 ``factors [ROWS, SCALES]``, float32; exact."""
-    if FORMAT == "int8":
+    if FORMAT == "i8":
         values = elements.to(tl.float32)
     elif FORMAT == "e4m3":
         values = elements.to(tl.float8e4nv, bitcast=True).to(tl.float32)

@@ -116,19 +116,19 @@ def load_factors(
     ``PER``: what has a scale of its own, a "block" of 32 columns, a "token" or a "frame" of ``TOKENS`` rows.
     """
     COLUMNS: tl.constexpr = DIM // 32 if PER == "block" else 1
-    BYTES: tl.constexpr = COLUMNS * (2 if FORMAT == "int8" else 1)  # of a row
+    BYTES: tl.constexpr = COLUMNS * (2 if FORMAT == "i8" else 1)  # of a row
     if PER == "frame" or TOKENS * BYTES % 4 != 0:
         row = ring_rows(start, first + tl.arange(0, ROWS), TOKENS, LENGTH, PARTIAL)
         place = row // TOKENS if PER == "frame" else row
         stored = tl.load(scales + place[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
-        factors = stored.to(tl.float32) if FORMAT == "int8" else scale_values(stored)
+        factors = stored.to(tl.float32) if FORMAT == "i8" else scale_values(stored)
     else:
         # Words of 4 bytes: Hopper's asynchronous copies take no less, and a load that is not asynchronous makes every
         # tile wait for memory.
         WORDS: tl.constexpr = ROWS * BYTES // 4
         row = ring_rows(start, first + tl.arange(0, WORDS) * (4 // BYTES), TOKENS, LENGTH, PARTIAL)
         words = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + row // (4 // BYTES))
-        if FORMAT == "int8":  # BF16 is a float32's upper half
+        if FORMAT == "i8":  # BF16 is a float32's upper half
             halves = (words[:, None] >> (tl.arange(0, 2) * 16)[None, :]) << 16
             factors = tl.reshape(halves, (ROWS, COLUMNS)).to(tl.float32, bitcast=True)
         else:
