@@ -26,7 +26,8 @@ ENOUGH_CORES = 4
 def keep_bytecode() -> None:
     """Have Python keep bytecode in our cache, in this process and in those that it starts, where torch has none.
 
-    For the start of a command, before anything large is imported. Where Python keeps it itself nothing happens.
+    For a command that is known to be right, before it imports anything large: help, and what is wrong with a word,
+    start no processes. Where Python keeps bytecode itself nothing happens.
     """
     if not sys.dont_write_bytecode or sys.pycache_prefix is not None or _has_bytecode("torch"):
         return

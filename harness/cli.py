@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 from harness import __version__
-from harness.bytecode import keep_bytecode
 from harness.start import call, hush, ready, require
 from harness.streams import complain, patient
 
@@ -64,7 +63,6 @@ def main() -> None:
         print(f"mx-world {__version__}")
         return
     require()
-    keep_bytecode()
     name = arguments[0] if arguments[0] in COMMANDS else "run"
     if name == "run" and arguments[0].isidentifier() and arguments[0] != "run":
         from harness.config.problems import unknown

@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import Any
 
+from harness.bytecode import keep_bytecode
+
 COMPILER = "torch._dynamo"
 
 UNNEEDED = ("matplotlib", "scipy", "transformers", "torchvision", "scienceplots", "librosa", "onnxruntime", "lpips")
@@ -81,8 +83,10 @@ def _left_as_it_is(function: Any, recursive: bool = True, reason: str | None = N
 def import_lightning() -> None:
     """Import Lightning, and torchmetrics first, without torch's compiler, which comes once something is compiled.
 
-    Where Lightning asks the compiler for more one day than it does now, it is imported with it.
+    Where Lightning asks the compiler for more one day than it does now, it is imported with it. What is imported from
+    here on has its bytecode kept.
     """
+    keep_bytecode()
     import_torchmetrics()
     if "lightning" in sys.modules or COMPILER in sys.modules:
         return

@@ -14,12 +14,10 @@ from pathlib import Path
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from harness.bytecode import keep_bytecode
     from harness.start import call, hush, require
 
     hush()
     require()
-    keep_bytecode()
 
 from harness.imports import import_lightning
 from harness.streams import complain

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     # Started as a file, Python looks for modules beside it first, where our rooms would pass for top-level packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from harness.bytecode import keep_bytecode
     from harness.start import hush, require
 
     hush()
     require()
-    keep_bytecode()
 
 import hydra
 from hydra.errors import CompactHydraException

@@ -76,7 +76,6 @@ def start(place: str) -> None:
     """Import ``module:function`` and :func:`call` it; the process ends with what it returns."""
     hush()
     require()
-    keep_bytecode()
     sys.exit(call(ready(place)))
 
 
@@ -87,6 +86,7 @@ def ready(place: str) -> Callable[..., Any]:
     """
     if place in PARSERS:
         _named(PARSERS[place])().parse_intermixed_args()
+    keep_bytecode()
     return _named(place)
 
 
