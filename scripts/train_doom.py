@@ -70,6 +70,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.files.writing import folder_problem
+from harness.models.bf16 import has_fast_bf16
 from harness.models.checkpoint import load_decoder, load_encoder, load_gamerft, random_gamerft
 from harness.models.dcae import DCAEConfig
 from harness.models.gamerft import GameRFTConfig, GameRFTCore
@@ -211,7 +212,7 @@ class Workshop:
         trainer = Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,
-            precision="bf16-mixed",
+            precision="bf16-mixed" if has_fast_bf16(self.device) else "32-true",
             max_epochs=1,
             gradient_clip_val=1.0 if task.automatic_optimization else None,
             logger=False,

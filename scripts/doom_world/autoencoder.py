@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from doom_world.adversarial import PatchJudge, balanced, judge_loss, realism_loss
+from harness.models.bf16 import has_fast_bf16
 from harness.models.dcae import DCAEConfig, DCAEDecoder, DCAEEncoder
 
 
@@ -227,7 +228,7 @@ def encode_all(encoder: nn.Module, frames: Tensor, batch: int = 512) -> Tensor:
     out = []
     for chunk in frames.split(batch):
         x = (chunk.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(frames.device.type, torch.bfloat16):
+        with torch.autocast(frames.device.type, torch.bfloat16, has_fast_bf16(frames.device)):
             out.append(encoder(x).to(torch.bfloat16))
     return torch.cat(out)
 

@@ -15,6 +15,7 @@ from doom_world.autoencoder import TimedModule
 from doom_world.bank import SequenceBank
 from doom_world.muon import StackedMuon
 from harness.kv import KVConf
+from harness.models.bf16 import has_fast_bf16
 from harness.models.gamerft import GameRFTCore
 from harness.rollout.sampler import Rollout, SamplerConf, make_cache
 
@@ -185,7 +186,8 @@ class UnrollTask(ForcedTask):
         known = int(torch.randint(1, self.sampler.window // 2 + 1, ()))
         is_known = (torch.arange(frames, device=x0.device) < known)[:, None, None, None]
         # weights cast without gradients must not be kept for the pass with gradients
-        with torch.no_grad(), torch.autocast(x0.device.type, torch.bfloat16, cache_enabled=False):
+        fast = has_fast_bf16(x0.device)
+        with torch.no_grad(), torch.autocast(x0.device.type, torch.bfloat16, fast, cache_enabled=False):
             for _ in range(int(torch.randint(self.rounds + 1, ()))):
                 step1, _ = self.both_steps(mouse, btn, noise, states)
                 reached = noise + (first - middle) / first * (step1 - noise)
