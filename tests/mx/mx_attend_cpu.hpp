@@ -24,3 +24,25 @@ extern "C" void run(const u16* x, int K, const u8* weight, const u16* bias, u16*
     grid = {window->heads * CL, 1};
     for (int head = 0; head < window->heads; ++head) run_cluster({head * CL, 0}, CL, THREADS, END);
 }
+
+static const u8* elements_;
+static const u8* scales_;
+
+// 64 rows of values as a ring stores them, decoded by a warpgroup, row by row.
+extern "C" void decode_values(const u8* elements, const u8* scales, u16* out) {
+    constexpr int SCALES_AT = FRAME, TO = 2 * FRAME;
+    elements_ = elements, scales_ = scales, out_ = out;
+    body = [] {
+        const int thread = threadIdx.x;
+        if (thread == 0) {
+            std::memcpy(at(*now->block, 0, V_BYTES, 16), elements_, V_BYTES);
+            std::memcpy(at(*now->block, SCALES_AT, 128, 16), scales_, 128);
+        }
+        __syncthreads();
+        if constexpr (V_BITS < 16) decode_rows<V_BITS, V_MANTISSA>(0, SCALES_AT, TO, 64, thread);
+        __syncthreads();
+        for (int i = thread; i < 64 * 8; i += 128)
+            std::memcpy(out_ + i * 8, at(*now->block, place_in_rows(TO, i / 8, i % 8 * 16), 16, 16), 16);
+    };
+    run_cluster({0, 0}, 1, 128, 3 * FRAME);
+}

@@ -208,3 +208,39 @@ def test_values_are_stored_as_they_are_encoded_elsewhere(compiled, fmt, mode):
     finite = want.scales != 255
     width = data.shape[-1] // 2
     assert torch.equal(data[0, 1].view(64, 2, width)[finite], want.elements.view(64, 2, width)[finite])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_stored_code_is_decoded_under_every_scale(compiled, fmt):
+    """To BF16, rounded once where BF16's smallest numbers are too coarse."""
+    shape = AttendShape(64, "bf16", fmt, fmt, True, True, R, 2, norm=False)
+    library, width = compiled(shape), DIM * FORMATS[fmt].bits // 8
+    codes = torch.randint(0, 256, (64, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes[: 256 * 2 // width] = torch.arange(256, dtype=torch.uint8).repeat(2).view(-1, width)
+    none = {"e4m3": 0x7F, "e5m2": 0x7C, "e2m1": 0x80}[
+        fmt
+    ]  # from here on codes that encoding gives under no finite scale
+    codes[(codes & 0x7F) >= none] = none - 1
+    for first in range(0, 256, 128):
+        for turn in (0, 1):  # each code is in both blocks of a row
+            scales = torch.arange(first, first + 128, dtype=torch.uint8).roll(turn).view(64, 2)
+            got = torch.full((64, DIM), torch.nan).bfloat16()
+            library.decode_values(address(codes), address(scales), address(got))
+            want = decode(MXBlocks(codes, scales), FORMATS[fmt]).bfloat16()
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+def test_values_that_are_not_finite_stay_in_their_heads_and_columns(compiled):
+    shape = AttendShape(128, "bf16", "plain", "e4m3", True, True, R, 2)
+    case = Case(shape, 3, 3, 1)
+    clean = case.run(compiled(shape)).view(TOKENS, 3, DIM)
+    case.rings[1][1][0, 2, 5, 1] = 255  # a block of values of the first head: its upper columns
+    case.rings[0][0][1, 0, 9, 3] = torch.nan  # a key of the second
+    got = case.run(compiled(shape)).view(TOKENS, 3, DIM)
+    assert torch.equal(got[:, 0, :32], clean[:, 0, :32])
+    assert got[:, 0, 32:].isnan().all()
+    assert got[:, 1].isnan().all()
+    assert torch.equal(got[:, 2], clean[:, 2])
+    case.x[7, 3] = torch.nan  # of a row of the stream, whose keys and values all others see
+    assert case.run(compiled(shape)).isnan().all()
