@@ -384,247 +384,334 @@ __device__ __forceinline__ void help(const Squares& squares, u32 rows, u32 norms
     cluster_wait();
 }
 
-KERNEL(THREADS, CL, 1)
-mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap k_map,
-          const __grid_constant__ TensorMap v_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
-          u16* __restrict__ out, int groups, float output_scale, const Squares squares, const Window window) {
-    const u32 base = shared_memory();
-    const int lane = threadIdx.x % 32, warp = same_in_warp(threadIdx.x / 32);
-    const int wg = warp / 4, rank = blockIdx.x % CL, head = blockIdx.x / CL;
-    const int owned_m = (MT - rank + CL - 1) / CL;  // this block's tiles of tokens
+// Which part of a head's attention a thread has, and where its block's shared memory has what.
+struct Place {
+    u32 base;
+    int lane, warp, wg, rank, head;
 
-    const int block_lo = groups * rank / CL, block_groups = groups * (rank + 1) / CL - block_lo;
-    const u32 x_bars = base + BARRIERS_AT, w_bars = x_bars + (GX + warp * WAITING) * 8;
-    const u32 sums_bar = x_bars + (GX + WARPS * WAITING) * 8, norms_bar = sums_bar + 8, q_bar = sums_bar + 16;
-    const u32 out_bar = sums_bar + 24, window_bars = sums_bar + 32 + wg * STAGES * 8;
-    const u32 partial = base + PARTIAL_AT;
-
-    if (PDL) next_may_begin();
-    if (warp == WARPS) {
-        help(squares, base + ROWS_AT, norms_bar, lane);
-        return;
+    __device__ __forceinline__ int owned() const {  // tiles of 8 tokens of this block
+        return (MT - rank + CL - 1) / CL;
     }
 
-    if (lane == 0) {
-        for (int i = 0; i < WAITING; ++i) barrier_init(w_bars + i * 8);
-        for (int i = warp; i < GX; i += WARPS) barrier_init(x_bars + i * 8);
-        if (warp % 4 == 0)
-            for (int i = 0; i < STAGES; ++i) barrier_init(window_bars + i * 8);
-        if (warp == 0) {
-            prefetch_map(&x_map);
-            barrier_init(sums_bar);
-            barrier_expect(sums_bar, owned_m * WARPS * (CL - 1) * 512);
-            barrier_init(norms_bar);
-            barrier_init(q_bar);
-            barrier_expect(q_bar, (MT - owned_m) * 1024);
-            barrier_init(out_bar);
-            barrier_expect(out_bar, CL * ((32 - rank + CL - 1) / CL * 512 + 256));
+    __device__ __forceinline__ u32 x_bar(int group) const {
+        return base + BARRIERS_AT + group * 8;
+    }
+
+    __device__ __forceinline__ u32 w_bar(int fetch) const {
+        return x_bar(GX + warp * WAITING) + fetch % WAITING * 8;
+    }
+
+    __device__ __forceinline__ u32 sums_bar() const {
+        return x_bar(GX + WARPS * WAITING);
+    }
+
+    __device__ __forceinline__ u32 norms_bar() const {
+        return sums_bar() + 8;
+    }
+
+    __device__ __forceinline__ u32 queries_bar() const {
+        return sums_bar() + 16;
+    }
+
+    __device__ __forceinline__ u32 out_bar() const {
+        return sums_bar() + 24;
+    }
+
+    __device__ __forceinline__ u32 window_bar(int stage) const {
+        return sums_bar() + 32 + (wg * STAGES + stage % STAGES) * 8;
+    }
+
+    __device__ __forceinline__ u32 stage(int stage) const {
+        return base + STAGES_AT + (wg * STAGES + stage % STAGES) * STAGE;
+    }
+
+    __device__ __forceinline__ u32 partial() const {
+        return base + PARTIAL_AT;
+    }
+};
+
+__device__ __forceinline__ void make_barriers(const Place& at) {
+    for (int i = 0; i < WAITING; ++i) barrier_init(at.w_bar(i));
+    for (int i = at.warp; i < GX; i += WARPS) barrier_init(at.x_bar(i));
+    if (at.warp % 4 == 0)
+        for (int i = 0; i < STAGES; ++i) barrier_init(at.window_bar(i));
+    if (at.warp == 0) {
+        barrier_init(at.sums_bar());
+        barrier_expect(at.sums_bar(), at.owned() * WARPS * (CL - 1) * 512);
+        barrier_init(at.norms_bar());
+        barrier_init(at.queries_bar());
+        barrier_expect(at.queries_bar(), (MT - at.owned()) * 1024);
+        barrier_init(at.out_bar());
+        barrier_expect(at.out_bar(), CL * ((32 - at.rank + CL - 1) / CL * 512 + 256));
+    }
+    barriers_ready();
+}
+
+// A warp's 16 rows of the head's W, of this block's groups of inputs, on their way to shared memory.
+struct Weight {
+    const u8* global;
+    u32 shared;
+    int groups;
+    u64 policy;
+
+    __device__ __forceinline__ void fetch(const Place& at, int i) const {
+        const int first = i * FETCHED, count = min(FETCHED, groups - first);
+        if (at.lane != 0 || count <= 0) return;
+        barrier_expect(at.w_bar(i), count * TILE);
+        copy_bytes(shared + i % WAITING * W_STAGE, global + first * TILE, count * TILE, at.w_bar(i), policy);
+    }
+};
+
+// acc = W x^T over this block's inputs.
+__device__ __forceinline__ void multiply_block(const Place& at, const Weight& weight, float (&acc)[1][XT][4]) {
+    Half halves[2];
+    for (int i = 0; i * FETCHED < weight.groups; ++i) {
+        barrier_wait(at.w_bar(i), i / WAITING % 2);
+        const u32 w = weight.shared + i % WAITING * W_STAGE;
+        for (int group = i * FETCHED; group < min((i + 1) * FETCHED, weight.groups); ++group) {
+            barrier_wait(at.x_bar(group), 0);
+            multiply_group(acc, halves, w + (group - i * FETCHED) * TILE, at.base + group * XTILE, at.lane, group > 0);
         }
-        barriers_ready();
+        __syncwarp();  // every lane has read the stage
+        weight.fetch(at, i + WAITING);
+        __syncwarp();
     }
-    __syncwarp();
-
-    // 1. Projection.
-    const u32 w_shared = base + W_AT + warp * WAITING * W_STAGE;
-    const long long w_tile = (wg * window.heads + head) * 4 + warp % 4;
-    const u8* const w_global = weight + (w_tile * groups + block_lo) * TILE;
-    const u64 once = cache_policy(true);
-    const auto fetch_w = [&](int i) {
-        const int first = i * FETCHED, count = min(FETCHED, block_groups - first);
-        if (lane != 0 || count <= 0) return;
-        const u32 bar = w_bars + i % WAITING * 8;
-        barrier_expect(bar, count * TILE);
-        copy_bytes(w_shared + i % WAITING * W_STAGE, w_global + first * TILE, count * TILE, bar, once);
-    };
-    for (int i = 0; i < WAITING; ++i) fetch_w(i);
-    cluster_arrive();  // a block may only write to blocks whose barriers are ready
-    if (lane == 0) {
-        if (PDL) previous_is_over();
-        for (int i = warp; i < block_groups; i += WARPS) {
-            barrier_expect(x_bars + i * 8, XTILE);
-            copy_x(base + i * XTILE, &x_map, (block_lo + i) * 64, 0, x_bars + i * 8);
-        }
-    }
-    __syncthreads();  // the barriers of x are ready
-
-    float acc[1][XT][4];
-    {
-        Half halves[2];
-        for (int i = 0; i * FETCHED < block_groups; ++i) {
-            barrier_wait(w_bars + i % WAITING * 8, i / WAITING % 2);
-            const u32 w = w_shared + i % WAITING * W_STAGE;
-            for (int group = i * FETCHED; group < min((i + 1) * FETCHED, block_groups); ++group) {
-                barrier_wait(x_bars + group * 8, 0);
-                multiply_group(acc, halves, w + (group - i * FETCHED) * TILE, base + group * XTILE, lane, group > 0);
-            }
-            __syncwarp();  // every lane has read the stage
-            fetch_w(i + WAITING);
-            __syncwarp();
-        }
-        products_wait<0>();
-    }
+    products_wait<0>();
 #pragma unroll
     for (int m = 0; m < XT; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             keep(acc[0][m][i]);
-            if (block_groups == 0) acc[0][m][i] = 0.0f;
+            if (weight.groups == 0) acc[0][m][i] = 0.0f;
         }
+}
+
+// 1. The head's projection: partial sums to the blocks that own the tokens.
+__device__ __forceinline__ void project(const Place& at, const TensorMap* x_map, const u8* weight, int heads, int groups) {
+    const int lo = groups * at.rank / CL, count = groups * (at.rank + 1) / CL - lo;
+    const long long tile = (at.wg * heads + at.head) * 4 + at.warp % 4;
+    const Weight w{weight + (tile * groups + lo) * TILE, at.base + W_AT + at.warp * WAITING * W_STAGE, count, cache_policy(true)};
+    for (int i = 0; i < WAITING; ++i) w.fetch(at, i);
+    cluster_arrive();  // a block may only write to blocks whose barriers are ready
+    if (at.lane == 0) {
+        if (PDL) previous_is_over();
+        for (int i = at.warp; i < count; i += WARPS) {
+            barrier_expect(at.x_bar(i), XTILE);
+            copy_x(at.base + i * XTILE, x_map, (lo + i) * 64, 0, at.x_bar(i));
+        }
+    }
+    __syncthreads();  // the barriers of x are ready
+    float acc[1][XT][4];
+    multiply_block(at, w, acc);
     if constexpr (NORM) {
-        barrier_wait(norms_bar, 0);
-        normalise(acc, base + ROWS_AT, lane);
+        barrier_wait(at.norms_bar(), 0);
+        normalise(acc, at.base + ROWS_AT, at.lane);
     }
     cluster_wait();
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-        const u32 to = partial + ((rank * OWN_M + m / CL) * WARPS + warp) * 512 + lane * 16;
-        if (m % CL == rank) {
+        const u32 to = at.partial() + ((at.rank * OWN_M + m / CL) * WARPS + at.warp) * 512 + at.lane * 16;
+        if (m % CL == at.rank) {
             store16(to, acc[0][m]);
         } else {
-            store16_in(address_in(to, m % CL), acc[0][m], address_in(sums_bar, m % CL));
+            store16_in(address_in(to, m % CL), acc[0][m], address_in(at.sums_bar(), m % CL));
         }
     }
     group_sync(1, WARPS * 32);  // nobody here reads operands any more, and this block's sums are there
+}
 
-    // The window, on its way while the tokens' owners are at work.
-    const Share share(window, wg * CL + rank);
-    const int stages = share.stages();
-    const auto fetch = [&](int i) {
-        if (warp % 4 != 0 || lane != 0 || i >= stages) return;
-        const u32 stage = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, bar = window_bars + i % STAGES * 8;
+// 2. Tokens this block owns: two warps for a tile's queries, keys or values. Queries go to all blocks.
+__device__ __forceinline__ void finish_tokens(const Place& at, const Window& window, const u16* bias, float output_scale) {
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int item = at.warp / 2; item < 3 * OWN_M; item += WARPS / 2) {
+        const int mine = item / 3, part = item % 3, m = mine * CL + at.rank;
+        const u32 from = at.partial() + (mine * WARPS + part * 4) * 512;
+        const u32 rows = at.base + (part == 0 ? Q_AT + m * 1024 : (part == 1 ? OWN_K_AT : OWN_V_AT) + mine * 1024);
+        if (m < MT) {
+            Bias biases[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) biases[r].load(bias, (part * window.heads + at.head) * 4 + r, 1 << 30, at.lane);
+            if (at.warp % 2) {
+                own_rows<1>(window, biases, from, rows, part < 2, m * 8, output_scale, at.sums_bar(), at.lane);
+            } else {
+                own_rows<0>(window, biases, from, rows, part < 2, m * 8, output_scale, at.sums_bar(), at.lane);
+            }
+        } else if (part > 0) {  // keys that are none
+            for (int i = at.lane; i < 64; i += 32) store16(rows + i * 16, zeros);
+        }
+        copies_see_stores();
+    }
+    if (OWN_M % 2 && at.warp == WARPS - 1) {  // nor are these
+        for (int i = at.lane; i < 128; i += 32)
+            store16(at.base + (i < 64 ? OWN_K_AT : OWN_V_AT) + OWN_M * 1024 + i % 64 * 16, zeros);
+        copies_see_stores();
+    }
+    group_sync(1, WARPS * 32);  // all partial sums are read, all rows are written
+}
+
+__device__ __forceinline__ void send_queries(const Place& at) {
+    const int m = at.warp * CL + at.rank;
+    if (at.warp >= OWN_M || at.lane >= CL || at.lane == at.rank || m >= MT) return;
+    const u32 rows = at.base + Q_AT + m * 1024;
+    send_bytes(address_in(rows, at.lane), rows, 1024, address_in(at.queries_bar(), at.lane));
+}
+
+// A warpgroup's share of the window, on its way to shared memory a stage at a time.
+struct Stages {
+    const Window& window;
+    const TensorMap* k_map;
+    const TensorMap* v_map;
+    Share share;
+
+    __device__ __forceinline__ void fetch(const Place& at, int i) const {
+        if (at.warp % 4 != 0 || at.lane != 0 || i >= share.stages()) return;
+        const u32 stage = at.stage(i), bar = at.window_bar(i);
         const u64 policy = cache_policy(false);
         barrier_expect(bar, (K_BYTES + V_BYTES + K_SCALES + V_SCALES) / 4 * share.pieces(i));
 #pragma unroll 1
         for (int piece = 0; piece < share.pieces(i); ++piece) {
-            const int row = share.row(head, i, piece);
+            const int row = share.row(at.head, i, piece);
             const u32 scales = stage + K_BYTES + V_BYTES + piece * 32;
-            fetch_rows<K_BITS>(stage + piece * (K_BYTES / 4), scales, window.k, &k_map, row, bar, policy);
-            fetch_rows<V_BITS>(stage + K_BYTES + piece * (V_BYTES / 4), scales + K_SCALES, window.v, &v_map, row, bar, policy);
+            fetch_rows<K_BITS>(stage + piece * (K_BYTES / 4), scales, window.k, k_map, row, bar, policy);
+            fetch_rows<V_BITS>(stage + K_BYTES + piece * (V_BYTES / 4), scales + K_SCALES, window.v, v_map, row, bar, policy);
         }
-    };
-    fetch(0);  // others in the way of partial sums would be late themselves
+    }
+};
 
-    // 2. The tokens this block owns: two warps for a tile's queries, keys or values.
-    for (int item = warp / 2; item < 3 * OWN_M; item += WARPS / 2) {
-        const int mine = item / 3, part = item % 3, m = mine * CL + rank;
-        const u32 from = partial + (mine * WARPS + part * 4) * 512;
-        const u32 rows = part == 0 ? base + Q_AT + m * 1024 : base + (part == 1 ? OWN_K_AT : OWN_V_AT) + mine * 1024;
-        if (m < MT) {
-            Bias biases[4];
-#pragma unroll
-            for (int r = 0; r < 4; ++r) biases[r].load(bias, (part * window.heads + head) * 4 + r, 1 << 30, lane);
-            if (warp % 2) {
-                own_rows<1>(window, biases, from, rows, part < 2, m * 8, output_scale, sums_bar, lane);
-            } else {
-                own_rows<0>(window, biases, from, rows, part < 2, m * 8, output_scale, sums_bar, lane);
-            }
-        } else if (part > 0) {  // keys that are none
-            const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            for (int i = lane; i < 64; i += 32) store16(rows + i * 16, zeros);
-        }
-        copies_see_stores();
-    }
-    if (OWN_M % 2 && warp == WARPS - 1) {  // nor are these
-        const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int i = lane; i < 128; i += 32)
-            store16(base + (i < 64 ? OWN_K_AT : OWN_V_AT) + OWN_M * 1024 + i % 64 * 16, zeros);
-        copies_see_stores();
-    }
-    group_sync(1, WARPS * 32);  // all partial sums are read, all rows are written
-    for (int i = 1; i < STAGES; ++i) fetch(i);
-    if (warp < OWN_M && lane < CL && lane != rank && warp * CL + rank < MT) {
-        const u32 rows = base + Q_AT + (warp * CL + rank) * 1024;
-        send_bytes(address_in(rows, lane), rows, 1024, address_in(q_bar, lane));
-    }
-    barrier_wait(q_bar, 0);
-
-    // 3. Attention.
+// 3. What a warpgroup has of the window, and the third one of its block's own keys and values.
+__device__ __forceinline__ void attend_to(const Place& at, const Stages& stages, Attended& attended) {
+    const Window& window = stages.window;
     u32 queries[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i)
-        queries[i / 4][i % 4] = load4(place_in_rows(base + Q_AT, warp % 4 * 16 + lane / 4 + i % 2 * 8,
-                                                    i / 4 * 32 + i % 4 / 2 * 16 + lane % 4 * 4));
-    Attended attended;
+        queries[i / 4][i % 4] = load4(place_in_rows(at.base + Q_AT, at.warp % 4 * 16 + at.lane / 4 + i % 2 * 8,
+                                                    i / 4 * 32 + i % 4 / 2 * 16 + at.lane % 4 * 4));
     attended.totals[0] = attended.totals[1] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) attended.sums[i / 4][i % 4] = 0.0f;
-    if (wg == 2) attended.add<OWN_KEYS>(queries, base + OWN_K_AT, base + OWN_V_AT, owned_m * 8, window.scale, lane);
-    for (int i = 0; i < stages; ++i) {
-        const u32 stage = base + STAGES_AT + (wg * STAGES + i % STAGES) * STAGE, decoded = base + DECODED_AT + wg * DECODED;
+    if (at.wg == 2)
+        attended.add<OWN_KEYS>(queries, at.base + OWN_K_AT, at.base + OWN_V_AT, at.owned() * 8, window.scale, at.lane);
+    for (int i = 0; i < stages.share.stages(); ++i) {
+        const u32 stage = at.stage(i), decoded = at.base + DECODED_AT + at.wg * DECODED;
         const u32 scales = stage + K_BYTES + V_BYTES;
-        const int pieces = share.pieces(i);
+        const int pieces = stages.share.pieces(i), thread = threadIdx.x % 128;
         u32 keys = stage, values = stage + K_BYTES;
-        barrier_wait(window_bars + i % STAGES * 8, i / STAGES % 2);
+        barrier_wait(at.window_bar(i), i / STAGES % 2);
         if constexpr (K_BITS < 16) {
             keys = decoded;
-            decode_rows<K_BITS, K_MANTISSA>(stage, scales, keys, pieces * 16, threadIdx.x % 128);
+            decode_rows<K_BITS, K_MANTISSA>(stage, scales, keys, pieces * 16, thread);
         }
         if constexpr (V_BITS < 16) {
             values = decoded + (K_BITS < 16 ? FRAME : 0);
-            decode_rows<V_BITS, V_MANTISSA>(stage + K_BYTES, scales + K_SCALES, values, pieces * 16, threadIdx.x % 128);
+            decode_rows<V_BITS, V_MANTISSA>(stage + K_BYTES, scales + K_SCALES, values, pieces * 16, thread);
         }
         if constexpr (DECODED > 0) {
             copies_see_stores();
-            group_sync(2 + wg, 128);
+            group_sync(2 + at.wg, 128);
         }
         if (pieces == 4) {
-            attended.add<64>(queries, keys, values, 64, window.scale, lane);
+            attended.add<64>(queries, keys, values, 64, window.scale, at.lane);
         } else {
-            attended.add_some(queries, keys, values, pieces, window.scale, lane);
+            attended.add_some(queries, keys, values, pieces, window.scale, at.lane);
         }
-        group_sync(2 + wg, 128);  // all have read the stage
-        fetch(i + STAGES);
+        group_sync(2 + at.wg, 128);  // all have read the stage
+        stages.fetch(at, i + STAGES);
     }
+}
 
-    // 4. Sums: of a block, where its share of the window was, then of the cluster.
-    const u32 here = base + STAGES_AT + wg * STAGES * STAGE;
+// 4. A block's sums, added up where its share of the window was, to the blocks that own the outputs.
+__device__ __forceinline__ void send_sums(const Place& at, const Attended& attended) {
+    const u32 sums = at.base + STAGES_AT, here = sums + at.wg * STAGES * STAGE;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) store16(here + (warp % 4 * 8 + n) * 512 + lane * 16, attended.sums[n]);
+    for (int n = 0; n < 8; ++n) store16(here + (at.warp % 4 * 8 + n) * 512 + at.lane * 16, attended.sums[n]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         float total = attended.totals[i];
-        total += of_lanes(total, lane, 1);
-        total += of_lanes(total, lane, 2);
-        if (lane % 4 == 0) store4(here + 2 * FRAME + (warp % 4 * 16 + i * 8 + lane / 4) * 4, total);
+        total += of_lanes(total, at.lane, 1);
+        total += of_lanes(total, at.lane, 2);
+        if (at.lane % 4 == 0) store4(here + 2 * FRAME + (at.warp % 4 * 16 + i * 8 + at.lane / 4) * 4, total);
     }
     group_sync(1, WARPS * 32);
-    for (int unit = warp; unit < 32; unit += WARPS) {
+    for (int unit = at.warp; unit < 32; unit += WARPS) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < 3; ++i) add_to(sum, load16(base + STAGES_AT + i * STAGES * STAGE + unit * 512 + lane * 16));
+        for (int i = 0; i < 3; ++i) add_to(sum, load16(sums + i * STAGES * STAGE + unit * 512 + at.lane * 16));
         const int owner = unit % CL;
-        store16_in(address_in(partial + (rank * OWNED + unit / CL) * 512 + lane * 16, owner), sum, address_in(out_bar, owner));
+        const u32 to = at.partial() + (at.rank * OWNED + unit / CL) * 512 + at.lane * 16;
+        store16_in(address_in(to, owner), sum, address_in(at.out_bar(), owner));
     }
-    if (warp >= WARPS - 2) {
-        const int query = (warp - (WARPS - 2)) * 32 + lane;
+    if (at.warp >= WARPS - 2) {
+        const int query = (at.warp - (WARPS - 2)) * 32 + at.lane;
         float total = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 3; ++i)
-            total += __uint_as_float(load4(base + STAGES_AT + i * STAGES * STAGE + 2 * FRAME + query * 4));
+        for (int i = 0; i < 3; ++i) total += __uint_as_float(load4(sums + i * STAGES * STAGE + 2 * FRAME + query * 4));
+        const u32 to = at.base + TOTALS_AT + at.rank * 256 + query * 4;
         for (int owner = 0; owner < CL; ++owner)
-            store4_in(address_in(base + TOTALS_AT + rank * 256 + query * 4, owner), total, address_in(out_bar, owner));
+            store4_in(address_in(to, owner), total, address_in(at.out_bar(), owner));
     }
-    if (K_STORE && warp < OWN_M && warp * CL + rank < MT)
-        store_rows<K_BITS, K_MANTISSA, K_THRESHOLD>(window.k, base + OWN_K_AT + warp * 1024,
-                                                    (head * window.frames + share.slot) * 64 + (warp * CL + rank) * 8, lane);
-    if (V_STORE && warp >= 4 && warp < 4 + OWN_M && (warp - 4) * CL + rank < MT)
-        store_rows<V_BITS, V_MANTISSA, V_THRESHOLD>(
-            window.v, base + OWN_V_AT + (warp - 4) * 1024,
-            (head * window.frames + share.slot) * 64 + ((warp - 4) * CL + rank) * 8, lane);
-    barrier_wait(out_bar, 0);
-    for (int owned = warp; owned < OWNED; owned += WARPS) {
-        const int unit = owned * CL + rank;
+}
+
+// This block's own keys and values to this frame's slot of their rings.
+__device__ __forceinline__ void store_own(const Place& at, const Window& window, int slot) {
+    const int first = (at.head * window.frames + slot) * 64;
+    if (K_STORE && at.warp < OWN_M && at.warp * CL + at.rank < MT)
+        store_rows<K_BITS, K_MANTISSA, K_THRESHOLD>(window.k, at.base + OWN_K_AT + at.warp * 1024,
+                                                    first + (at.warp * CL + at.rank) * 8, at.lane);
+    const int mine = at.warp - 4;
+    if (V_STORE && mine >= 0 && mine < OWN_M && mine * CL + at.rank < MT)
+        store_rows<V_BITS, V_MANTISSA, V_THRESHOLD>(window.v, at.base + OWN_V_AT + mine * 1024,
+                                                    first + (mine * CL + at.rank) * 8, at.lane);
+}
+
+// The outputs this block owns.
+__device__ __forceinline__ void finish(const Place& at, u16* out, int heads) {
+    for (int owned = at.warp; owned < OWNED; owned += WARPS) {
+        const int unit = owned * CL + at.rank;
         if (unit >= 32) break;
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total[2] = {0.0f, 0.0f};
-        const int query = unit / 8 * 16 + lane / 4;
+        const int query = unit / 8 * 16 + at.lane / 4;
 #pragma unroll
         for (int slot = 0; slot < CL; ++slot) {
-            add_to(sum, load16(partial + (slot * OWNED + owned) * 512 + lane * 16));
-            total[0] += __uint_as_float(load4(base + TOTALS_AT + slot * 256 + query * 4));
-            total[1] += __uint_as_float(load4(base + TOTALS_AT + slot * 256 + (query + 8) * 4));
+            add_to(sum, load16(at.partial() + (slot * OWNED + owned) * 512 + at.lane * 16));
+            total[0] += __uint_as_float(load4(at.base + TOTALS_AT + slot * 256 + query * 4));
+            total[1] += __uint_as_float(load4(at.base + TOTALS_AT + slot * 256 + (query + 8) * 4));
         }
-        u16* const to = out + static_cast<long long>(query) * window.heads * 64 + head * 64 + unit % 8 * 8 + lane % 4 * 2;
+        u16* const to = out + static_cast<long long>(query) * heads * 64 + at.head * 64 + unit % 8 * 8 + at.lane % 4 * 2;
         *reinterpret_cast<u32*>(to) = to_bf16(sum[0] / total[0], sum[1] / total[0]);
-        *reinterpret_cast<u32*>(to + static_cast<long long>(window.heads) * 512) = to_bf16(sum[2] / total[1], sum[3] / total[1]);
+        *reinterpret_cast<u32*>(to + static_cast<long long>(heads) * 512) = to_bf16(sum[2] / total[1], sum[3] / total[1]);
     }
+}
+
+KERNEL(THREADS, CL, 1)
+mx_attend(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap k_map,
+          const __grid_constant__ TensorMap v_map, const u8* __restrict__ weight, const u16* __restrict__ bias,
+          u16* __restrict__ out, int groups, float output_scale, const Squares squares, const Window window) {
+    const int warp = same_in_warp(threadIdx.x / 32);
+    const Place at{shared_memory(), static_cast<int>(threadIdx.x % 32), warp, warp / 4, static_cast<int>(blockIdx.x % CL),
+                   static_cast<int>(blockIdx.x / CL)};
+    if (PDL) next_may_begin();
+    if (warp == WARPS) {
+        help(squares, at.base + ROWS_AT, at.norms_bar(), at.lane);
+        return;
+    }
+    if (at.lane == 0) {
+        if (warp == 0) prefetch_map(&x_map);
+        make_barriers(at);
+    }
+    __syncwarp();
+    project(at, &x_map, weight, window.heads, groups);
+
+    const Stages stages{window, &k_map, &v_map, Share(window, at.wg * CL + at.rank)};
+    stages.fetch(at, 0);  // others in the way of partial sums would be late themselves
+    finish_tokens(at, window, bias, output_scale);
+    for (int i = 1; i < STAGES; ++i) stages.fetch(at, i);
+    send_queries(at);
+    barrier_wait(at.queries_bar(), 0);
+
+    Attended attended;
+    attend_to(at, stages, attended);
+    send_sums(at, attended);
+    store_own(at, window, stages.share.slot);
+    barrier_wait(at.out_bar(), 0);
+    finish(at, out, window.heads);
 }
