@@ -81,6 +81,11 @@ def tune_layer() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=100.0, help="of each number of bits; then only what is begun")
     parser.add_argument("--kv", default="bf16", choices=("bf16", "mx"), help="what the rings hold")
     parser.add_argument("--json", type=output, help="where to write every figure")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="search nothing; time layers whose attention is one launch with its projection, and two",
+    )
     return parser
 
 

@@ -3,6 +3,7 @@
 
     python scripts/tune_layer.py                                # dit_v4, 8, 4 and 16 bits
     python scripts/tune_layer.py --model dit_v4_5b --bits 8 4
+    python scripts/tune_layer.py --compare                      # projection and attention in one launch, and in two
 
 A Linear by itself (``microbench.py --tune``) does not show what counts in a frame: kernels are launched while those in
 front of them still run (``harness.kernels.launch``), and one that leaves room on a multiprocessor has its weights there
@@ -42,8 +43,7 @@ from harness.models.gamerft import BlockModulation, GameRFTCore
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
-from harness.rollout.attention import frame_attention, joined
-from harness.rollout.conf import AttentionKind
+from harness.rollout.attention import FusedAttention, joined
 from harness.rollout.linears import ROLES, pack
 from harness.rollout.norms import enter_stream
 from harness.rollout.steps import streams, through_layer_fused, through_layer_streamed
@@ -67,7 +67,7 @@ class Layers:
             shape = (batch, arch.n_heads, frames * arch.tokens_per_frame, arch.head_dim)
             cache.load(layer, *(torch.randn(shape, device=device).bfloat16() for _ in range(2)))
         cache.advance()
-        self.attend = frame_attention(cache, AttentionKind.fused, store=False)
+        self.attend = FusedAttention(cache, store=False)
         name, dim = FORMAT_OF_BITS[bits], arch.d_model
         if name is None:
             pack(core)
@@ -199,6 +199,18 @@ class Tuner:
         return None if error < 0.02 else f"the layers are {error:.3f} from what they were"
 
 
+def compare(name: str, layers: Layers) -> dict[str, list[float]]:
+    """µs of a layer in which projection and attention are one launch, and in which they are two, in turns."""
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(ROUNDS):
+        for join, found in times.items():
+            layers.attend.join = join
+            found.append(layers.time())
+    one, two = (", ".join(f"{us:.2f}" for us in found) for found in times.values())
+    print(f"{name}, µs a layer: projection and attention in one launch {one}; in two {two}", flush=True)
+    return {"one launch": times[True], "two launches": times[False]}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments; ends with exit code 2 without a GPU."""
     parser = arguments.tune_layer()
@@ -225,6 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.device("cuda"):
             core = GameRFTCore(replace(arch, n_layers=args.layers)).requires_grad_(False).bfloat16()
         layers = Layers(core, window, bits, args.batch, KVStorage(args.kv))
+        if args.compare:
+            found.append({"bits": bits, **compare(f"{args.model}, {bits} bits", layers)})
+            continue
         print(f"{args.model}, {bits} bits: {layers.time():.2f} µs a layer at first", flush=True)
         tuner = Tuner(layers, args.most, start + args.seconds)
         best = tuner.tune()

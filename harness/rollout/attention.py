@@ -142,6 +142,8 @@ class FusedAttention:
         self.config = [] if config is None else config.as_ints()
         self._views = [{name: fused.ring_view(ring) for name, ring in rings.items()} for rings in cache.rings]
         self.meeting = meeting_of(cache, config) if meeting is None else meeting
+        self.join = True
+        """Whether attention may be one launch with its projection; False to measure what that gains."""
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """See :class:`~harness.models.attention.ProjectedAttend`."""
@@ -166,7 +168,7 @@ class FusedAttention:
 
         One launch where there is a kernel for it (:func:`joined`), two elsewhere.
         """
-        shape = joined(self.cache, layer, qkv, self.store)
+        shape = joined(self.cache, layer, qkv, self.store) if self.join else None
         if shape is None:
             return self.projected(layer, qkv.normed(stream, RMS_EPS)[None], rotary)[0]
         views = self._views[layer]

@@ -1,5 +1,8 @@
 """What needs no GPU: that it says so, and what it would time."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -41,6 +44,28 @@ def test_layers_have_every_linear_in_the_kernels_form_and_full_rings(bits):
         assert [linear.shape(16).bits for linear in found] == [bits] * 3
     assert all(block.mlp.fc1.silu for block in layers.blocks)
     assert layers.x.shape == (1, 16, 64)
+
+
+def test_both_ways_of_attention_take_turns(capsys):
+    attend, order = SimpleNamespace(join=None), []
+
+    def time():
+        order.append(attend.join)
+        return 30.0 if attend.join else 40.0
+
+    figures = tune_layer.compare("a model", SimpleNamespace(attend=attend, time=time))
+    assert order == [True, False] * tune_layer.ROUNDS
+    assert figures == {"one launch": [30.0] * 3, "two launches": [40.0] * 3}
+    assert "in one launch 30.00, 30.00, 30.00; in two 40.00" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_it_compares_one_launch_with_two(tmp_path):
+    out = tmp_path / "compared.json"
+    assert tune_layer.main(["--bits", "4", "--layers", "2", "--kv", "mx", "--compare", "--json", str(out)]) == 0
+    (figures,) = json.loads(out.read_text())
+    assert all(us > 0 for way in ("one launch", "two launches") for us in figures[way])
 
 
 @pytest.mark.gpu
