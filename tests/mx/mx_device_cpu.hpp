@@ -239,7 +239,7 @@ inline uint4 load16(u32 address) {
     return v;
 }
 inline void store2(u32 address, u32 v) { std::memcpy(at(*now->block, address, 2, 2), &v, 2); }
-inline void store16(u32 address, const u32 (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
+inline void put16(u32 address, uint4 v) { std::memcpy(at(*now->block, address, 16, 16), &v, 16); }
 inline void store4(u32 address, float v) { std::memcpy(at(*now->block, address, 4, 4), &v, 4); }
 template <typename T>
 inline u32 read_fresh(const T* from) {

@@ -30,7 +30,6 @@ inline void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
 }
 inline u64 planes_at(u32 address, u32 bytes) { return 1ull << 63 | static_cast<u64>(bytes) << 32 | address; }
 inline u64 planes_after(u64 planes, u32 bytes) { return planes + bytes; }
-inline void written_for_products() {}
 
 struct Asked {
     u32 to;
@@ -55,7 +54,6 @@ inline uint4 fetch16(const void* from) {
     std::memcpy(&v, from, 16);
     return v;
 }
-inline void put16(u32 address, uint4 v) { std::memcpy(at(*now->block, address, 16, 16), &v, 16); }
 inline void put4(u32 address, u32 v) { std::memcpy(at(*now->block, address, 4, 4), &v, 4); }
 inline void write16(void* to, uint4 v) {
     CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");

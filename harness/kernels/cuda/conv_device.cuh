@@ -32,11 +32,6 @@ __device__ __forceinline__ u64 planes_at(u32 address, u32 bytes) {
 
 __device__ __forceinline__ u64 planes_after(u64 planes, u32 bytes) { return planes + bytes / 16; }
 
-// What this thread wrote to shared memory is seen by products (wgmma) of those it meets afterwards.
-__device__ __forceinline__ void written_for_products() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // c += A * B: A 16 by 16, B 16 by 8, BF16, fragments of m16n8k16.
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -66,11 +61,6 @@ __device__ __forceinline__ u32 fetch4(const void* from) {
     u32 v;
     asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(from));
     return v;
-}
-
-__device__ __forceinline__ void put16(u32 address, uint4 v) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
 }
 
 __device__ __forceinline__ void put4(u32 address, u32 v) {

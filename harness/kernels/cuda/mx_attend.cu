@@ -157,7 +157,7 @@ __device__ __forceinline__ void decode_rows(u32 from, u32 scales, u32 to, int ro
                 }
                 out[j] = multiply(multiply(placed<BITS_, MANTISSA>(pair), UNBIASED), scale);
             }
-            store16(place_in_rows(to, row, half * 64 + (piece * (16 / BITS_) + i) * 16), out);
+            put16(place_in_rows(to, row, half * 64 + (piece * (16 / BITS_) + i) * 16), uint4{out[0], out[1], out[2], out[3]});
         }
     }
 }

@@ -41,10 +41,15 @@ __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
+// What this thread has written to shared memory is seen by copies and tensor cores that begin after a meeting.
+__device__ __forceinline__ void copies_see_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // What this thread did to barriers is seen by copies and by the cluster.
 __device__ __forceinline__ void barriers_ready() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    copies_see_stores();
 }
 
 // The same, and the bytes of copies it waits for beside it.
@@ -105,8 +110,8 @@ __device__ __forceinline__ void store2(u32 address, u32 v) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(v)) : "memory");
 }
 
-__device__ __forceinline__ void store16(u32 address, const u32 (&v)[4]) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+__device__ __forceinline__ void put16(u32 address, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 
@@ -251,11 +256,6 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[8][4], const u32 (
 // `threads` of a block meet, of those that name `group`, 1 to 15.
 __device__ __forceinline__ void group_sync(int group, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory");
-}
-
-// What this thread has written to shared memory is seen by copies and tensor cores that begin after a meeting.
-__device__ __forceinline__ void copies_see_stores() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // The blocks of a cluster meet; what they wrote need not be seen (making sure of that takes as long as memory does).

@@ -12,10 +12,10 @@
 // Shared memory holds pixels in planes of 8 channels: 16 bytes a pixel, one after the other, so that any pixel may be
 // the first of a product, and rows of 8 pixels meet no bank twice.
 //
-// Compile-time parameters beside those of conv_tile.cuh, of which TH is 8, or 4 where channels are many: C channels; CI channels of the shortcut's
-// picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of the result; NEXT how many
-// channels of a 1 by 1 convolution of the result are written, too; RGB whether the result is not written, but what a 3 by
-// 3 convolution to at most four colours adds up, for conv_rgb.cu.
+// Compile-time parameters beside those of conv_tile.cuh, of which TH is 8, or 4 where channels are many: C channels; CI
+// channels of the shortcut's picture; DOUBLE whether x is to be doubled, or is given; SHORTCUT whether there is one; SILU of
+// the result; NEXT how many channels of a 1 by 1 convolution of the result are written, too; RGB whether the result is not
+// written, but what a 3 by 3 convolution to at most four colours adds up, for conv_rgb.cu.
 
 static_assert(TH == 8 || TH == 4, "a product's columns are the halo of 8 rows, or of 4");
 constexpr int GROUPS = 2 * C / 16, PASSES = GROUPS / WARPS, WARPGROUPS = WARPS / 4;
@@ -398,16 +398,16 @@ __device__ __forceinline__ void one_by_one(const Stage& stage, Weights& w) {
             load_halo<C>(x, 16, X_PLANE, stage.input + stage.before(number, 1) * C, stage.tile(number));
         }
         copies_wait();
-        if (!DOUBLE) written_for_products();
+        if (!DOUBLE) copies_see_stores();
         __syncthreads();
         if (!KEEPS) fetch_widening(w, stage.weights, warp);
         if (DOUBLE) {
             stage.double_to(x);
-            written_for_products();
+            copies_see_stores();
             __syncthreads();  // x is there; hidden channels may lie where what was doubled did
         }
         stage.widen_and_convolve(w, x, number);
-        written_for_products();
+        copies_see_stores();
         __syncthreads();  // hidden channels are convolved; nobody reads x any more
         uint4 pieces[MINE][4];
         stage.ask_shortcut(pieces, number);
@@ -430,13 +430,13 @@ __device__ __forceinline__ void pipelined(const Stage& stage, Weights& w) {
     for (int number = blockIdx.x; number < stage.tiles; number += gridDim.x, turn ^= 1) {
         const u32 x = stage.shared + turn * X, other = stage.shared + (turn ^ 1) * X;
         const int next = number + gridDim.x;
-        written_for_products();
+        copies_see_stores();
         __syncthreads();  // x is there, and the result before in `other`
         stage.ask_small(next);
         if (number >= gridDim.x) stage.write_after(other, number - gridDim.x);
         stage.widen_and_convolve(w, x, number);
         copies_wait();
-        written_for_products();
+        copies_see_stores();
         __syncthreads();  // hidden channels are convolved; nobody reads x and `other` any more
         uint4 pieces[MINE][4];
         stage.ask_shortcut(pieces, number);
@@ -466,7 +466,7 @@ resblock(const u16* __restrict__ input, const u8* __restrict__ weights, const u1
         fetch_widening(w, weights, warp);
         fetch_convolution(w, weights, warp);
     }
-    if (DOUBLE) written_for_products();
+    if (DOUBLE) copies_see_stores();
     previous_is_over();
     if (DOUBLE) stage.ask_small(blockIdx.x);
     if (PIPELINED) pipelined(stage, w);
