@@ -182,8 +182,8 @@ def joined(cache: KVCache, layer: int, qkv: PackedLinear, store: bool) -> Attend
     ``store``: whether the frame's own K and V are kept; a plain ring keeps them in any case.
     """
     rings, shape = cache.rings[layer], cache.rings[layer]["k"].shape
-    sizes = shape.heads, shape.head_dim, cache.tokens, cache.batch
-    if qkv.config is not None or attend.unfit(*sizes, cache.device) is not None:
+    cluster = attend.cluster_of(shape.heads, shape.head_dim, cache.tokens, cache.batch, cache.device)
+    if qkv.config is not None or not cluster:
         return None
     key, value = (fused.ring_view(rings[name]) for name in TENSORS)
     known = all(view.per == "block" and (view.stores or not store) for view in (key, value))
@@ -197,7 +197,7 @@ def joined(cache: KVCache, layer: int, qkv: PackedLinear, store: bool) -> Attend
         k_stores=store or key.scales is None,
         v_stores=store or value.scales is None,
         mode=(value if key.scales is None else key).scale_mode or ScaleMode.rceil,
-        cluster=attend.cluster_of(shape.heads, cache.device),
+        cluster=cluster,
         dependent=launch.dependent(cache.device),
     )
     return found if found.stages() else None

@@ -15,7 +15,7 @@ extern "C" void run(const u16* x, int K, const u8* weight, const u16* bias, u16*
                     const Squares* squares, const Window* window, int seed) {
     dice.seed(seed);
     squares_ = *squares, window_ = *window;
-    x_map_ = TensorMap{x, K, 64 + NORM, XT * 8};
+    x_map_ = TensorMap{x, K, 65, XT * 8};
     const int rows = window->heads * window->frames * 64;
     k_map_ = TensorMap{reinterpret_cast<const u16*>(window->k.data), 64, rows, 16};
     v_map_ = TensorMap{reinterpret_cast<const u16*>(window->v.data), 64, rows, 16};

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from harness.formats.mx import FORMATS, MXBlocks, decode, encode
 from harness.formats.scales import ScaleMode
 from harness.kernels.cuda import packing as cuda_packing
-from harness.kernels.cuda.attend import AttendShape
+from harness.kernels.cuda.attend import AttendShape, Window
+from harness.kernels.cuda.stream import Squares
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "kernels" / "cuda"
@@ -25,24 +26,6 @@ pytestmark = [
     pytest.mark.skipif(cpp.COMPILER is None, reason="needs the compiler g++"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext, as Linux has it"),
 ]
-
-
-class Squares(ctypes.Structure):
-    """`Squares` of the kernel."""
-
-    _fields_ = (("of", ctypes.c_void_p), ("parts", ctypes.c_int), ("width", ctypes.c_float), ("eps", ctypes.c_float))
-
-
-class Window(ctypes.Structure):
-    """`Window` of the kernel."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("k", "k_scales", "v", "v_scales", "slot", "cos", "sin")),
-        ("heads", ctypes.c_int),
-        ("frames", ctypes.c_int),
-        ("scale", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    )
 
 
 def address(tensor):
@@ -97,11 +80,8 @@ class Case:
     def projected(self):
         """Queries, keys and values [H, 64, 64] as a projection rounds them, the first two normalised and rotated."""
         x, weight = self.x.double(), self.weight.double()
-        if self.shape.norm:
-            inverse = torch.rsqrt(self.squares.double().sum(1, keepdim=True) / self.shape.inputs + EPS)
-            rows = x[:64] * inverse + x[64]
-        else:
-            rows = x[:64]
+        inverse = torch.rsqrt(self.squares.double().sum(1, keepdim=True) / self.shape.inputs + EPS)
+        rows = x[:64] * inverse + x[64]
         qkv = F.linear(rows, weight, self.bias.double()).bfloat16()
         q, k, v = qkv.view(TOKENS, 3, self.heads, DIM).permute(1, 2, 0, 3)
         return rotated(q, self.cos, self.sin), rotated(k, self.cos, self.sin), v
@@ -146,7 +126,7 @@ CASES = {
     "MXFP4, both in MX": (AttendShape(256, "e2m1", "e5m2", "e2m1", True, True, ScaleMode.floor, 3), 2, 5, 0),
     "K in MX alone, stores nothing": (AttendShape(128, "e5m2", "e4m3", "plain", False, False, R, 2), 1, 9, 8),
     "more blocks than groups": (AttendShape(128, "bf16", "e2m1", "e5m2", True, True, ScaleMode.even, 8), 1, 3, 1),
-    "no norm in front, no other frame": (AttendShape(192, "bf16", "plain", "plain", True, True, R, 2, False), 1, 1, 0),
+    "no other frame": (AttendShape(192, "bf16", "plain", "plain", True, True, R, 2), 1, 1, 0),
 }
 
 
@@ -191,18 +171,19 @@ def test_threads_may_run_in_any_order(compiled):
 @pytest.mark.parametrize("mode", ScaleMode)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_values_are_stored_as_they_are_encoded_elsewhere(compiled, fmt, mode):
-    """Rows of x are unit vectors, so that values are columns of the weight, exactly."""
-    shape = AttendShape(64, "bf16", fmt, fmt, True, True, mode, 2, norm=False)
+    """Rows of x are unit vectors whose norm is 1, so that values are columns of the weight, exactly."""
+    shape = AttendShape(64, "bf16", fmt, fmt, True, True, mode, 2)
     case = Case(shape, 1, 2, 1)
     torch.manual_seed(1)
     weight = torch.randn(192, 64) * torch.exp2(torch.randint(-40, 40, (192, 64)).float() / 4)
     weight[128:160, 0], weight[160:, 1] = 0, 2.0**-130
     weight[130, 2], weight[170, 3], weight[140, 4] = torch.nan, torch.inf, 2.0**120
-    case.bias, case.x = torch.zeros(192).bfloat16(), torch.eye(64).bfloat16()
+    case.bias, case.squares = torch.zeros(192).bfloat16(), torch.full((64, 1), 64.0)
+    case.x[:64], case.x[64] = torch.eye(64).bfloat16(), 0
     case.packed = cuda_packing.CudaWeight(cuda_packing.pack_plain(weight.bfloat16()), 1.0)
     case.run(compiled(shape))
     # A product with a value that is not finite is NaN for every token.
-    values = F.linear(case.x.float(), weight[128:].bfloat16().float())
+    values = F.linear(case.x[:64].float(), weight[128:].bfloat16().float())
     want, (data, scales) = encode(values.bfloat16(), FORMATS[fmt], mode), case.rings[1]
     assert torch.equal(scales[0, 1], want.scales)
     finite = want.scales != 255
@@ -213,7 +194,7 @@ def test_values_are_stored_as_they_are_encoded_elsewhere(compiled, fmt, mode):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_stored_code_is_decoded_under_every_scale(compiled, fmt):
     """To BF16, rounded once where BF16's smallest numbers are too coarse."""
-    shape = AttendShape(64, "bf16", fmt, fmt, True, True, R, 2, norm=False)
+    shape = AttendShape(64, "bf16", fmt, fmt, True, True, R, 2)
     library, width = compiled(shape), DIM * FORMATS[fmt].bits // 8
     codes = torch.randint(0, 256, (64, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     codes[: 256 * 2 // width] = torch.arange(256, dtype=torch.uint8).repeat(2).view(-1, width)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 from harness.formats.mx import E2M1, E4M3, E5M2, FORMATS, MXBlocks, decode, encode
 from harness.kernels.cuda import packing as cuda_packing
+from harness.kernels.cuda.ops import _StreamArguments as Arguments
 from harness.kernels.cuda.shapes import CudaConfig, Role, defines, launch_grid, layout
+from harness.kernels.cuda.stream import Squares
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "harness" / "kernels" / "cuda"
@@ -39,17 +41,6 @@ def write_source(path, kernel, runner):
 
 def as_macros(parameters):
     return tuple(f"-D{name}={value}" for name, value in parameters.items())
-
-
-class Arguments(ctypes.Structure):
-    """`Stream` of the kernel."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("before", "gate", "scale", "shift", "modulated", "squares", "given")),
-        ("parts", ctypes.c_int),
-        ("width", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +210,7 @@ def test_a_product_of_a_modulated_norm(kernel, name, silu):
     bias = torch.randn(n).bfloat16()
     packed_weight, weight = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
     h, scale, shift, modulated, squares = stream_of(m, k, parts)
-    arguments = Arguments(given=squares.data_ptr(), parts=parts, width=1 / k, eps=1e-7)
+    arguments = Arguments(given=Squares(squares.data_ptr(), parts, 1 / k, 1e-7))
     role = {"role": Role.norm, "rows": m, "stream": arguments}
     got = kernel(config, modulated, packed_weight, bias, n, fmt, **role)
     weight, bias = weight.double(), bias.double()
@@ -245,7 +236,7 @@ def test_rows_of_a_norm_do_not_touch_each_other(kernel, name):
     modulated[7], squares[7] = 0, 0  # of a row of zeros the norm is the shift
 
     def run():
-        arguments = Arguments(given=squares.data_ptr(), parts=parts, width=1 / k, eps=1e-7)
+        arguments = Arguments(given=Squares(squares.data_ptr(), parts, 1 / k, 1e-7))
         return kernel(config, modulated, weight, None, n, fmt, role=Role.norm, rows=m, stream=arguments)
 
     clean = run()
@@ -268,7 +259,7 @@ def test_a_shift_that_is_not_finite_is_in_every_row(kernel):
     weight, _ = packed((torch.randn(n, k) * 0.1).bfloat16(), fmt)
     modulated, squares = stream_of(m, k, parts)[3:]
     modulated[64, 1] = torch.nan
-    arguments = Arguments(given=squares.data_ptr(), parts=parts, width=1 / k, eps=1e-7)
+    arguments = Arguments(given=Squares(squares.data_ptr(), parts, 1 / k, 1e-7))
     assert kernel(config, modulated, weight, None, n, fmt, role=Role.norm, rows=m, stream=arguments).isnan().all()
 
 

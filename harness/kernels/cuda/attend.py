@@ -19,7 +19,7 @@ from harness.kernels import rehearsal
 from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda.packing import GROUP, decoding, element_bits, groups, tile_bytes
 from harness.kernels.cuda.shapes import PLACES, SHARED_BYTES
-from harness.kernels.cuda.stream import Stream
+from harness.kernels.cuda.stream import Squares, Stream
 
 if TYPE_CHECKING:
     from harness.kernels.cuda.ops import PackedWeight
@@ -60,7 +60,6 @@ class AttendShape:
         v_stores: values likewise.
         mode: how the scale of a stored block is chosen.
         cluster: blocks of a head.
-        norm: whether a norm is part of the projection.
         dependent: whether it is launched as ``harness.kernels.launch`` describes.
     """
 
@@ -72,7 +71,6 @@ class AttendShape:
     v_stores: bool
     mode: ScaleMode
     cluster: int
-    norm: bool = True
     dependent: bool = False
 
     @property
@@ -109,7 +107,7 @@ class AttendShape:
         across = -(-8 // self.cluster)
         own_rows = -(-across * 8 // 16) * 16
         w = _WARPS * self.waiting * self.fetched * tile_bytes(element_bits(self.element))
-        operands = self.held * (8 + self.norm) * 1024 + w
+        operands = self.held * 9 * 1024 + w
         window = _FRAME + 2 * own_rows * _ROW + 3 * stages * self._stage + 3 * sum(_FRAME for b in self._bits if b < 16)
         partial = self.cluster * max(across * _WARPS * 512, -(-32 // self.cluster) * 512 + 256)
         barriers = self.held + _WARPS * self.waiting + 4 + 3 * stages
@@ -121,7 +119,7 @@ class AttendShape:
             "MT": 8,
             "RT": 1,
             "GS": 1,
-            "NORM": int(self.norm),
+            "NORM": 1,
             "CL": self.cluster,
             "GX": self.held,
             "FETCHED": self.fetched,
@@ -149,11 +147,16 @@ def _storage(name: str, fmt: str, stores: bool, mode: ScaleMode) -> dict[str, in
     }
 
 
-def cluster_of(heads: int, device: torch.device) -> int:
-    """Blocks of a head, as many as find a place at the same time; 1: more heads than the kernel is for."""
+def cluster_of(heads: int, dim: int, tokens: int, batch: int, device: torch.device) -> int:
+    """Blocks of a head, 2 to 8, as many as find a place at the same time; 0 where the kernel is not for such a layer.
+
+    It is for one clip, 64 tokens a frame, heads of 64, and of no more heads than there are places for two blocks each.
+    """
+    if (dim, tokens, batch) != (DIM, TOKENS, 1):
+        return 0
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     found = _clusters(index) if device.type == "cuda" else {size: places // size for size, places in PLACES.items()}
-    return max((size for size, clusters in found.items() if size > 1 and heads <= clusters), default=1)
+    return max((size for size, clusters in found.items() if size > 1 and heads <= clusters), default=0)
 
 
 @functools.cache
@@ -169,13 +172,7 @@ def _clusters(device: int | None) -> dict[int, int]:
         return {size: function.clusters_at_once(_THREADS, size) for size in range(1, 9)}
 
 
-class _Squares(ctypes.Structure):
-    """``Squares`` of ``mx_product.cuh``."""
-
-    _fields_ = (("of", ctypes.c_void_p), ("parts", ctypes.c_int), ("width", ctypes.c_float), ("eps", ctypes.c_float))
-
-
-class _Window(ctypes.Structure):
+class Window(ctypes.Structure):
     """``Window`` of ``mx_attend.cu``."""
 
     _fields_ = (
@@ -185,15 +182,6 @@ class _Window(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
-
-
-def unfit(heads: int, dim: int, tokens: int, batch: int, device: torch.device) -> str | None:
-    """Why the kernel cannot be a layer's attention, or None."""
-    if (dim, tokens, batch) != (DIM, TOKENS, 1):
-        return f"it is of one clip, {TOKENS} tokens a frame, heads of {DIM}; here are {batch}, {tokens} and {dim}"
-    if cluster_of(heads, device) == 1:
-        return f"{heads} heads, two blocks each, find no place at the same time"
-    return None
 
 
 def attend(
@@ -220,12 +208,11 @@ def attend(
     """
     from harness.kernels.cuda.ops import loading  # a module of operators of CUDA tensors alone
 
-    total, modulated, squares = stream
-    (k, v), device = rings, total.device
+    (k, v), device = rings, stream.total.device
     heads, frames = k.data.shape[1:3]
     out = torch.empty(TOKENS, heads * DIM, dtype=torch.bfloat16, device=device)
     pointers = (k.data, k.scales, v.data, v.scales, slot, *rotary)
-    window = _Window(
+    window = Window(
         *(None if t is None else t.data_ptr() for t in pointers),
         heads,
         frames,
@@ -234,7 +221,7 @@ def attend(
     )
     with torch.cuda.device(device), loading:
         function = _load(shape, torch.cuda.current_device())
-        x_map = nvrtc.TensorMap(modulated, TOKENS + 8, GROUP)
+        x_map = nvrtc.TensorMap(stream.modulated, TOKENS + 8, GROUP)
         maps = (nvrtc.TensorMap(r.data.view(-1, DIM), _PIECE, GROUP) if r.scales is None else x_map for r in rings)
         arguments = (
             x_map,
@@ -244,7 +231,7 @@ def attend(
             out,
             ctypes.c_int(weight.tiles.shape[1]),
             ctypes.c_float(weight.output_scale),
-            _Squares(squares.data_ptr(), squares.shape[1], 1 / shape.inputs, eps),
+            Squares.of_stream(stream, eps),
             window,
         )
         function.launch((heads * shape.cluster, 1), _THREADS, arguments, shape.dependent)

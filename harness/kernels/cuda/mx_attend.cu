@@ -19,7 +19,7 @@
 // Nothing depends on which block or warp comes first. What lies in the ring's slot of this frame has left the window and is
 // read by nobody, so the frame's own may be stored there.
 //
-// Compile-time parameters beside those of mx_decode.cuh and mx_product.cuh (MT 8, RT 1, GS 1): CL; GX groups of 64 inputs a
+// Compile-time parameters beside those of mx_decode.cuh and mx_product.cuh (MT 8, NORM, RT 1, GS 1): CL; GX groups of 64 inputs a
 // block holds; FETCHED groups of W that arrive together, WAITING such fetches a warp has on their way; K_BITS, V_BITS of what
 // the ring stores (16, 8 or 4), K_MANTISSA, V_MANTISSA of its elements (3 of E4M3, 2 of E5M2, 1 of E2M1); STAGES times 64 rows
 // of the window that a warpgroup has on their way; K_STORE, V_STORE whether the frame's own go into the ring; K_THRESHOLD,
@@ -59,7 +59,7 @@ constexpr int BARRIERS = GX + WARPS * WAITING + 4 + 3 * STAGES;
 constexpr int ROWS_AT = BARRIERS_AT + BARRIERS * 8;  // 1 / rms of each row, floats
 constexpr int END = ROWS_AT + 256;
 static_assert(STAGES * STAGE >= FRAME * 2 + 256, "a warpgroup's sums find room where its share of the window was");
-static_assert(CL > 1 && CL <= 8 && MT == 8 && RT == 1 && GS == 1, "a head's blocks meet in a cluster");
+static_assert(CL > 1 && CL <= 8 && MT == 8 && NORM && RT == 1 && GS == 1, "a head's blocks meet in a cluster");
 
 // Keys or values as a ring stores them, [heads][frames][64][64], and their scales, [heads][frames][64][2].
 struct Ring {
@@ -376,11 +376,9 @@ __device__ __forceinline__ void help(const Squares& squares, u32 rows, u32 norms
     cluster_arrive();
     __syncthreads();
     if (PDL) previous_is_over();
-    if constexpr (NORM) {
-        norms(squares, rows, 64, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(norms_bar);
-    }
+    norms(squares, rows, 64, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(norms_bar);
     cluster_wait();
 }
 
@@ -503,10 +501,8 @@ __device__ __forceinline__ void project(const Place& at, const TensorMap* x_map,
     __syncthreads();  // the barriers of x are ready
     float acc[1][XT][4];
     multiply_block(at, w, acc);
-    if constexpr (NORM) {
-        barrier_wait(at.norms_bar(), 0);
-        normalise(acc, at.base + ROWS_AT, at.lane);
-    }
+    barrier_wait(at.norms_bar(), 0);
+    normalise(acc, at.base + ROWS_AT, at.lane);
     cluster_wait();
 #pragma unroll
     for (int m = 0; m < MT; ++m) {

@@ -21,7 +21,7 @@ from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda import shapes as cuda_config
 from harness.kernels.cuda.packing import GROUP
 from harness.kernels.cuda.shapes import NORM_TILES, CudaConfig, CudaShape, Role, choose, launch_grid
-from harness.kernels.cuda.stream import Modulating, Stream
+from harness.kernels.cuda.stream import Modulating, Squares, Stream
 from harness.kernels.tuned import gpu_name
 
 _UNPACK_WARPS = 8
@@ -80,10 +80,8 @@ class _StreamArguments(ctypes.Structure):
     """``Stream`` of ``mx_linear.cu``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("before", "gate", "scale", "shift", "modulated", "squares", "given")),
-        ("parts", ctypes.c_int),
-        ("width", ctypes.c_float),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("before", "gate", "scale", "shift", "modulated", "squares")),
+        ("given", Squares),
     )
 
 
@@ -122,12 +120,12 @@ def normed_product(
 
     The norm's ``eps`` is added to the mean of squares. Raises as ``mx_linear_now``.
     """
-    total, modulated, squares = stream
+    total, modulated, _ = stream
     (m, k), element = total.shape, weight.element
     product = CudaShape(m, out_features, k, cuda_packing.element_bits(element))
     shape = config or choose(product, gpu_name(total.device), Role.norm)
     out = torch.empty(m, out_features, dtype=torch.bfloat16, device=total.device)
-    arguments = _StreamArguments(given=squares.data_ptr(), parts=squares.shape[1], width=1 / k, eps=eps)
+    arguments = _StreamArguments(given=Squares.of_stream(stream, eps))
     _launch(shape, product, modulated, weight, out, silu, Role.norm, arguments)
     return out
 
@@ -145,9 +143,7 @@ def residual_product(
     shape = config or choose(product, gpu_name(x.device), Role.residual)
     squares = torch.empty(m, launch_grid(shape, m, n)[0] // shape.cluster, device=x.device)
     after = Stream(torch.empty_like(total), total.new_empty(8 * NORM_TILES + 1, n), squares)
-    arguments = _StreamArguments(
-        *(t.data_ptr() for t in (total, *vectors, after.modulated, after.squares)), None, 0, 0.0, 0.0
-    )
+    arguments = _StreamArguments(*(t.data_ptr() for t in (total, *vectors, after.modulated, after.squares)))
     _launch(shape, product, x, weight, after.total, role=Role.residual, stream=arguments)
     return after
 

@@ -1,6 +1,7 @@
 """The residual stream between products that have its norms in their kernels (``mx_linear.cu``)."""
 
-from typing import NamedTuple
+import ctypes
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -26,3 +27,14 @@ class Modulating(NamedTuple):
     gate: Tensor
     scale: Tensor
     shift: Tensor
+
+
+class Squares(ctypes.Structure):
+    """``Squares`` of ``mx_product.cuh``: what a product makes the norm in front of it of."""
+
+    _fields_ = (("of", ctypes.c_void_p), ("parts", ctypes.c_int), ("width", ctypes.c_float), ("eps", ctypes.c_float))
+
+    @classmethod
+    def of_stream(cls, stream: Stream, eps: float) -> Self:
+        """Those of ``stream``; the norm adds ``eps`` to the mean of squares."""
+        return cls(stream.squares.data_ptr(), stream.squares.shape[1], 1 / stream.total.shape[1], eps)
