@@ -44,7 +44,7 @@ from harness.mx.linears import cuda as cuda_linear
 from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import FusedAttention, joined
-from harness.rollout.linears import ROLES, pack
+from harness.rollout.linears import pack
 from harness.rollout.norms import enter_stream
 from harness.rollout.steps import streams, through_layer_fused, through_layer_streamed
 from harness.streams import patient
@@ -52,6 +52,9 @@ from harness.streams import patient
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
 REPLAYS = 12
 NAMES = [spec.name for spec in GameRFTCore.block_linears if not spec.per_frame]
+ROLES = {"attn.qkv": Role.norm, "attn.out": Role.residual, "mlp.fc1": Role.norm, "mlp.fc2": Role.residual}
+"""What a block's Linears do for its norms where these are in their kernels."""
+
 ROUNDS, REFINED, VARIED = 3, 12, 4
 """Of each Linear's launch shapes, the fastest are tried again when those of the others are known, and once, of the
 fastest of all, what differs from them in stages alone."""

@@ -17,7 +17,7 @@ from harness.kernels.cuda.linear import PackedLinear
 from harness.kernels.cuda.stream import Stream
 from harness.kv import KVCache, KVConf
 from harness.kv.conf import TENSORS
-from harness.models.attention import Attend
+from harness.models.attention import Attend, ProjectedAttend
 from harness.models.gamerft import RMS_EPS
 from harness.rollout import fused
 from harness.rollout.compile import compile_function
@@ -218,18 +218,14 @@ class OneLayer:
 
 
 class OneProjectedLayer:
-    """:class:`OneLayer` of :class:`FusedAttention`."""
+    """:class:`OneLayer` of a :class:`~harness.models.attention.ProjectedAttend`."""
 
-    def __init__(self, attend: FusedAttention) -> None:
+    def __init__(self, attend: ProjectedAttend) -> None:
         self.attend = attend
 
     def projected(self, layer: int, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """See :class:`~harness.models.attention.ProjectedAttend`."""
         return self.attend.projected(0, qkv, rotary)
-
-    def streamed(self, layer: int, qkv: PackedLinear, stream: Stream, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """See :meth:`FusedAttention.streamed`."""
-        return self.attend.streamed(0, qkv, stream, rotary)
 
 
 def meeting_of(cache: KVCache, config: fused.WindowConfig | None = None) -> fused.Meeting:

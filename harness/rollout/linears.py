@@ -15,7 +15,6 @@ from torch import nn
 
 from harness.kernels.cuda import linear as cuda_linear
 from harness.kernels.cuda.linear import PackedBF16Linear, PackedLinear
-from harness.kernels.cuda.shapes import Role
 from harness.models.world import WorldModel
 from harness.rollout.conf import AttentionKind, CompileConf
 
@@ -81,7 +80,3 @@ def unpack(core: WorldModel) -> WorldModel:
 def is_packed(module: nn.Module) -> TypeGuard[PackedBF16Linear]:
     """Whether :func:`pack` made it."""
     return isinstance(module, PackedBF16Linear)
-
-
-ROLES = {"attn.qkv": Role.norm, "attn.out": Role.residual, "mlp.fc1": Role.norm, "mlp.fc2": Role.residual}
-"""What a block's Linears do for its norms where these are in their kernels."""

@@ -22,11 +22,10 @@ from harness.models.gamerft import (
     BlockModulation,
     GameRFTCore,
     Modulation,
-    attend_from_projection,
     gated,
 )
 from harness.models.world import WorldModel
-from harness.rollout.attention import FusedAttention, OneProjectedLayer, frame_attention, layer_attention, meeting_of
+from harness.rollout.attention import FusedAttention, frame_attention, layer_attention, meeting_of
 from harness.rollout.compile import compile_function, keep_in_place
 from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
@@ -97,7 +96,12 @@ def through_layer_fused(
 
 
 def through_layer_streamed(
-    block: Block, attend: LayerAttend, stream: Stream, mod: BlockModulation, norm: tuple[Tensor, Tensor], rotary: Rotary
+    block: Block,
+    attend: FusedAttention,
+    stream: Stream,
+    mod: BlockModulation,
+    norm: tuple[Tensor, Tensor],
+    rotary: Rotary,
 ) -> Stream:
     """A layer from residual stream to residual stream, of a block that :func:`streams`.
 
@@ -105,18 +109,14 @@ def through_layer_streamed(
 
     Args:
         block: the layer.
-        attend: its attention.
+        attend: attention of all layers.
         stream: its norm modulated by the layer's ``attn_scale`` and ``attn_shift``.
         mod: conditioning, of one clip's frame.
         norm: scale and shift of the norm behind the layer.
         rotary: of the frame.
     """
     qkv, out, fc1, fc2 = packed_linears(block)
-    if isinstance(attend, FusedAttention | OneProjectedLayer):
-        attended = attend.streamed(block.attn.layer, qkv, stream, rotary)
-    else:
-        projected = qkv.normed(stream, RMS_EPS)[None]
-        attended = attend_from_projection(attend, block.attn.layer, projected, block.attn.n_heads, rotary)[0]
+    attended = attend.streamed(block.attn.layer, qkv, stream, rotary)
     stream = out.added(attended, stream.total, Modulating(mod.attn_gate, mod.mlp_scale, mod.mlp_shift))
     return fc2.added(fc1.normed(stream, RMS_EPS), stream.total, Modulating(mod.mlp_gate, *norm))
 
@@ -204,15 +204,14 @@ def _step_by_streams(core: GameRFTCore, cache: KVCache, store: bool, conf: Compi
         return x - drop * velocity, velocity
 
     first, last = compile_function(enter, conf), compile_function(leave, conf)
-    meeting = meeting_of(cache)
-    attends = [layer_attention(cache, n, AttentionKind.fused, store, meeting) for n in range(len(core.blocks))]
+    attend = FusedAttention(cache, store)
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
         mods = modulation.blocks
         stream = enter_stream(first(x), mods[0].attn_scale, mods[0].attn_shift)
         norms = [(mod.attn_scale, mod.attn_shift) for mod in mods[1:]]
         norms.append((modulation.out_scale, modulation.out_shift))
-        for block, attend, mod, norm in zip(core.blocks, attends, mods, norms, strict=True):
+        for block, mod, norm in zip(core.blocks, mods, norms, strict=True):
             stream = through_layer_streamed(block, attend, stream, mod, norm, rotary)
         return last(x, stream.total, modulation.out_scale, modulation.out_shift, drop)
 

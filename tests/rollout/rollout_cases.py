@@ -3,9 +3,10 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from harness.kv import KVConf
+from harness.kv import KVCache, KVConf
 from harness.models.checkpoint import random_gamerft
-from harness.models.gamerft import GameRFTConfig
+from harness.models.gamerft import GameRFTConfig, rms_norm
+from harness.models.rope import apply_rotary
 from harness.rollout import AttentionKind, CompileConf, Rollout, SamplerConf, make_cache
 
 CFG = GameRFTConfig(
@@ -45,6 +46,38 @@ def make_inputs(core, frames, window=4, batch=2, seed=0):
 def play(rollout, context, frames):
     rollout.prefill(*context)
     return torch.stack([rollout.next_frame(*frame) for frame in frames], dim=1)
+
+
+def filled_cache(conf, batch, heads, frames, tokens, dim, dtype, newer, device):
+    """A cache of one layer at the start of frame ``frames + newer``."""
+    generator = torch.Generator().manual_seed(frames)
+    cache = KVCache(1, batch, heads, dim, tokens, [frames], conf, dtype, device)
+
+    def normal(n):
+        return torch.randn(batch, heads, n, dim, generator=generator).to(device, dtype)
+
+    cache.load(0, normal(frames * tokens), normal(frames * tokens))
+    for _ in range(newer):
+        cache.advance()
+        own = normal(tokens), normal(tokens)
+        cache.window(0, *own)
+        cache.store(0, *own)
+    cache.advance()
+    return cache
+
+
+def own_rows(qkv, rotary, heads):
+    """q, k and v ``[B, H, P, Dh]`` as the model makes them."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return *(apply_rotary(rms_norm(x), *rotary) for x in (q, k)), v
+
+
+def exact_attention(cache, qkv, rotary, heads):
+    """Float64 ``[B, P, H*Dh]`` from the projection ``qkv [B, P, 3*H*Dh]`` on, to the window as it is stored."""
+    q, k, v = (cache.turned(name, 0, x) for name, x in zip("kkv", own_rows(qkv, rotary, heads), strict=True))
+    window = (x.double() for x in cache.window(0, k, v))
+    out = scaled_dot_product_attention(q.double(), *window)
+    return cache.turned("v", 0, out).transpose(1, 2).flatten(2)
 
 
 class NaiveRollout:

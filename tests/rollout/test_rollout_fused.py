@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
@@ -19,13 +18,12 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("Triton's interpreter needs numpy below 2.4", allow_module_level=True)
 
-from rollout_cases import SAMPLER, make_core, make_inputs, make_rollout, play
+from rollout_cases import SAMPLER, exact_attention, filled_cache, make_core, make_inputs, make_rollout, own_rows, play
 
 from harness.formats.scales import ScaleMode
-from harness.kv import KVCache, KVConf, KVStorage
+from harness.kv import KVConf, KVStorage
 from harness.kv.conf import KVFormat, KVScales
-from harness.models.gamerft import attend_from_projection, gated, modulated_norm, rms_norm
-from harness.models.rope import apply_rotary
+from harness.models.gamerft import attend_from_projection, gated, modulated_norm
 from harness.rollout import AttentionKind, CompileCounters, fused
 from harness.rollout.attention import FusedAttention, RingAttention, check_storage
 from harness.rollout.norms import residual_norm
@@ -56,22 +54,8 @@ def small_tiles(monkeypatch):
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
 
 
-def filled(conf, batch, heads, frames, tokens, dim, dtype, newer):
-    """A cache of one layer at the start of frame ``frames + newer``."""
-    generator = torch.Generator().manual_seed(frames)
-    cache = KVCache(1, batch, heads, dim, tokens, [frames], conf, dtype, DEVICE)
-
-    def normal(n):
-        return torch.randn(batch, heads, n, dim, generator=generator).to(DEVICE, dtype)
-
-    cache.load(0, normal(frames * tokens), normal(frames * tokens))
-    for _ in range(newer):
-        cache.advance()
-        own = normal(tokens), normal(tokens)
-        cache.window(0, *own)
-        cache.store(0, *own)
-    cache.advance()
-    return cache
+def filled(*sizes, newer):
+    return filled_cache(*sizes, newer=newer, device=DEVICE)
 
 
 def projection(batch, heads, tokens, dim, dtype, seed=1):
@@ -80,19 +64,6 @@ def projection(batch, heads, tokens, dim, dtype, seed=1):
     qkv = torch.randn(batch, tokens, 3 * heads * dim, generator=generator).to(DEVICE, dtype)
     angles = torch.rand(tokens, dim // 2, generator=generator).to(DEVICE)
     return qkv, (angles.cos(), angles.sin())
-
-
-def own_rows(qkv, rotary, heads):
-    """q, k and v ``[B, H, P, Dh]`` as the model makes them."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return *(apply_rotary(rms_norm(x), *rotary) for x in (q, k)), v
-
-
-def expected_attention(cache, qkv, rotary, heads):
-    q, k, v = (cache.turned(name, 0, x) for name, x in zip("kkv", own_rows(qkv, rotary, heads), strict=True))
-    window = (x.double() for x in cache.window(0, k, v))
-    out = F.scaled_dot_product_attention(q.double(), *window)
-    return cache.turned("v", 0, out).transpose(1, 2).flatten(2)
 
 
 def assert_empty(meeting, dim):
@@ -117,7 +88,7 @@ def closeness(out, expected):
 def test_equals_sdpa_over_the_unpacked_window(storage, batch, heads, frames, tokens, dim, dtype, small_tiles):
     cache = filled(STORAGES[storage], batch, heads, frames, tokens, dim, dtype, newer=frames + 1)
     qkv, rotary = projection(batch, heads, tokens, dim, dtype)
-    expected = expected_attention(cache, qkv, rotary, heads)
+    expected = exact_attention(cache, qkv, rotary, heads)
     for name in ("k", "v"):  # what the slot holds is stale and must not matter
         fused.ring_view(cache.rings[0][name]).data[:, :, int(cache.slot(0))] = 1
     out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
@@ -137,7 +108,7 @@ def test_equals_sdpa_in_tiles_of_full_size(storage, frames, tokens, dim):
     cache = filled(conf, 1, 4, frames, tokens, dim, torch.bfloat16, newer=frames + 1)
     qkv, rotary = projection(1, 4, tokens, dim, torch.bfloat16)
     out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
-    assert closeness(out, expected_attention(cache, qkv, rotary, 4)) < 5e-3
+    assert closeness(out, exact_attention(cache, qkv, rotary, 4)) < 5e-3
 
 
 @pytest.mark.parametrize("storage", ["plain", "v_e4m3", "kv_e2m1", "int8", "kv_e2m1_turned"])
@@ -148,7 +119,7 @@ def test_splits_of_any_number_give_the_same(monkeypatch, small_tiles, storage, f
     cache = filled(STORAGES[storage], 1, 2, frames, tokens, 32, torch.float32, newer=2)
     qkv, rotary = projection(1, 2, tokens, 32, torch.float32)
     out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
-    assert closeness(out, expected_attention(cache, qkv, rotary, 2)) < 2e-6
+    assert closeness(out, exact_attention(cache, qkv, rotary, 2)) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -215,7 +186,7 @@ def test_an_empty_window_is_zeros(storage, small_tiles):
     cache.advance()
     qkv, rotary = projection(1, 1, 16, 32, torch.float32)
     out = FusedAttention(cache, store=False).projected(0, qkv, rotary)
-    assert closeness(out, expected_attention(cache, qkv, rotary, 1)) < 2e-6
+    assert closeness(out, exact_attention(cache, qkv, rotary, 1)) < 2e-6
 
 
 def test_an_earlier_step_leaves_a_quantised_ring_alone(small_tiles):

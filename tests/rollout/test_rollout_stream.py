@@ -4,6 +4,7 @@ models against float64, and whole rollouts. The kernels' source on a CPU: tests/
 # ruff: noqa: E402  (what follows the skip needs the package triton)
 import copy
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("Triton's interpreter needs numpy below 2.4", allow_module_level=True)
 
-from rollout_cases import make_core, make_inputs, make_rollout, play
+from rollout_cases import exact_attention, filled_cache, make_core, make_inputs, make_rollout, play
 
 from harness.formats.mx import E2M1, E4M3, E5M2
 from harness.formats.scales import ScaleMode
@@ -27,10 +28,9 @@ from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda import packing as cuda_packing
 from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.kernels.cuda.stream import Modulating, Stream
-from harness.kv import KVCache, KVConf, KVStorage
+from harness.kv import KVConf, KVStorage
 from harness.kv.conf import KVFormat, KVScales
-from harness.models.gamerft import RMS_EPS, BlockModulation, rms_norm
-from harness.models.rope import apply_rotary
+from harness.models.gamerft import RMS_EPS, BlockModulation, attend_from_projection
 from harness.mx.conf import Activation, MXConf
 from harness.mx.linears import cuda as cuda_linear
 from harness.mx.linears.base import LinearFormat
@@ -102,11 +102,14 @@ def test_layers_are_the_models_layers():
     def attend(layer, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
 
+    def streamed(layer, qkv, stream, rotary):
+        return attend_from_projection(attend, layer, qkv.normed(stream, RMS_EPS)[None], core.cfg.n_heads, rotary)[0]
+
     norms = [(mod.attn_scale, mod.attn_shift) for mod in mods]
     stream, want = enter_stream(x[0], *norms[0]), x
     for block, other, mod, norm in zip(core.blocks, plain.blocks, mods, norms[1:], strict=False):
         assert streams(block, tokens)
-        stream = through_layer_streamed(block, attend, stream, mod, norm, rotary)
+        stream = through_layer_streamed(block, SimpleNamespace(streamed=streamed), stream, mod, norm, rotary)
         want = other(want, mod, rotary, attend)
     torch.testing.assert_close(stream.total[None], want, rtol=1e-4, atol=1e-4)
 
@@ -240,21 +243,8 @@ OTHERS = {
 
 
 def filled(conf, heads, frames):
-    """A cache of one layer whose ring has gone round, at the start of a frame."""
-    cache = KVCache(1, 1, heads, 64, 64, [frames], conf, torch.bfloat16, DEVICE)
-    generator = torch.Generator().manual_seed(frames)
-
-    def normal(n):
-        return torch.randn(1, heads, n, 64, generator=generator).to(DEVICE, torch.bfloat16)
-
-    cache.load(0, normal(frames * 64), normal(frames * 64))
-    for _ in range(3):
-        cache.advance()
-        own = normal(64), normal(64)
-        cache.window(0, *own)
-        cache.store(0, *own)
-    cache.advance()
-    return cache
+    """A cache of one layer whose ring has gone round."""
+    return filled_cache(conf, 1, heads, frames, 64, 64, torch.bfloat16, newer=3, device=DEVICE)
 
 
 def a_layer(name, heads, width):
@@ -263,14 +253,6 @@ def a_layer(name, heads, width):
     stream = modulated_rows(torch.randn(64, width, device=DEVICE).bfloat16(), scale.flatten(), shift.flatten())
     angles = 6 * torch.rand(64, 32, device=DEVICE)
     return qkv, stream, (angles.cos(), angles.sin())
-
-
-def exact_attention(cache, qkv, rotary):
-    """Float64, of a projection BF16 [64, 3*H*64]; queries and keys rounded as models round them."""
-    q, k, v = qkv.view(1, 64, 3, -1, 64).permute(2, 0, 3, 1, 4)
-    q, k = (apply_rotary(rms_norm(z), *rotary) for z in (q, k))
-    window = (z.double() for z in cache.window(0, k, v))
-    return F.scaled_dot_product_attention(q.double(), *window)[0].transpose(0, 1).flatten(1)
 
 
 class TestAttention:
@@ -299,7 +281,7 @@ class TestAttention:
         one, two = (FusedAttention(filled(STORAGES[storage], heads, frames), store) for _ in range(2))
         assert joined(one.cache, 0, qkv, store) is not None
         projected = qkv.normed(stream, RMS_EPS)
-        exact = exact_attention(filled(STORAGES[storage], heads, frames), projected, rotary)
+        exact = exact_attention(filled(STORAGES[storage], heads, frames), projected[None], rotary, heads)[0]
         want = two.projected(0, projected[None], rotary)[0].double()
         got = one.streamed(0, qkv, stream, rotary)
         errors = [float((out.double() - exact).norm() / exact.norm()) for out in (got, want)]

@@ -136,20 +136,20 @@ def pack_rgb(conv: nn.Conv2d) -> Tensor:
     return lanes.permute(0, 2, 1, 5, 3, 4, 6).contiguous().flatten(2).view(torch.uint8)
 
 
-@functools.cache
-def source(kernel: str) -> str:
-    """A kernel's source."""
-    here = Path(__file__).parent
-    parts = ("mx_device.cuh", "conv_device.cuh", "conv_tile.cuh", kernel)
-    return "".join((here / name).read_text() for name in parts)
-
-
 def pack_products(conv: nn.Conv2d) -> Tensor:
     """The same of a convolution to at most 4 colours, for ``resblock_products``: uint8 ``[C / 16, 3, 512]``."""
     weight = conv.weight.detach().flatten(2).permute(2, 0, 1)  # 9, colours, C
     padded = weight.new_zeros(3 * GROUP // 4, 4, weight.shape[2])
     padded[: len(weight), : weight.shape[1]] = weight
     return fragments(padded.flatten(0, 1))
+
+
+@functools.cache
+def source(kernel: str) -> str:
+    """A kernel's source."""
+    here = Path(__file__).parent
+    parts = ("mx_device.cuh", "conv_device.cuh", "conv_tile.cuh", kernel)
+    return "".join((here / name).read_text() for name in parts)
 
 
 def resblock_defines(
