@@ -248,6 +248,13 @@ inline u32 read_fresh(const T* from) {
     std::memcpy(&v, from, 4);
     return v;
 }
+template <typename T>
+inline uint4 read_fresh16(const T* from) {
+    CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");
+    uint4 v;
+    std::memcpy(&v, from, 16);
+    return v;
+}
 inline u32 address_in(u32 address, int rank) { return address | (rank + 1) << 24; }
 inline void store16(u32 address, const float (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
 inline Block& block_at(u32 address, u32 bar) {
@@ -288,6 +295,8 @@ void together(const u32* given, int n, u32* result, int results, Compute compute
     meet(warp.meeting);
     std::memcpy(result, warp.result[lane], 4 * results);
 }
+inline float low_of(u32 pair) { return __uint_as_float(pair << 16); }
+inline float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline u32 transpose(u32 pair) {
     u32 result;
     together(&pair, 1, &result, 1, [](Warp& warp) {
@@ -308,6 +317,9 @@ inline u32 from_lane(u32 value, int lane) {
         for (int i = 0; i < 32; ++i) warp.result[i][0] = warp.given[warp.given[i][1]][0];
     });
     return result;
+}
+inline float of_lanes(float value, int lane, int distance) {
+    return __uint_as_float(from_lane(bits_of(value), lane ^ distance));
 }
 inline uint4 read16(const u8* from, u64) {
     CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");

@@ -77,8 +77,8 @@ __device__ __forceinline__ uint4 collected(const u16* products, int y, int x, in
     float sums[4] = {};
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
-        sums[0] += low(v[tap].x), sums[1] += high(v[tap].x);
-        sums[2] += low(v[tap].y), sums[3] += high(v[tap].y);
+        sums[0] += low_of(v[tap].x), sums[1] += high_of(v[tap].x);
+        sums[2] += low_of(v[tap].y), sums[3] += high_of(v[tap].y);
     }
     return uint4{bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
 }

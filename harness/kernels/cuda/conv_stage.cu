@@ -80,7 +80,7 @@ upsample(const u16* __restrict__ small, const u16* __restrict__ shortcut, u16* _
             const u32 words[4] = {v[row][tap].x, v[row][tap].y, v[row][tap].z, v[row][tap].w};
 #pragma unroll
             for (int c = 0; c < 8; ++c) {
-                const float value = c % 2 ? high(words[c / 2]) : low(words[c / 2]);
+                const float value = c % 2 ? high_of(words[c / 2]) : low_of(words[c / 2]);
                 across[row][0][c] += quarter(tap) * value;
                 across[row][1][c] += quarter(3 - tap) * value;
             }

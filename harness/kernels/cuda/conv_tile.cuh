@@ -4,13 +4,11 @@
 
 constexpr int THREADS = WARPS * 32, TW = 16, WIDE = TW + 2, HALO = (TH + 2) * WIDE;
 
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 // Leaky ReLU of two BF16, and of two values as two BF16. The slope, 0.01, is 0x3c24 in BF16.
 __device__ __forceinline__ u32 leaky_pair(u32 pair) { return larger(pair, multiply(pair, 0x3c243c24u)); }
 __device__ __forceinline__ u32 leaky(float a, float b) { return leaky_pair(to_bf16(a, b)); }
-__device__ __forceinline__ u32 add_to_pair(u32 pair, float a, float b) { return to_bf16(low(pair) + a, high(pair) + b); }
-__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return add_to_pair(a, low(b), high(b)); }
+__device__ __forceinline__ u32 add_to_pair(u32 pair, float a, float b) { return to_bf16(low_of(pair) + a, high_of(pair) + b); }
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return add_to_pair(a, low_of(b), high_of(b)); }
 
 // x / (1 + exp(-x)) by half of it: exact to 2^-12 of x.
 __device__ __forceinline__ float silu(float x) {

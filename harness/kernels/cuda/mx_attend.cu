@@ -114,10 +114,6 @@ __device__ __forceinline__ void add_to(float (&sum)[4], const uint4& part) {
     sum[3] += __uint_as_float(part.w);
 }
 
-__device__ __forceinline__ float of_lanes(float value, int lane, int distance) {
-    return __uint_as_float(from_lane(bits_of(value), lane ^ distance));
-}
-
 // Two elements of BITS_ bits with `mantissa` bits of fraction, in the low bits of both halves of `pair`, where BF16 has sign
 // and magnitude: their values times 2^(BIAS - 127).
 template <int BITS_, int MANTISSA>

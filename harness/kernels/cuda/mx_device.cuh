@@ -127,6 +127,15 @@ __device__ __forceinline__ u32 read_fresh(const T* from) {
     return v;
 }
 
+// The same of 16 bytes.
+template <typename T>
+__device__ __forceinline__ uint4 read_fresh16(const T* from) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
 // Of memory that nobody writes.
 __device__ __forceinline__ uint4 read16(const u8* from, u64 policy) {
     uint4 v;
@@ -153,6 +162,24 @@ __device__ __forceinline__ void write8(u16* to, u32 first, u32 second) {
 // `value` of another lane.
 __device__ __forceinline__ u32 from_lane(u32 value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
+}
+
+__device__ __forceinline__ u32 bits_of(float v) {
+    return __float_as_uint(v);
+}
+
+// `value` of the lane whose number differs from `lane`, this one's, in the bits of `distance`.
+__device__ __forceinline__ float of_lanes(float value, int lane, int distance) {
+    return __uint_as_float(from_lane(bits_of(value), lane ^ distance));
+}
+
+// Two BF16, the first one low, as floats.
+__device__ __forceinline__ float low_of(u32 pair) {
+    return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float high_of(u32 pair) {
+    return __uint_as_float(pair & 0xffff0000u);
 }
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
@@ -307,10 +334,6 @@ __device__ __forceinline__ float inverse_root(float v) {
     float d;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
     return d;
-}
-
-__device__ __forceinline__ u32 bits_of(float v) {
-    return __float_as_uint(v);
 }
 
 __device__ __forceinline__ float reciprocal(float v) {

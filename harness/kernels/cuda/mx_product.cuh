@@ -14,14 +14,6 @@ struct Squares {
     float eps;
 };
 
-__device__ __forceinline__ float low_of(u32 pair) {
-    return __uint_as_float(pair << 16);
-}
-
-__device__ __forceinline__ float high_of(u32 pair) {
-    return __uint_as_float(pair & 0xffff0000u);
-}
-
 // Fragments of 32 inputs of a warp's row tiles. There are two: while tensor cores read one, the other is decoded.
 struct Half {
     u32 a[2][RT][4];
