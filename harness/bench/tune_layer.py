@@ -45,8 +45,7 @@ from harness.mx.weights import nearest
 from harness.rollout import SamplerConf, make_cache
 from harness.rollout.attention import FusedAttention, joined
 from harness.rollout.linears import pack
-from harness.rollout.norms import enter_stream
-from harness.rollout.steps import streams, through_layer_fused, through_layer_streamed
+from harness.rollout.steps import has_ends, step_ends, streams, through_layer_fused, through_layer_streamed
 from harness.streams import patient
 
 FORMAT_OF_BITS = {8: "W8A16", 4: "W4A16", 16: None}
@@ -80,7 +79,11 @@ class Layers:
         qkv = core.blocks[0].get_submodule("attn.qkv")
         assert isinstance(qkv, PackedLinear)
         joined_kernel = batch == 1 and joined(cache, 0, qkv, store=False) is not None
-        self.streamed = batch == 1 and all(streams(block, arch.tokens_per_frame) for block in self.blocks)
+        tokens = arch.tokens_per_frame
+        self.streamed = batch == 1 and has_ends(core, tokens) and all(streams(block, tokens) for block in self.blocks)
+        if self.streamed:
+            self.ends = step_ends(core, tokens)
+            self.latents = torch.randn(1, arch.channels, arch.sample_size, arch.sample_size, device=device)
         # A projection that is part of attention's kernel has no launch shape of its own.
         self.names = [name for name in NAMES if not (self.streamed and joined_kernel and name == "attn.qkv")]
         self.x = torch.randn(batch, arch.tokens_per_frame, dim, device=device).bfloat16()
@@ -109,7 +112,7 @@ class Layers:
 
     def _run_streamed(self) -> Tensor:
         norms = [(mod.attn_scale, mod.attn_shift) for mod in (*self.mods, self.mods[0])]
-        stream = enter_stream(self.x[0], *norms[0])
+        stream = self.ends.enter(self.latents, *norms[0])
         for block, mod, norm in zip(self.blocks, self.mods, norms[1:], strict=True):
             stream = through_layer_streamed(block, self.attend, stream, mod, norm, self.rotary)
         return stream.total[None]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from harness.kernels import launch
-from harness.kernels.cuda.stream import Stream
 from harness.models.gamerft import RMS_EPS
 
 WARPS = 4
@@ -56,24 +55,3 @@ _operator = torch.library.custom_op("harness_mx::residual_norm", _launch, mutate
 @_operator.register_fake
 def _(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x).contiguous(), torch.empty_like(x).contiguous()
-
-
-def enter_stream(x: Tensor, scale: Tensor, shift: Tensor) -> Stream:
-    """A frame's residual stream, for products that have its norms in their kernels; in one launch, never in a trace.
-
-    Args:
-        x: BF16 ``[P, D]``, P at most 64.
-        scale: BF16, D numbers: of the norm of ``x``.
-        shift: likewise.
-    """
-    from harness.kernels.triton.norms import stream_kernel
-
-    (rows, dim), x = x.shape, x.contiguous()
-    scale, shift = (vector.reshape(dim).contiguous() for vector in (scale, shift))
-    stream = Stream(x, x.new_empty(65, dim), torch.empty(rows, 1, device=x.device))
-    dependent = launch.dependent(x.device)
-    stream_kernel[rows + 1,](
-        x, scale, shift, stream.modulated, stream.squares, dim, 1 << (dim - 1).bit_length(), dependent,
-        num_warps=WARPS, **({"launch_pdl": True} if dependent else {}),
-    )  # fmt: skip
-    return stream

@@ -1,15 +1,18 @@
 """One denoising step of a frame: as one function, or layer by layer, where layers of one kind share compiled code.
 
-Where all of a layer's Linears are kernels of ours and a frame is one clip's, their norms are in them: see
-:func:`through_layer_streamed`.
+Where all of a layer's Linears are kernels of ours and a frame is one clip's, their norms are in them (see
+:func:`through_layer_streamed`), and what lies before the first layer and behind the last is a kernel each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from harness.kernels.cuda import ends
+from harness.kernels.cuda.ends import StepEnds
 from harness.kernels.cuda.linear import PackedLinear
 from harness.kernels.cuda.shapes import NORM_TILES
 from harness.kernels.cuda.stream import Modulating, Stream
@@ -29,7 +32,7 @@ from harness.rollout.attention import FusedAttention, frame_attention, layer_att
 from harness.rollout.compile import compile_function, keep_in_place
 from harness.rollout.conf import AttentionKind, CompileConf
 from harness.rollout.fused import ring_view
-from harness.rollout.norms import enter_stream, residual_norm
+from harness.rollout.norms import residual_norm
 
 STREAMED: dict[int, int] = {16: 1536, 8: 1536, 4: 1536}
 """Bits of a weight, and the widest model whose layers are faster with their norms in their products' kernels.
@@ -162,7 +165,7 @@ def _step_by_layers(
         return x - drop * velocity, velocity
 
     if all_stream(core, cache, attention, conf):
-        return _step_by_streams(core, cache, store, conf)
+        return _step_by_streams(core, cache, store)
     first, last = compile_function(enter, conf), compile_function(leave, conf)
     layers: dict[str, Layer] = {}
     calls: list[tuple[Layer, Block, LayerAttend]] = []
@@ -192,28 +195,33 @@ def all_stream(core: WorldModel, cache: KVCache, attention: AttentionKind, conf:
     if not (captured and cache.batch == 1 and attention is AttentionKind.fused and isinstance(core, GameRFTCore)):
         return False
     blocks = enumerate(core.blocks)
-    return all(streams(block, cache.tokens) and _is_ready(block, cache, layer) for layer, block in blocks)
+    ready = all(streams(block, cache.tokens) and _is_ready(block, cache, layer) for layer, block in blocks)
+    return ready and has_ends(core, cache.tokens)
 
 
-def _step_by_streams(core: GameRFTCore, cache: KVCache, store: bool, conf: CompileConf) -> Step:
-    def enter(x: Tensor) -> Tensor:
-        return core.embed(x[:, None])[0]
+def has_ends(core: GameRFTCore, tokens: int) -> bool:
+    """Whether the kernels at a step's ends are for frames of ``core`` of so many tokens."""
+    linears = core.proj_in, core.proj_out.proj
+    plain = all(bf16.is_plain(linear) and linear.weight.dtype is torch.bfloat16 for linear in linears)
+    return plain and ends.unfit(core.cfg.d_model, core.cfg.channels, tokens) is None
 
-    def leave(x: Tensor, tokens: Tensor, scale: Tensor, shift: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-        velocity = core.velocity(tokens[None], scale, shift)[:, 0].float()
-        return x - drop * velocity, velocity
 
-    first, last = compile_function(enter, conf), compile_function(leave, conf)
-    attend = FusedAttention(cache, store)
+def step_ends(core: GameRFTCore, tokens: int) -> StepEnds:
+    """Those of a model that :func:`has_ends`."""
+    return StepEnds(core.proj_in, core.proj_out.proj, tokens, RMS_EPS)
+
+
+def _step_by_streams(core: GameRFTCore, cache: KVCache, store: bool) -> Step:
+    attend, both = FusedAttention(cache, store), step_ends(core, cache.tokens)
 
     def step(x: Tensor, modulation: Modulation, rotary: Rotary, drop: Tensor) -> tuple[Tensor, Tensor]:
         mods = modulation.blocks
-        stream = enter_stream(first(x), mods[0].attn_scale, mods[0].attn_shift)
+        stream = both.enter(x, mods[0].attn_scale, mods[0].attn_shift)
         norms = [(mod.attn_scale, mod.attn_shift) for mod in mods[1:]]
         norms.append((modulation.out_scale, modulation.out_shift))
         for block, mod, norm in zip(core.blocks, mods, norms, strict=True):
             stream = through_layer_streamed(block, attend, stream, mod, norm, rotary)
-        return last(x, stream.total, modulation.out_scale, modulation.out_shift, drop)
+        return both.leave(stream.total, modulation.out_scale, modulation.out_shift, x, drop)
 
     return step
 

@@ -14,7 +14,6 @@ if importlib.util.find_spec("triton") is None:
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHED = {
     "residual_norm": {"residual_norm_kernel"},
-    "stream": {"stream_kernel"},
     "prefill": {"heads_kernel", "prefill_kernel"},
     "linears": {"gemm_bf16", "gemm_fp8", "quantise_rows"},
 }

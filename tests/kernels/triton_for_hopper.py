@@ -65,15 +65,6 @@ def residual_norm() -> None:
         residual_norm(x, x, row, row, row)
 
 
-def stream() -> None:
-    """Likewise."""
-    from harness.rollout.norms import enter_stream
-
-    for width in (1536, 2560, 1024):
-        x, row = torch.zeros(64, width, dtype=BF16), torch.zeros(1, 1, width, dtype=BF16)
-        enter_stream(x, row, row)
-
-
 def prefill() -> None:
     """A history into rings of every kind the kernels store, in both bases."""
     from harness.kv import KVCache, KVConf
@@ -114,7 +105,7 @@ def linears() -> None:
         ops.round_to_mx(torch.zeros(64, 512, dtype=BF16), element, "rceil")
 
 
-CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in (residual_norm, stream, prefill, linears)}
+CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in (residual_norm, prefill, linears)}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,6 @@ from harness.mx.weights import nearest
 from harness.rollout import AttentionKind, CompileConf, SamplerConf, fused, make_cache, steps
 from harness.rollout.attention import FusedAttention, joined
 from harness.rollout.linears import pack
-from harness.rollout.norms import enter_stream
 from harness.rollout.steps import streams, through_layer_streamed
 
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -106,7 +105,7 @@ def test_layers_are_the_models_layers():
         return attend_from_projection(attend, layer, qkv.normed(stream, RMS_EPS)[None], core.cfg.n_heads, rotary)[0]
 
     norms = [(mod.attn_scale, mod.attn_shift) for mod in mods]
-    stream, want = enter_stream(x[0], *norms[0]), x
+    stream, want = modulated_rows(x[0], *(vector.flatten() for vector in norms[0])), x
     for block, other, mod, norm in zip(core.blocks, plain.blocks, mods, norms[1:], strict=False):
         assert streams(block, tokens)
         stream = through_layer_streamed(block, SimpleNamespace(streamed=streamed), stream, mod, norm, rotary)
@@ -130,32 +129,27 @@ def test_what_streams(monkeypatch):
 
 
 def test_only_captured_frames_of_one_clip_do(monkeypatch):
-    core = make_core(n_layers=2).bfloat16().requires_grad_(False)
+    core = make_core(n_layers=2, channels=16, sample_size=4, tokens_per_frame=16).bfloat16().requires_grad_(False)
     pack(core)
     conf = CompileConf(enabled=True, cuda_graph=True)
 
-    def asked(batch=1, attention=AttentionKind.fused, conf=conf, kv=None):
+    def asked(batch=1, attention=AttentionKind.fused, conf=conf, kv=None, core=core):
         return steps.all_stream(core, make_cache(core, SamplerConf(4), kv or KVConf(), batch), attention, conf)
 
     assert asked()
+    other = make_core(n_layers=2).bfloat16().requires_grad_(False)  # of 8 channels and 4 tokens
+    pack(other)
+    assert not asked(core=other)
     assert not asked(batch=2)
     assert not asked(attention=AttentionKind.sdpa)
     assert not asked(conf=CompileConf(enabled=True))  # on a CPU nothing is captured
     assert not asked(conf=CompileConf(enabled=True, cuda_graph=True, scope="frame"))
     assert not asked(kv=KVConf(KVStorage.i8_scale))
+    core.proj_in.float()
+    assert not asked()
+    core.proj_in.bfloat16()
     monkeypatch.setattr(steps, "streams", lambda block, rows: False)
     assert not asked()
-
-
-def test_a_stream_begins_with_what_the_norm_needs():
-    rows, dim = 5, 48
-    x = torch.randn(rows, dim, device=DEVICE)
-    scale, shift = torch.randn(1, 2, 2 * dim, device=DEVICE)[:, 1:].chunk(2, dim=-1)  # views, as modulation gives them
-    stream = enter_stream(x, scale, shift)
-    assert torch.equal(stream.total, x)
-    torch.testing.assert_close(stream.modulated[:rows], x * (1 + scale[0]))
-    assert torch.equal(stream.modulated[64], shift.flatten())
-    torch.testing.assert_close(stream.squares[:, 0], x.square().sum(1))
 
 
 FORMATS = {"BF16": None, "W8A16": E4M3, "E5M2": E5M2, "W4A16": E2M1}

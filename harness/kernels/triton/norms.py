@@ -1,5 +1,4 @@
-"""A residual sum and the modulated norm of what it gives, in one launch; a frame's residual stream as products take it
-that have its norms in their kernels."""
+"""A residual sum and the modulated norm of what it gives, in one launch."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -51,27 +50,3 @@ def residual_norm_kernel(
     n = (h * tl.rsqrt(tl.sum(h * h, 0) / DIM + EPS)).to(DTYPE).to(tl.float32)
     n = (n * (1 + m).to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
     tl.store(normed + place, (n + s).to(DTYPE), mask=ok)
-
-
-@triton.jit
-def stream_kernel(x, scale, shift, modulated, squares, DIM: tl.constexpr, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):
-    """Grid (rows + 1): sums of squares of the rows of ``x [rows, DIM]``, and ``modulated = x * (1 + scale)``, rounded
-    once; the last program copies ``shift`` to the last row of ``modulated [65, DIM]``.
-
-    Everything contiguous; ``WIDTH``: DIM or the next power of two. ``DEPENDENT``: launched as
-    ``harness.kernels.launch`` describes.
-    """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row, last = tl.program_id(0), tl.num_programs(0) - 1
-    columns = tl.arange(0, WIDTH)
-    ok = columns < DIM
-    if row == last:
-        tl.store(modulated + 64 * DIM + columns, tl.load(shift + columns, mask=ok), mask=ok)
-    else:
-        place = row * DIM + columns
-        h = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
-        m = tl.load(scale + columns, mask=ok, other=0.0).to(tl.float32)
-        tl.store(squares + row, tl.sum(h * h, 0))
-        tl.store(modulated + place, (h + h * m).to(modulated.dtype.element_ty), mask=ok)
