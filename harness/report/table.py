@@ -182,8 +182,9 @@ def _compile_text(arm: ArmRecord) -> str:
     graph = ", replayed as one CUDA graph" if found.cuda_graph else ""
     count = found.packed_linears
     packed = f"; {count} BF16 Linears by our kernel over packed weights" if count else ""
+    made = f"{found.graphs} graphs" if found.graphs else "nothing but kernels of ours"
     return (
-        f"Compiled {arm.label}: {found.graphs} graphs ({found.mode}{graph}), {found.graph_breaks} breaks, "
+        f"Compiled {arm.label}: {made} ({found.mode}{graph}), {found.graph_breaks} breaks, "
         f"{found.recompiles_after_warmup} recompiles after warm-up{packed}."
     )
 

@@ -201,6 +201,12 @@ def test_native_speed_carries_no_mark():
     assert "Linears in MX: 1 (1 mlp); 1 in scope kept BF16." in text
 
 
+def test_an_arm_of_our_kernels_alone_says_so():
+    mine = arm("mxfp4_mlp", 0.5)
+    mine["compile"]["graphs"] = 0
+    assert "Compiled mxfp4_mlp: nothing but kernels of ours (default, replayed as" in render(record(mine))
+
+
 def test_sizes_read_naturally():
     assert [bytes_text(n) for n in (None, 12, 2048, 3 << 20, 5 << 30)] == [
         "-",
