@@ -184,12 +184,11 @@ class LatentDecoder:
         compile: CompileConf,
         groups: DecoderGroups = DecoderGroups.auto,
     ) -> None:
-        self.vae_scale, self.dtype = vae_scale, dtype
-        self._decode = FrameDecoder(decoder.to(dtype), compile, groups)
+        self.dtype, self._decode = dtype, FrameDecoder(decoder.to(dtype), compile, groups, vae_scale)
 
     def __call__(self, latent: Tensor) -> Tensor:
         """Decode; valid until the next call. The first call chooses, compiles and captures."""
-        return self._decode((latent * self.vae_scale).to(self.dtype))
+        return self._decode(latent)
 
     @property
     def groups(self) -> dict[str, int]:

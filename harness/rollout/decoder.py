@@ -120,13 +120,21 @@ class FrameDecoder:
         decoder: on its device, in its dtype; owned and changed from now on.
         compile: as for the rollout.
         groups: see :class:`DecoderGroups`.
+        scale: what latents are multiplied by before they are rounded to the decoder's dtype.
 
     Raises:
         ValueError: if ``groups`` is ``fused`` and these kernels cannot run ``decoder`` where it is.
     """
 
-    def __init__(self, decoder: nn.Module, compile: CompileConf, groups: DecoderGroups = DecoderGroups.auto) -> None:
-        self.decoder, self.compile, self.how = decoder, compile, groups
+    def __init__(
+        self,
+        decoder: nn.Module,
+        compile: CompileConf,
+        groups: DecoderGroups = DecoderGroups.auto,
+        scale: float = 1.0,
+    ) -> None:
+        self.decoder, self.compile, self.how, self.scale = decoder, compile, groups, scale
+        self.dtype = next(decoder.parameters()).dtype
         self.fused = self._fuses()
         """Whether our kernels decode."""
         self.groups: dict[str, int] = {}
@@ -153,17 +161,18 @@ class FrameDecoder:
         """Decode. Raises ``ValueError`` for another size than the first latent's where a graph is replayed."""
         if self._latent is None:
             start = time.perf_counter()
-            self._prepare(latent)
+            self._prepare((latent * self.scale).to(self.dtype))
             self.prepare_s = time.perf_counter() - start
         if self._graph is None:
             # Whatever mode the latent was made in, compiled code sees an ordinary tensor.
-            return self._decode(latent.clone() if latent.is_inference() else latent)
+            latent = latent.clone() if latent.is_inference() else latent
+            return self._decode((latent * self.scale).to(self.dtype))
         assert self._latent is not None
         if latent.shape != self._latent.shape:
             raise ValueError(
                 f"latent has shape {tuple(latent.shape)}; this decoder was captured for {tuple(self._latent.shape)}"
             )
-        self._latent.copy_(latent)
+        torch.mul(latent, self.scale, out=self._latent)  # one launch, for which a picture waits
         return self._graph.replay()
 
     def _prepare(self, latent: Tensor) -> None:

@@ -83,6 +83,20 @@ def test_our_kernels_give_the_picture_that_bf16_gives(stages, batch, widest, mon
 
 @needs_gpu
 @pytest.mark.gpu
+def test_a_captured_decoder_scales_latents_as_eager_code_does():
+    cfg = DCAEConfig(sample_size=[64, 64], latent_size=8, latent_channels=16, ch_0=32, ch_max=64,
+                     decoder_blocks_per_stage=[1] * 3)  # fmt: skip
+    plain, scaled = (
+        FrameDecoder(random_decoder(cfg, 0).cuda().bfloat16(), CompileConf(enabled=True), scale=scale)
+        for scale in (1.0, 0.7)
+    )
+    for _ in range(2):  # prepared, then replayed
+        x = torch.randn(1, 16, 8, 8, device="cuda")
+        assert torch.equal(scaled(x), plain((x * 0.7).bfloat16()))
+
+
+@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("how", LIBRARY)
 def test_captured_decoder_gives_the_eager_picture(how):
     expected = random_decoder(CFG, 0)(latent())
