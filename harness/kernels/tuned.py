@@ -2,8 +2,9 @@
 
 A file names its ``gpu`` (as ``torch.cuda.get_device_name`` does), compute ``capability`` (90 for 9.0) and the
 ``fields`` of a config, and lists ``runs`` of a tuner, each with its ``date``, the ``commit`` it measured and the
-``shapes`` it found: what identifies a product (its ``role``, where it has one), and the ``config`` that was fastest. A
-later run wins over an earlier one. A GPU without a file of its own uses those of its compute capability.
+``shapes`` it found: what identifies a product (its ``role``, where it has one), and the ``config`` that was fastest;
+its last fields may be left out where they have their defaults. A later run wins over an earlier one. A GPU without a
+file of its own uses those of its compute capability.
 """
 
 import functools

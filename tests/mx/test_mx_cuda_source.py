@@ -100,6 +100,9 @@ CASES = {
         180,
         256,
     ),
+    "fewer tiles than warps": (CudaConfig(8, 1, 8, 1, 3, 1, 2, idle=2), E4M3, 64, 250, 320),
+    "fewer tiles than warps, split K": (CudaConfig(4, 2, 4, 2, 2, 1, 1, idle=3), E2M1, 32, 160, 256),
+    "fewer tiles than warps, one block alone": (CudaConfig(1, 2, 4, 1, 1, 1, 2, idle=3), E2M1, 7, 240, 192),
     "128 rows": (CudaConfig(16, 1, 4, 1, 2, 2, 1), E4M3, 100, 64, 256),
     "256 rows": (CudaConfig(32, 1, 8, 1, 1, 1, 1), E2M1, 250, 64, 192),
 }
@@ -173,6 +176,7 @@ NORMS = {
     "more warps than tiles of rows": (CudaConfig(8, 1, 12, 1, 2, 1, 2), E4M3, 64, 200, 192, 1),
     "a block by itself, two row tiles": (CudaConfig(8, 2, 4, 1, 1, 1, 2), E4M3, 33, 100, 128, 3),
     "x shared by 2 clusters": (CudaConfig(8, 1, 4, 1, 2, 1, 2, share=2), E5M2, 64, 250, 320, 16),
+    "fewer tiles than warps": (CudaConfig(8, 1, 8, 1, 4, 1, 2, idle=3), E2M1, 64, 240, 320, 6),
     "BF16": (CudaConfig(8, 1, 4, 1, 4, 1, 2), Plain(), 64, 64, 320, 24),
 }
 
@@ -270,6 +274,7 @@ RESIDUALS = {
     "a block by itself, two row tiles": (CudaConfig(8, 2, 4, 1, 1, 1, 2), E4M3, 33, 96, 128),
     "split K within one block": (CudaConfig(8, 1, 4, 3, 1, 1, 2), E5M2, 64, 64, 256),
     "x shared by 2 clusters": (CudaConfig(8, 1, 4, 1, 2, 1, 2, share=2), E4M3, 64, 144, 320),
+    "fewer tiles than warps": (CudaConfig(8, 1, 8, 1, 5, 1, 2, idle=1), E4M3, 60, 240, 320),
     "BF16": (CudaConfig(8, 1, 4, 1, 4, 1, 2), Plain(), 64, 64, 320),
 }
 

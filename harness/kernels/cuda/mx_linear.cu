@@ -8,9 +8,9 @@
 //    registers (mx_decode.cuh), 16 rows a warp; they are packed so that a lane finds its fragments of a tile in 16
 //    bytes. The tensor cores read x from shared memory, once for the 64 rows of a warpgroup, while the warps decode on.
 //  * CL blocks share TILES row tiles of W and split K; CN such groups of blocks, side by side along N, are a cluster. A
-//    block's warps split its row tiles WR ways (a multiple of 4: warpgroups) and its part of K WK ways. Every warp fetches
-//    its own part of W by bulk copies, up to ST stages ahead: no block-wide synchronisation, and most of what a
-//    multiprocessor will need is under way at once.
+//    block's warps split its row tiles WR ways (a multiple of 4: warpgroups) and its part of K WK ways; where TILES are
+//    fewer than WR * RT, the last warps multiply what nobody reads. Every warp fetches its own part of W by bulk copies,
+//    up to ST stages ahead: no block-wide synchronisation, and most of what a multiprocessor will need is under way at once.
 //  * A block holds its part of x in shared memory (TMA, 128-byte swizzle). The CN blocks of a cluster that need the same
 //    part fetch a share of it each and send it to all (multicast): x is read once a cluster.
 //  * Partial sums go to the block that owns the output, through distributed shared memory, as copies that a barrier
@@ -23,7 +23,7 @@
 // beside is done by a warp more, so that no other waits for memory.
 //
 // Compile-time parameters (cuda_config.py), beside those of mx_decode.cuh: MT tiles of 8 rows of x (1, 2, 4, 8, 16 or
-// 32); RT row tiles a warp; WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a block
+// 32); RT row tiles a warp; TILES, WR, WK, CL, CN as above; GS groups of 64 inputs in a stage; ST stages; GX groups of x a block
 // holds; OVERLAY partial sums arrive where x and W were; PDL programmatic dependent launch; BLOCKS a multiprocessor; SILU
 // the outputs, rounded to BF16, go through SiLU and are rounded again; NORM x is h o (1 + scale) and, MT * 8 rows on, the
 // shift (one block along M); RESIDUAL the outputs, rounded to BF16, times gate are added to the residual stream (N a
@@ -33,7 +33,6 @@ constexpr int WARPS = WR * WK;
 constexpr int THREADS = (WARPS + NORM + RESIDUAL) * 32;
 constexpr int XTILE = XT * 8 * 128;            // bytes of 64 inputs of every row of x
 constexpr int STAGE = RT * GS * TILE;
-constexpr int TILES = WR * RT;
 constexpr int UNITS = TILES * MT;              // a unit is the 16 by 8 outputs of one accumulator fragment
 constexpr int OWN_M = (MT + CL - 1) / CL;      // RESIDUAL: a block adds up every CL-th tile of rows, whole rows of its W
 constexpr int OWNED = RESIDUAL ? TILES * OWN_M : (UNITS + CL - 1) / CL;  // units a block adds up, else every CL-th
@@ -50,6 +49,7 @@ constexpr int EPILOGUES = SLOTS > 1 ? (OWNED + WARPS - 1) / WARPS : RT;  // unit
 constexpr bool BIAS_EARLY = EPILOGUES <= 4;  // as many as registers hold
 constexpr bool BRANCH_EARLY = SLOTS > 1 && EPILOGUES <= 2;
 static_assert(!(NORM && RESIDUAL) && !(NORM && MT > 8), "a norm has 64 rows at most");
+static_assert(TILES <= WR * RT && TILES > (WR - 4) * RT, "every warpgroup has rows");
 
 // What NORM and RESIDUAL need beside x and out. Everything is BF16 but sums of squares.
 struct Stream {
@@ -177,6 +177,7 @@ __device__ __forceinline__ void send(const float (&acc)[RT][XT][4], u32 partial,
                                      int rank, int place, int lane) {
 #pragma unroll
     for (int r = 0; r < RT; ++r) {
+        if (TILES < WR * RT && first_tile + r >= TILES) break;
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             const u32 to = partial + (slot * OWNED + place_of(first_tile + r, m)) * 512 + lane * 16;
@@ -246,7 +247,8 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     const u32 sums_bar = x_bars + (GX + WARPS * ST) * 8, norms_bar = sums_bar + 8;
     const u32 w_shared = base + W_AT + warp * ST * STAGE;
     const int my_tile = tile0 + wr * RT;
-    const int tiles = min(RT, max(0, (N + 15) / 16 - my_tile));  // fewer where N ends; the others' sums go nowhere
+    const int end = TILES < WR * RT ? min(tile0 + TILES, (N + 15) / 16) : (N + 15) / 16;
+    const int tiles = min(RT, max(0, end - my_tile));  // fewer where the cluster's or N end; others' sums go nowhere
     const u8* w_global = weight + (static_cast<long long>(my_tile) * groups + block_lo) * TILE;
     const u64 policy = cache_policy(gridDim.y == 1);
 
@@ -330,8 +332,8 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     int group = lo;
     for (int stage = 0; group < hi; ++stage) {
         barrier_wait(w_bars + stage % ST * 8, stage / ST % 2);
-        const int end = min(group + GS, hi);
-        for (u32 w = w_shared + stage % ST * STAGE; group < end; ++group, w += TILE) {
+        const int last = min(group + GS, hi);
+        for (u32 w = w_shared + stage % ST * STAGE; group < last; ++group, w += TILE) {
             barrier_wait(x_bars + group * 8, 0);
             multiply_group(acc, halves, w, base + group * XTILE, lane, group > lo);
         }
@@ -370,6 +372,7 @@ mx_linear(const __grid_constant__ TensorMap x_map, const u8* __restrict__ weight
     if constexpr (SLOTS == 1) {
 #pragma unroll
         for (int r = 0; r < RT; ++r) {
+            if (TILES < WR * RT && wr * RT + r >= TILES) break;
             if (!BIAS_EARLY) biases[r].load(bias, my_tile + r, N, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m) finish(acc[r][m], r, wr * RT + r, m, place_of(wr * RT + r, m));

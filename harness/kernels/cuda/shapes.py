@@ -36,7 +36,8 @@ class CudaConfig:
     ``m_tiles`` times 8 rows of x at once; ``row_tiles`` times 16 rows of W a warp; ``warps_n`` (a multiple of 4) by
     ``warps_k`` warps a block, side by side and splitting K; ``cluster`` blocks splitting K, ``share`` such clusters
     side by side that share what they fetch of x; ``stage_groups`` times 64 inputs in each of ``stages`` stages that a
-    warp fetches ahead; ``blocks`` a multiprocessor.
+    warp fetches ahead; ``blocks`` a multiprocessor; ``idle`` row tiles fewer a cluster than its warps could take, less
+    than a warpgroup's, so that there are as many clusters as find a place.
     """
 
     m_tiles: int
@@ -48,6 +49,7 @@ class CudaConfig:
     stages: int
     blocks: int = 1
     share: int = 1
+    idle: int = 0
 
     def as_ints(self) -> list[int]:
         """For an operator's signature."""
@@ -56,7 +58,7 @@ class CudaConfig:
     @property
     def tiles(self) -> int:
         """Row tiles of W that a cluster computes."""
-        return self.row_tiles * self.warps_n
+        return self.row_tiles * self.warps_n - self.idle
 
     @property
     def warps(self) -> int:
@@ -103,8 +105,8 @@ def tuned(gpu: str | None = None, role: Role = Role.plain) -> dict[tuple[int, in
     return {(s["bits"], s["m"], s["n"], s["k"]): CudaConfig(*s["config"]) for s in alike}
 
 
-PLACES = {1: 132, 2: 132, 3: 126, 4: 128, 5: 120, 6: 102, 7: 112, 8: 120}
-"""Multiprocessors of an H100 or H200 that clusters of each size can fill."""
+PLACES = {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120}
+"""Multiprocessors that clusters of each size filled on an H100 where they were counted (``attend.cluster_of``)."""
 
 _BYTES_PER_NS = 45.0  # what one multiprocessor takes in from HBM, L2 and its neighbours
 _DECODE_NS = 10.0  # of one tile of W by all warps of a multiprocessor
@@ -151,6 +153,7 @@ def defines(
     return decoding(element) | {
         "MT": config.m_tiles,
         "RT": config.row_tiles,
+        "TILES": config.tiles,
         "WR": config.warps_n,
         "WK": config.warps_k,
         "CL": config.cluster,
@@ -275,10 +278,20 @@ def _ranked(shape: CudaShape) -> tuple[CudaConfig, ...]:
         for warps_n in (4, 8, 12, 16)
         for warps_k in (1, 2, 3, 4)
         for blocks in (1, 2)
-        for config in _with_stages(CudaConfig(tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks, share), shape)
+        for idle in {0, _left_out(shape, row_tiles, warps_n, cluster * share, share, blocks)}
+        for config in _with_stages(
+            CudaConfig(tiles, row_tiles, warps_n, warps_k, cluster, 1, 1, blocks, share, idle), shape
+        )
         if _sensible(config, shape)
     ]
     return tuple(sorted(fitting, key=lambda config: estimate(shape, config)))
+
+
+def _left_out(shape: CudaShape, row_tiles: int, warps_n: int, cluster: int, share: int, blocks: int) -> int:
+    """Row tiles that warps leave out, where all clusters are then at work at once and none but the last has fewer."""
+    at_once = PLACES[cluster] // cluster * share * blocks
+    idle = row_tiles * warps_n - -(-shape.n // (ROWS * at_once))
+    return idle if 0 < idle < 4 * row_tiles else 0
 
 
 def _with_stages(config: CudaConfig, shape: CudaShape) -> list[CudaConfig]:
