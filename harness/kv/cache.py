@@ -195,6 +195,11 @@ class KVCache:
         """Slot of the current frame in a layer's rings, int64 ``[1]`` on the device."""
         return self._slots[self.windows[layer]]
 
+    @property
+    def slots(self) -> dict[int, Tensor]:
+        """:meth:`slot` by the number of frames that a ring keeps, for kernels that do what :meth:`advance` does."""
+        return dict(self._slots)
+
     def of_layer(self, layer: int) -> KVCache:
         """The cache of ``layer`` by itself, as that of a model with one layer (0); it shares this one's buffers."""
         view, frames = copy.copy(self), self.windows[layer]

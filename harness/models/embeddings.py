@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 
+def frequencies(half: int, device: torch.device) -> Tensor:
+    """Those of :func:`sincos`, float32 ``[half]``: they fall geometrically from 1 to 1/300."""
+    index = torch.arange(half, device=device, dtype=torch.float32)
+    return torch.exp(index * (-math.log(300) / (half - 1)))
+
+
 def sincos(x: Tensor, dim: int) -> Tensor:
     """Sinusoidal features ``[..., dim]`` of ``x [...]``, float32: sines, then cosines, of ``1000 * x * f``.
 
-    Frequencies fall geometrically from 1 to 1/300. Arguments reach thousands of radians, hence float32 throughout.
+    ``f`` are ``dim / 2`` :func:`frequencies`. Arguments reach thousands of radians, hence float32 throughout.
     """
-    half = dim // 2
-    index = torch.arange(half, device=x.device, dtype=torch.float32)
-    freqs = torch.exp(index * (-math.log(300) / (half - 1)))
-    angle = (1000 * x.float())[..., None] * freqs
+    angle = (1000 * x.float())[..., None] * frequencies(dim // 2, x.device)
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 

@@ -185,6 +185,7 @@ class GameRFTCore(WorldModel):
     )
     block_parts: ClassVar[dict[str, str]] = {"attention": "attn", "mlp": "mlp"}
     cfg: GameRFTConfig  # type: ignore[assignment]  # a plain attribute
+    rotary: MotionRotary | OrthoRotary
 
     def __init__(self, cfg: GameRFTConfig) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ which would move the angles of late frames by radians.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,28 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+
+
+class RotaryTables(NamedTuple):
+    """What a frame's angles are made of, the same for every variant.
+
+    Those of frame f are ``(base + time * uses_time) * freqs``, where ``time`` is ``times[f]`` or, behind the last of
+    these, ``times[-1] + step * (f - last)``, ``last`` their last index. In float32, each operation rounded by itself,
+    that is what ``forward`` computes, bit for bit.
+
+    Attributes:
+        base: float32 ``[P, Dh/2]``: positions in space.
+        uses_time: float32 ``[Dh/2]``, zeros and ones.
+        freqs: float32 ``[Dh/2]``.
+        times: float32 ``[n]``.
+        step: see above.
+    """
+
+    base: Tensor
+    uses_time: Tensor
+    freqs: Tensor
+    times: Tensor
+    step: float
 
 
 class MotionRotary(nn.Module):
@@ -61,6 +84,15 @@ class MotionRotary(nn.Module):
         angle = (position * self.freqs.view(torch.float32)).flatten(0, 1)
         return angle.cos(), angle.sin()
 
+    def tables(self) -> RotaryTables:
+        """See :class:`RotaryTables`; new tensors, on the module's device."""
+        rows, cols = self.grid.view(torch.float32)
+        index = torch.arange(self.pairs, device=rows.device)
+        base = torch.where(index % 2 == 0, cols[:, None], rows[:, None])
+        base = torch.where(index >= self.n_space, torch.zeros_like(base), base)
+        freqs = self.freqs.view(torch.float32).clone()
+        return RotaryTables(base, torch.ones_like(freqs), freqs, torch.zeros_like(freqs[:1]), self.delta)
+
 
 class OrthoRotary(nn.Module):
     """Separate angles for time, row and column, plus an unrotated quarter.
@@ -82,6 +114,10 @@ class OrthoRotary(nn.Module):
         self.register_buffer("freqs", bits(math.pi * torch.linspace(1, 128, head_dim // 8)), persistent=False)
         self.register_buffer("grid", bits(space), persistent=False)
 
+    @property
+    def _step(self) -> float:
+        return 2.0 / max(self.n_frames - 1, 1)
+
     def time_position(self, frames: Tensor) -> Tensor:
         """Position of each frame index, float32: ``linspace(-1, 1, n_frames)``, continued at its spacing without end.
 
@@ -90,8 +126,7 @@ class OrthoRotary(nn.Module):
         """
         last = self.n_frames - 1
         inside = self.times[frames.clamp(max=last)].view(torch.float32)
-        step = 2.0 / max(last, 1)
-        beyond = self.times[-1].view(torch.float32) + step * (frames - last).to(torch.float32)
+        beyond = self.times[-1].view(torch.float32) + self._step * (frames - last).to(torch.float32)
         return torch.where(frames > last, beyond, inside)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,3 +137,12 @@ class OrthoRotary(nn.Module):
         position = torch.stack((time, row, col, torch.zeros_like(time)), dim=-1)
         angle = (position[..., None] * self.freqs.view(torch.float32)).reshape(n * tokens, -1)
         return angle.cos(), angle.sin()
+
+    def tables(self) -> RotaryTables:
+        """See :class:`RotaryTables`; new tensors, on the module's device."""
+        freqs = self.freqs.view(torch.float32)
+        row, col = self.grid.view(torch.float32)
+        zero = torch.zeros_like(row)
+        base = torch.stack((zero, row, col, zero), dim=-1).repeat_interleave(len(freqs), dim=-1)
+        uses_time = torch.tensor([1.0, 0.0, 0.0, 0.0], device=freqs.device).repeat_interleave(len(freqs))
+        return RotaryTables(base, uses_time, freqs.repeat(4), self.times.view(torch.float32).clone(), self._step)

@@ -29,7 +29,18 @@ class Stackable(Protocol):
         ...
 
 
-def stack_plain(linears: Sequence[nn.Linear]) -> Product:
+class PlainProduct:
+    """``x @ weight.T + bias``, of ``weight [N, K]`` and ``bias [N]`` or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``[..., K]`` to ``[..., N]``."""
+        return bf16.linear(x, self.weight, self.bias)
+
+
+def stack_plain(linears: Sequence[nn.Linear]) -> PlainProduct:
     """One product for Linears of equal ``in_features``; their weights become views of its weight, so none is doubled.
 
     Called again on Linears whose weights are such views already, it reuses them.
@@ -47,7 +58,7 @@ def stack_plain(linears: Sequence[nn.Linear]) -> Product:
                 weight.data = view
         stacked = weights[0].detach().as_strided((sum(rows), weights[0].shape[1]), (weights[0].shape[1], 1))
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-    return lambda x: bf16.linear(x, stacked, bias)
+    return PlainProduct(stacked, bias)
 
 
 def _like(linear: nn.Module) -> tuple[object, ...]:

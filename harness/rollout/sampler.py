@@ -14,6 +14,7 @@ from harness.kernels.cuda import nvrtc
 from harness.kernels.cuda.inputs import InputCopies
 from harness.kernels.rehearsal import finish, rehearsal
 from harness.kv import KVCache, KVConf
+from harness.models.gamerft import GameRFTCore
 from harness.models.world import FrameModulation, WorldModel
 from harness.rollout.attention import PrefillAttention, check_attention
 from harness.rollout.compile import (
@@ -25,11 +26,15 @@ from harness.rollout.compile import (
     without_grad,
 )
 from harness.rollout.compile import validate as validate_compile
+from harness.rollout.conditioning import FrameConditioning, conditioning_unfit
 from harness.rollout.conf import AttentionKind, CompileConf, SamplerConf
 from harness.rollout.modulation import StackedModulation
 from harness.rollout.prefill import fits as prefill_fits
 from harness.rollout.prefill import prefill_fused
 from harness.rollout.steps import Rotary, Step, make_step
+
+Prepare = Callable[[Tensor, Tensor], tuple[list[FrameModulation], Rotary]]
+"""``prepare(mouse, btn) -> (each step's modulation, rotary)``: begins a frame in the cache."""
 
 NO_CONTROLS = "this model is conditioned on controls: pass mouse and btn"
 
@@ -122,7 +127,10 @@ class Rollout:
         """Whose layers prefill runs by our kernels; None: as the model itself does."""
         self._modulate = StackedModulation(core) if self.compile.enabled else core.modulation
         self._make_buffers()
-        self._prepare = compile_function(self._prepare_function(), self.compile, tune=False)
+        parts = (core, cache, attention, self.compile, self._modulate, self._embedded_times)
+        self.conditioning_unfit = conditioning_unfit(*parts)
+        """Why a frame does not begin by kernels of ours alone; None: it does."""
+        self._prepare = self._make_prepare()
         self._steps = self._make_steps()
         self._append_step: Step | None = None
         self.graph: CapturedGraph[Frame] | None = None
@@ -143,9 +151,13 @@ class Rollout:
             drops = [a - b for a, b in pairwise(times)]
             self._drops = [torch.tensor(drop, device=device) for drop in drops]
 
-    def _prepare_function(self) -> Callable[[Tensor, Tensor], tuple[list[FrameModulation], Rotary]]:
+    def _make_prepare(self) -> Prepare:
         core, cache, embedded, steps = self.core, self.cache, self._embedded_times, len(self._drops)
         modulate = self._modulate
+        if self.conditioning_unfit is None:
+            assert isinstance(core, GameRFTCore)
+            assert isinstance(modulate, StackedModulation)
+            return FrameConditioning(core, cache, modulate, embedded)
 
         def prepare(mouse: Tensor, btn: Tensor) -> tuple[list[FrameModulation], Rotary]:
             cache.advance()
@@ -153,7 +165,7 @@ class Rollout:
             modulation = modulate(core.add_controls(embedded, mouse, btn))
             return [modulation.frames(i, i + 1) for i in range(steps)], core.rotary(cache.frame)
 
-        return prepare
+        return compile_function(prepare, self.compile, tune=False)
 
     def _make_steps(self) -> list[Step]:
         parts = (self.core, self.cache, self.attention)
@@ -205,7 +217,7 @@ class Rollout:
         start, counted = time.perf_counter(), CompileCounters()
         self.rehearse()
         self._empty()
-        if self._rehearsed and self.cuda_graph:
+        if self._rehearsed and self.cuda_graph and self.conditioning_unfit is not None:
             self._prepare(self._mouse, self._btn)  # Inductor's part, while threads compile the rest
         if self._layers is not None:
             self._prefill_zeros()  # a player's first frame waits for no compiler

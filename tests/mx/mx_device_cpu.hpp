@@ -64,7 +64,7 @@ struct Block {
     std::vector<u8> shared;
     std::vector<Warp> warps;
     std::vector<Copy> copies;
-    Meeting all;
+    Meeting all, previous;
     int started = 0;
 };
 
@@ -164,7 +164,13 @@ inline u8* at(Block& block, u32 address, u32 bytes, u32 alignment) {
 inline u32 shared_memory() { return 0; }
 inline u64 cache_policy(bool) { return 0; }
 inline void next_may_begin() {}
-inline void previous_is_over() {}
+static void (*previous)() = nullptr;  // what the kernel in front does, if anything, once all threads of a block wait for it
+inline void previous_is_over() {
+    if (!previous) return;
+    Meeting& meeting = now->block->previous;
+    if (meeting.arrived + 1 == meeting.needed) previous();
+    meet(meeting);
+}
 
 inline Barrier& barrier_at(Block& block, u32 bar) { return *reinterpret_cast<Barrier*>(at(block, bar, 8, 8)); }
 inline void settle(Barrier& b) {
@@ -279,10 +285,18 @@ inline void send_bytes(u32 to, u32 from, u32 bytes, u32 bar) {
 inline u32 multiply(u32 a, u32 b) {
     return bf16_of(of_bf16(a) * of_bf16(b)) | bf16_of(of_bf16(a >> 16) * of_bf16(b >> 16)) << 16;
 }
+inline float rounded_product(float a, float b) {
+    const volatile float product = a * b;  // some CPUs fuse it with a sum
+    return product;
+}
 inline float flushed(float v) { return std::fabs(v) < 1.17549435e-38f ? std::copysign(0.0f, v) : v; }
 inline float power_of_two(float v) { return flushed(std::exp2(v)); }
 inline float inverse_root(float v) { return flushed(1.0f / std::sqrt(v)); }
 inline float reciprocal(float v) { return flushed(1.0f / v); }
+inline float silu(float v) {
+    const float denominator = std::fma(power_of_two(v * -1.44269504f), 0.00390625f, 0.00390625f);
+    return v * (reciprocal(denominator) * 0.00390625f);
+}
 inline u32 to_bf16(float first, float second) { return bf16_of(first) | bf16_of(second) << 16; }
 
 // All lanes give `n` words; the last to come computes for all of them; each takes its results.
@@ -327,6 +341,7 @@ inline uint4 read16(const u8* from, u64) {
     std::memcpy(&v, from, 16);
     return v;
 }
+inline uint4 read16_early(const u8* from, u64 policy) { return read16(from, policy); }
 inline u32 read4(const u8* from, u64) {
     u32 v;
     std::memcpy(&v, from, 4);
@@ -410,6 +425,7 @@ inline void multiply_columns(float (&acc)[8][4], const u32 (&a)[4], u64 rows, u3
 
 static std::vector<std::unique_ptr<Fiber>> fibers;
 static void (*body)();
+static bool uneven = false;  // whether, for a while, one warp or another does nothing
 
 static void begin() {
     ++now->block->started;
@@ -428,7 +444,7 @@ static void run_cluster(Index first, int blocks, int threads, int bytes) {
         block.shared.assign(bytes, 0xff);
         block.warps.resize(threads / 32);
         for (Warp& warp : block.warps) warp.meeting.needed = 32;
-        block.all.needed = threads;
+        block.all.needed = block.previous.needed = threads;
         for (int t = 0; t < threads; ++t) {
             auto fiber = std::make_unique<Fiber>();
             fiber->thread = {t, 0};
@@ -443,13 +459,14 @@ static void run_cluster(Index first, int blocks, int threads, int bytes) {
             fibers.push_back(std::move(fiber));
         }
     }
-    int left = blocks * threads, idle = 0;
-    while (left > 0) {
+    int left = blocks * threads, idle = 0, resting = -1;
+    for (int round = 0; left > 0; ++round) {
+        if (uneven && round % 64 == 0) resting = static_cast<int>(dice() % (threads / 32));
         const size_t start = dice() % fibers.size();
         const int before = left;
         for (size_t i = 0; i < fibers.size(); ++i) {
             now = fibers[(start + i) % fibers.size()].get();
-            if (now->done) continue;
+            if (now->done || now->thread.x / 32 == resting) continue;
             swapcontext(&scheduler, &now->context);
             left -= now->done;
         }

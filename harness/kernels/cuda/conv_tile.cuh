@@ -11,7 +11,7 @@ __device__ __forceinline__ u32 add_to_pair(u32 pair, float a, float b) { return 
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return add_to_pair(a, low_of(b), high_of(b)); }
 
 // x / (1 + exp(-x)) by half of it: exact to 2^-12 of x.
-__device__ __forceinline__ float silu(float x) {
+__device__ __forceinline__ float silu_by_tanh(float x) {
     const float half = 0.5f * x;
     return half * hyperbolic_tangent(half) + half;
 }

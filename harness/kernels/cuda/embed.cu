@@ -38,11 +38,12 @@ embed(const float* x, const u8* weight, const u16* scale, const u16* shift, cons
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int tile = blockIdx.x * WARPS + warp, first = blockIdx.y * 8;
     const bool mine = tile < D / 16;
+    const u64 policy = cache_policy(false);
     if (PDL) next_may_begin();
     u32 w[STEPS][4];
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-        const uint4 v = mine ? fetch16(weight + ((k * (D / 16) + tile) * 32 + lane) * 16) : uint4{0, 0, 0, 0};
+        const uint4 v = mine ? read16_early(weight + ((k * (D / 16) + tile) * 32 + lane) * 16, policy) : uint4{0, 0, 0, 0};
         w[k][0] = v.x, w[k][1] = v.y, w[k][2] = v.z, w[k][3] = v.w;
     }
     if (PDL) previous_is_over();

@@ -144,6 +144,15 @@ __device__ __forceinline__ uint4 read16(const u8* from, u64 policy) {
     return v;
 }
 
+// The same before `previous_is_over`, if that comes behind: `read16` may be put off by the assembler until its value is
+// needed.
+__device__ __forceinline__ uint4 read16_early(const u8* from, u64 policy) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ u32 read4(const u8* from, u64 policy) {
     u32 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(v) : "l"(from), "l"(policy));
@@ -340,6 +349,19 @@ __device__ __forceinline__ float reciprocal(float v) {
     float d;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
     return d;
+}
+
+// `a * b`, rounded before anything is added to it.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+    return __fmul_rn(a, b);
+}
+
+// As torch's own SiLU of BF16 has it, v / (1 + exp(-v)) in float32, rounded to BF16: of no BF16 value but -2^-8, 2^-7 and
+// 5.9375, which another exp decides, does it lie so close to where BF16 rounds the other way that the instructions'
+// 2^-22 matter. Divided by 256 the denominator's reciprocal is a normal number wherever it is not 0.
+__device__ __forceinline__ float silu(float v) {
+    const float denominator = fmaf(power_of_two(v * -1.44269504f), 0.00390625f, 0.00390625f);
+    return v * (reciprocal(denominator) * 0.00390625f);
 }
 
 // Two BF16 of two floats, the first one low.

@@ -94,14 +94,6 @@ __device__ __forceinline__ void cluster_sync() {
     }
 }
 
-// As torch's own SiLU of BF16 has it, v / (1 + exp(-v)) in float32, rounded to BF16: of no BF16 value but -2^-8, 2^-7 and
-// 5.9375, which another exp decides, does it lie so close to where BF16 rounds the other way that the instructions'
-// 2^-22 matter. Divided by 256 the denominator's reciprocal is a normal number wherever it is not 0.
-__device__ __forceinline__ float silu(float v) {
-    const float denominator = fmaf(power_of_two(v * -1.44269504f), 0.00390625f, 0.00390625f);
-    return v * (reciprocal(denominator) * 0.00390625f);
-}
-
 // Two outputs in BF16, turned so that a lane holds row `lane / 4` of x and outputs 2 * (lane % 4) and the next.
 __device__ __forceinline__ u32 turned(float first, float second) {
     u32 pair = to_bf16(first, second);

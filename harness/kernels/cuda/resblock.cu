@@ -251,7 +251,7 @@ __device__ __forceinline__ void fetch_shortcut(uint4 (&v)[MINE][4], const u16* f
 
 __device__ __forceinline__ u32 finished(u32 pair, u32 other) {
     const float a = SHORTCUT ? low_of(pair) + low_of(other) : low_of(pair), b = SHORTCUT ? high_of(pair) + high_of(other) : high_of(pair);
-    return SILU ? to_bf16(silu(a), silu(b)) : to_bf16(a, b);
+    return SILU ? to_bf16(silu_by_tanh(a), silu_by_tanh(b)) : to_bf16(a, b);
 }
 
 // The result, to memory and, where there is a product of it, to where x is.

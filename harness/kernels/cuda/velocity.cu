@@ -16,12 +16,6 @@ struct Latents {
     float* velocity;
 };
 
-// v / (1 + exp(-v)), as mx_linear.cu has it.
-__device__ __forceinline__ float silu(float v) {
-    const float denominator = fmaf(power_of_two(v * -1.44269504f), 0.00390625f, 0.00390625f);
-    return v * (reciprocal(denominator) * 0.00390625f);
-}
-
 __device__ __forceinline__ float normed(float h, float inverse, float scale, float shift) {
     return silu(fmaf(h * inverse, 1.0f + scale, shift));
 }
@@ -66,12 +60,13 @@ velocity(const u16* total, const u16* scale, const u16* shift, const u8* weight,
          int tokens, float eps) {
     const u32 memory = shared_memory();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * 8;
+    const u64 policy = cache_policy(false);
     if (PDL) next_may_begin();
     uint4 w[GROUPS][2];
 #pragma unroll
     for (int i = 0; i < 2 * GROUPS; ++i) {
         const int step = (warp + i / 2 * WARPS) * 2 + i % 2;
-        w[i / 2][i % 2] = step < D / 16 ? fetch16(weight + ((step * (C / 16) + blockIdx.x) * 32 + lane) * 16) : uint4{0, 0, 0, 0};
+        w[i / 2][i % 2] = step < D / 16 ? read16_early(weight + ((step * (C / 16) + blockIdx.x) * 32 + lane) * 16, policy) : uint4{0, 0, 0, 0};
     }
     if (PDL) previous_is_over();
 
