@@ -124,9 +124,6 @@ class FrameConditioning:
         embedded: the steps' times, embedded, BF16 ``[1, steps, D]``.
     """
 
-    plain_first = True
-    """Whether plain products come in front of packed ones, while memory would wait for the controls; else behind."""
-
     def __init__(self, core: GameRFTCore, cache: KVCache, modulate: StackedModulation, embedded: Tensor) -> None:
         self.core, self.linears = core, modulate.linears
         self.shape = _shape(core, cache, embedded.shape[1])
@@ -142,14 +139,17 @@ class FrameConditioning:
         """Queue the launches."""
         controls = mouse.view(-1), btn.view(-1)
         hidden, rotary = kernels.begin_frame(self.shape, self._weights, self._freqs, controls, self._clock)
-        conditioning = kernels.add_controls(self.shape, self._weights, hidden, self._embedded)
+        conditioning = kernels.add_controls(self.shape, self._weights, hidden, self._embedded, self._clock)
         modulation = self.core.modulation_of(self._modulated(conditioning))
         return [modulation.frames(step, step + 1) for step in range(self.shape.steps)], rotary
 
     def _modulated(self, conditioning: Tensor) -> Sequence[Tensor]:
-        """Outputs ``[1, steps, out_features]`` of the modulation's Linears, in their order."""
+        """Outputs ``[1, steps, out_features]`` of the modulation's Linears, in their order.
+
+        Plain products, which are few, come first: behind them the others' weights are fetched.
+        """
         results: dict[int, Tensor] = {}
-        ordered = sorted(self.linears.products, key=lambda each: isinstance(each[0], PlainProduct) != self.plain_first)
+        ordered = sorted(self.linears.products, key=lambda each: not isinstance(each[0], PlainProduct))
         for product, members, widths in ordered:
             if isinstance(product, PlainProduct):
                 outputs = kernels.plain_product(self.shape, conditioning, product.weight, product.bias)

@@ -46,37 +46,39 @@ static const u16 *in_, *embedded_, *weight_, *bias_;
 static u16* out_;
 static FirstWeights first_;
 static SecondWeights second_;
-static Clock clock_;
+static Rotation rotation_;
+static Counter counter_;
 static int outputs_;
 
-extern "C" void begin_frame_on_cpu(int blocks, int shared, int seed, const float* mouse, const float* buttons,
-                                   const FirstWeights* weights, u16* hidden, const Clock* clock) {
+extern "C" void begin_frame_on_cpu(int first, int blocks, int shared, int seed, const float* mouse, const float* buttons,
+                                   const FirstWeights* weights, u16* hidden, const Rotation* rotation) {
     begin_run(seed);
-    mouse_ = mouse, buttons_ = buttons, first_ = *weights, out_ = hidden, clock_ = *clock;
-    body = [] { begin_frame(mouse_, buttons_, first_, out_, clock_); };
-    Places outputs = {{hidden, 4 * HIDDEN}, {clock->cos, 4 * TOKENS * PAIRS}, {clock->sin, 4 * TOKENS * PAIRS}};
-    for (int i = 0; i < clock->rings; ++i) outputs.push_back({clock->slots[i], 8});
-    for (int block = 0; block < blocks; ++block) {
-        Places inputs = {{mouse, 8}, {buttons, 4 * BUTTONS}};
-        if (block == 0) inputs.push_back({clock->frame, 8});  // of the others' nobody has asked it
+    mouse_ = mouse, buttons_ = buttons, first_ = *weights, out_ = hidden, rotation_ = *rotation;
+    body = [] { begin_frame(mouse_, buttons_, first_, out_, rotation_); };
+    const Places inputs = {{mouse, 8}, {buttons, 4 * BUTTONS}, {rotation->before, 8}};
+    const Places outputs = {{hidden, 4 * HIDDEN}, {rotation->cos, 4 * TOKENS * PAIRS}, {rotation->sin, 4 * TOKENS * PAIRS}};
+    for (int block = first; block < blocks; ++block) run_block(block, shared, inputs, outputs);
+}
+
+extern "C" void add_controls_on_cpu(int first, int blocks, int shared, int seed, const u16* hidden, const SecondWeights* weights,
+                                    const u16* embedded, u16* conditioning, const Counter* counter) {
+    begin_run(seed);
+    in_ = hidden, second_ = *weights, embedded_ = embedded, out_ = conditioning, counter_ = *counter;
+    body = [] { add_controls(in_, second_, embedded_, out_, counter_); };
+    Places outputs = {{conditioning, 2 * STEPS * WIDTH}};
+    for (int i = 0; i < counter->rings; ++i) outputs.push_back({counter->slots[i], 8});
+    for (int block = first; block < blocks; ++block) {
+        Places inputs = {{hidden, 4 * HIDDEN}};
+        if (block == 0) inputs.push_back({counter->frame, 8});  // the others do not ask for it
         run_block(block, shared, inputs, outputs);
     }
 }
 
-extern "C" void add_controls_on_cpu(int blocks, int shared, int seed, const u16* hidden, const SecondWeights* weights,
-                                    const u16* embedded, u16* conditioning) {
-    begin_run(seed);
-    in_ = hidden, second_ = *weights, embedded_ = embedded, out_ = conditioning;
-    body = [] { add_controls(in_, second_, embedded_, out_); };
-    for (int block = 0; block < blocks; ++block)
-        run_block(block, shared, {{hidden, 4 * HIDDEN}}, {{conditioning, 2 * STEPS * WIDTH}});
-}
-
-extern "C" void plain_product_on_cpu(int blocks, int shared, int seed, const u16* x, const u16* weight, const u16* bias,
+extern "C" void plain_product_on_cpu(int first, int blocks, int shared, int seed, const u16* x, const u16* weight, const u16* bias,
                                      u16* out, int outputs) {
     begin_run(seed);
     in_ = x, weight_ = weight, bias_ = bias, out_ = out, outputs_ = outputs;
     body = [] { plain_product(in_, weight_, bias_, out_, outputs_); };
-    for (int block = 0; block < blocks; ++block)
+    for (int block = first; block < blocks; ++block)
         run_block(block, shared, {{x, 2 * STEPS * WIDTH}}, {{out, 2ul * STEPS * outputs}});
 }

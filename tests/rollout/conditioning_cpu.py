@@ -25,12 +25,13 @@ def _argument(x):
 class CPULaunches:
     """``conditioning._launch`` by the kernels' own source, compiled for a CPU.
 
-    ``seed``: of the order of threads. ``most_blocks``: how many of a launch run, None: all. ``launched``: names.
+    ``seed``: of the order of threads. ``some``: of a launch by name, the blocks that run, else all do. ``launched``:
+    names.
     """
 
     def __init__(self, folder):
         self.source, self.libraries = folder / "kernel.cpp", {}
-        self.seed, self.most_blocks, self.launched = 0, None, []
+        self.seed, self.some, self.launched = 0, {}, []
         self.source.write_text("".join(f'#include "{part}"\n' for part in PARTS))
 
     def __call__(self, name, shape, device, blocks, arguments):
@@ -40,8 +41,8 @@ class CPULaunches:
             path = self.source.with_name(f"kernel{len(self.libraries)}.so")
             self.libraries[shape] = cpp.library(self.source, macros, path)
         run = getattr(self.libraries[shape], f"{name}_on_cpu")
-        blocks = min(blocks, self.most_blocks or blocks)
-        run(blocks, shape.shared_bytes()[name], self.seed, *map(_argument, arguments))
+        first, last = self.some.get(name, (0, blocks))
+        run(first, last, shape.shared_bytes()[name], self.seed, *map(_argument, arguments))
         self.launched.append(name)
 
 

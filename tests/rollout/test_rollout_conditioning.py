@@ -43,7 +43,7 @@ def compiled(tmp_path_factory):
 def launches(compiled, monkeypatch):
     """The kernels on a CPU; what has been launched."""
     torch.manual_seed(0)
-    compiled.seed, compiled.launched, compiled.most_blocks = 0, [], None
+    compiled.seed, compiled.launched, compiled.some = 0, [], {}
     return launches_in(monkeypatch, compiled)
 
 
@@ -152,7 +152,7 @@ def test_conditioning_of_every_step(launches, width, n_steps):
     shape = ConditioningShape(width, n_steps, 11, 16, 16)
     embed, weights = weights_of(shape)
     hidden, embedded = torch.randn(2, 2048).bfloat16(), torch.randn(n_steps, width).bfloat16()
-    got = kernels.add_controls(shape, weights, hidden, embedded)
+    got = kernels.add_controls(shape, weights, hidden, embedded, clock_of(shape)[1])
     mlps = embed.mouse.mlp, embed.button.proj
     linears = [mlp.fc2 for mlp in mlps]
     sums = [
@@ -187,7 +187,7 @@ def test_threads_may_run_in_any_order(launches):
     for seed in range(3):
         launches.seed = seed
         hidden = begun(SHAPE, weights, (3.0, -4.0), BUTTONS)
-        results.append(kernels.add_controls(SHAPE, weights, hidden, embedded))
+        results.append(kernels.add_controls(SHAPE, weights, hidden, embedded, clock_of(SHAPE)[1]))
     assert all(torch.equal(results[0], other) for other in results)
 
 
@@ -195,34 +195,43 @@ FRAMES = [0, 1, 59, 60, 1535, 1536, 100_000]
 ROTARIES = {"motion": MotionRotary(32, 4, 2.0), "ortho": OrthoRotary(32, 4, 1536), "ortho, 60": OrthoRotary(32, 4, 60)}
 
 
+CLOCK = {"begin_frame": (128, 129), "add_controls": (0, 1)}
+"""The blocks that rotate, of up to 256 angles, and that count."""
+
+
+def go_on(clock):
+    """The kernels' clock goes on to the next frame, whose rotation this returns."""
+    _, weights = weights_of(SHAPE)
+    controls, freqs = (torch.zeros(2), torch.zeros(11)), frequencies(128, torch.device("cpu"))
+    hidden, rotary = kernels.begin_frame(SHAPE, weights, freqs, controls, clock)
+    kernels.add_controls(SHAPE, weights, hidden, torch.zeros(2, SHAPE.width).bfloat16(), clock)
+    return rotary
+
+
 @emulated
 @pytest.mark.parametrize("name", ROTARIES)
 def test_the_clock_is_the_caches_and_the_models(launches, name):
-    launches.most_blocks = 1
-    _, weights = weights_of(SHAPE)
+    launches.some = CLOCK
     windows = [60, 16, 60, 7, 2]
     cache, clock, rotary = clock_of(SHAPE, windows, ROTARIES[name])
     other = clock_of(SHAPE, windows)[0]
-    controls, freqs = (torch.zeros(2), torch.zeros(11)), frequencies(128, torch.device("cpu"))
     for frame in FRAMES:
         for each in (cache, other):
             each.frame.fill_(frame - 1)
-        _, (cos, sin) = kernels.begin_frame(SHAPE, weights, freqs, controls, clock)
+        found = go_on(clock)
         other.advance()
         assert int(cache.frame) == frame
         assert all(torch.equal(x, other.slots[size]) for size, x in cache.slots.items())
-        for got, want in zip((cos, sin), rotary(cache.frame), strict=True):
+        for got, want in zip(found, rotary(cache.frame), strict=True):
             assert ((got - want).abs() <= 2**-22).all()
 
 
 @emulated
 def test_the_clock_goes_on_from_frame_to_frame(launches):
-    launches.most_blocks = 1
-    _, weights = weights_of(SHAPE)
+    launches.some = CLOCK
     cache, clock, _ = clock_of(SHAPE, [3, 5])
-    controls, freqs = (torch.zeros(2), torch.zeros(11)), frequencies(128, torch.device("cpu"))
     for frame in range(7):
-        kernels.begin_frame(SHAPE, weights, freqs, controls, clock)
+        go_on(clock)
         assert [int(x) for x in (cache.frame, cache.slot(0), cache.slot(1))] == [frame, frame % 3, frame % 5]
 
 
@@ -303,23 +312,6 @@ def test_a_frame_begins_as_the_models(launches, monkeypatch, packed, n_steps, ro
     assert sum(errors[0]) < 4 * 0.02, errors
 
 
-@emulated
-def test_plain_products_come_in_front_or_behind(launches, monkeypatch):
-    core = make_core(n_layers=1).bfloat16().requires_grad_(False)
-    pack(core)
-    monkeypatch.setattr(
-        PackedBF16Linear, "product", lambda *args: launches.launched.append("packed") or cpu_product(*args)
-    )
-    cache, embedded, modulate = built(core)
-    begin, results = FrameConditioning(core, cache, modulate, embedded), []
-    for first, names in ((True, ["plain_product", "packed"]), (False, ["packed", "plain_product"])):
-        begin.plain_first = first
-        launches.launched.clear()
-        results.append(flat(begin(torch.ones(1, 2), torch.ones(1, 11))[0]))
-        assert launches.launched == ["begin_frame", "add_controls", *names]
-    assert torch.equal(*results)
-
-
 CAPTURED = CompileConf(enabled=True, cuda_graph=True)
 
 
@@ -343,7 +335,7 @@ def asked(monkeypatch):
 
 
 def packed_core(**fields):
-    core = make_core(**fields).bfloat16().requires_grad_(False)
+    core = make_core(channels=16, sample_size=4, tokens_per_frame=16, **fields).bfloat16().requires_grad_(False)
     pack(core)
     return core
 
@@ -413,8 +405,6 @@ def test_modulation_that_quantises_what_it_is_given(asked, monkeypatch):
         ({"width": 4096}, "width 4096"),
         ({"steps": 9}, "9 steps"),
         ({"buttons": 257}, "257 buttons"),
-        ({"pairs": 48}, "48 rotated pairs"),
-        ({"tokens": 1024}, "1024 tokens"),
     ],
 )
 def test_sizes_that_the_kernels_do_not_take(fields, reason):

@@ -8,7 +8,7 @@
 //  * Every result is rounded to BF16 where the model's modules round theirs.
 //
 // Compile-time parameters: WIDTH D of the model, a multiple of 16; STEPS a frame; BUTTONS; TOKENS a frame; PAIRS that a
-// head rotates, a divisor of 256; PLAIN_BLOCKS of `plain_product` a multiprocessor; PDL programmatic dependent launch.
+// head rotates; PLAIN_BLOCKS of `plain_product` a multiprocessor; PDL programmatic dependent launch.
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
@@ -145,45 +145,51 @@ struct Mouse {
     }
 };
 
-// Where the frame lies: its counter, its slot in rings of each size, and its rotation.
-//
-// A token's angles are (base + time * uses_time) * freqs. The time of frame f is times[f] up to `last`, and goes on from
-// there by `step` a frame.
-struct Clock {
+// Where the cache is: the index of its last frame, and that frame's slot in rings of each size.
+struct Counter {
     long long* frame;
     long long* slots[MOST_RINGS];
-    const float* times;
-    const float* base;       // [TOKENS, PAIRS]
-    const float* uses_time;  // [PAIRS], 0 or 1
-    const float* freqs;      // [PAIRS]
-    float* cos;              // [TOKENS, PAIRS]
-    float* sin;
     int frames[MOST_RINGS];  // of the rings
     int rings;
+};
+
+// By one warp; nothing else on the device asks for the counter meanwhile.
+__device__ __forceinline__ void advance(const Counter& counter) {
+    const long long frame = *const_cast<const volatile long long*>(counter.frame) + 1;
+    __syncwarp();  // all have read it
+    if (threadIdx.x == 0) *counter.frame = frame;
+#pragma unroll
+    for (int i = 0; i < MOST_RINGS; ++i)
+        if (threadIdx.x == i && i < counter.rings) *counter.slots[i] = frame % counter.frames[i];
+}
+
+// A frame's rotation. A token's angles are (base + time * uses_time) * freqs. The time of frame f is times[f] up to `last`,
+// and goes on from there by `step` a frame.
+struct Rotation {
+    const long long* before;  // index of the frame before this one
+    const float* times;
+    const float* base;        // [TOKENS, PAIRS]
+    const float* uses_time;   // [PAIRS], 0 or 1
+    const float* freqs;       // [PAIRS]
+    float* cos;               // [TOKENS, PAIRS]
+    float* sin;
     int last;
     float step;
 };
 
-// One block does all of it: nobody else reads the counter before this kernel is over.
-__device__ __forceinline__ void advance(const Clock& clock) {
-    const int thread = threadIdx.x;
-    const u32 bases = shared_memory();
-    const float uses = clock.uses_time[thread % PAIRS], frequency = clock.freqs[thread % PAIRS];
-#pragma unroll
-    for (int at = thread; at < TOKENS * PAIRS; at += THREADS) store4(bases + at * 4, clock.base[at]);
+// Angle `at` of the next frame.
+__device__ __forceinline__ void rotate(const Rotation& rotation, int at) {
+    const bool mine = at < TOKENS * PAIRS;
+    const float base = mine ? rotation.base[at] : 0.0f;
+    const float uses = rotation.uses_time[at % PAIRS], frequency = rotation.freqs[at % PAIRS];
     if (PDL) previous_is_over();
-    const long long frame = *const_cast<const volatile long long*>(clock.frame) + 1;
-    const float beyond = rounded_product(clock.step, static_cast<float>(frame - clock.last));
-    const float time = frame > clock.last ? clock.times[clock.last] + beyond : clock.times[frame];
-    __syncthreads();  // all have read the counter
-    if (thread == 0) *clock.frame = frame;
-    if (thread < clock.rings) *clock.slots[thread] = frame % clock.frames[thread];
-#pragma unroll 1
-    for (int at = thread; at < TOKENS * PAIRS; at += THREADS) {
-        const float angle = rounded_product(__uint_as_float(load4(bases + at * 4)) + time * uses, frequency);
-        clock.cos[at] = cosf(angle);
-        clock.sin[at] = sinf(angle);
-    }
+    const long long frame = *const_cast<const volatile long long*>(rotation.before) + 1;
+    const float beyond = rounded_product(rotation.step, static_cast<float>(frame - rotation.last));
+    const float time = frame > rotation.last ? rotation.times[rotation.last] + beyond : rotation.times[frame];
+    const float angle = rounded_product(base + time * uses, frequency);
+    if (!mine) return;
+    rotation.cos[at] = cosf(angle);
+    rotation.sin[at] = sinf(angle);
 }
 
 // What the first half of the controls' MLPs reads: BF16, but the frequencies, float32 [128].
@@ -237,17 +243,17 @@ __device__ __forceinline__ u32 activated(float first, float second, u32 biases) 
     return to_bf16(silu(rounded(first + low_of(biases))), silu(rounded(second + high_of(biases))));
 }
 
-// Hidden activations of both MLPs, BF16 [2][HIDDEN], of one row of controls, the mouse's first; and the clock. The first
-// block has the clock, each of the others 16 outputs of each MLP, and for them all of the mouse's features.
+// Hidden activations of both MLPs, BF16 [2][HIDDEN], of one row of controls, the mouse's first; and the rotation. A block
+// has 16 outputs of each MLP, and for them all of the mouse's features; those behind have 256 angles each.
 KERNEL(THREADS, 1, 2)
-begin_frame(const float* mouse, const float* buttons, FirstWeights weights, u16* hidden, Clock clock) {
+begin_frame(const float* mouse, const float* buttons, FirstWeights weights, u16* hidden, Rotation rotation) {
     if (PDL) next_may_begin();
-    if (blockIdx.x == 0) {
-        advance(clock);
+    const int thread = threadIdx.x, lane = thread % 32;
+    const int first = (blockIdx.x * WARPS + thread / 32) * HIDDEN_OUTPUTS;
+    if (first >= HIDDEN) {
+        rotate(rotation, blockIdx.x * THREADS + thread - HIDDEN / (WARPS * HIDDEN_OUTPUTS) * THREADS);
         return;
     }
-    const int thread = threadIdx.x, lane = thread % 32;
-    const int first = ((blockIdx.x - 1) * WARPS + thread / 32) * HIDDEN_OUTPUTS;
     const u32 features = shared_memory();
     const u64 policy = cache_policy(true);
     Weights<HIDDEN_OUTPUTS, FEATURES> of_mouse;
@@ -285,9 +291,9 @@ struct SecondWeights {
 };
 
 // SiLU of each step's conditioning, BF16 [STEPS, WIDTH]: its time's embedding, of the same shape, and the controls'. A block
-// has 8 outputs.
+// has 8 outputs. The first one counts the frame, which `begin_frame` has asked for its number.
 KERNEL(THREADS, 1, 2)
-add_controls(const u16* hidden, SecondWeights weights, const u16* embedded, u16* conditioning) {
+add_controls(const u16* hidden, SecondWeights weights, const u16* embedded, u16* conditioning, Counter counter) {
     if (PDL) next_may_begin();
     const int thread = threadIdx.x, lane = thread % 32, output = blockIdx.x * WARPS + thread / 32;
     const u32 activations = shared_memory();
@@ -299,6 +305,7 @@ add_controls(const u16* hidden, SecondWeights weights, const u16* embedded, u16*
     const float time = lane < STEPS ? of_half(embedded[lane * WIDTH + output]) : 0.0f;
     if (PDL) previous_is_over();
 
+    if (blockIdx.x == 0 && thread < 32) advance(counter);
     stage<2 * HIDDEN>(activations, hidden);
     float mouse_sum[1][1], button_sum[1][1];
     of_mouse.multiply(mouse_sum, activations, lane);

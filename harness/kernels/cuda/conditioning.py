@@ -53,20 +53,12 @@ class ConditioningShape:
         for name, most in (("steps", _MOST_STEPS), ("buttons", _MOST_BUTTONS)):
             if not 1 <= getattr(self, name) <= most:
                 return f"{getattr(self, name)} {name}: the kernels take 1 to {most}"
-        if self.pairs < 1 or _THREADS % self.pairs:
-            return f"{self.pairs} rotated pairs do not divide {_THREADS}"
-        if self._clock_bytes > 48 * 1024:
-            return f"{self.tokens} tokens of {self.pairs} rotated pairs have no room in shared memory"
         return None
-
-    @property
-    def _clock_bytes(self) -> int:
-        return 4 * self.tokens * self.pairs
 
     def shared_bytes(self) -> dict[str, int]:
         """Shared memory of a block of each kernel."""
         return {
-            "begin_frame": max(self._clock_bytes, 4 * DIRECTIONS),
+            "begin_frame": 4 * DIRECTIONS,
             "add_controls": 4 * HIDDEN,
             "plain_product": 2 * self.steps * self.width,
         }
@@ -175,32 +167,38 @@ def _unfit(name: str, x: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> 
     return None
 
 
-class Clock(ctypes.Structure):
-    """``Clock`` of ``conditioning.cu``."""
+class Counter(ctypes.Structure):
+    """``Counter`` of ``conditioning.cu``."""
 
     _fields_ = (
         ("frame", ctypes.c_void_p),
         ("slots", ctypes.c_void_p * MOST_RINGS),
-        *((name, ctypes.c_void_p) for name in ("times", "base", "uses_time", "freqs", "cos", "sin")),
         ("frames", ctypes.c_int * MOST_RINGS),
         ("rings", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, clock: FrameClock) -> "Counter":
+        """That of ``clock``."""
+        slots = [slot.data_ptr() for slot in clock.slots.values()]
+        places, frames = (ctypes.c_void_p * MOST_RINGS)(*slots), (ctypes.c_int * MOST_RINGS)(*clock.slots)
+        return cls(clock.frame.data_ptr(), places, frames, len(slots))
+
+
+class Rotation(ctypes.Structure):
+    """``Rotation`` of ``conditioning.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("before", "times", "base", "uses_time", "freqs", "cos", "sin")),
         ("last", ctypes.c_int),
         ("step", ctypes.c_float),
     )
 
     @classmethod
-    def of(cls, clock: FrameClock, rotary: tuple[Tensor, Tensor]) -> "Clock":
-        """That of ``clock``, which writes cosines and sines to ``rotary``, float32 [tokens, pairs] each."""
-        slots, tables = list(clock.slots.values()), (clock.times, clock.base, clock.uses_time, clock.freqs)
-        return cls(
-            clock.frame.data_ptr(),
-            (ctypes.c_void_p * MOST_RINGS)(*(slot.data_ptr() for slot in slots)),
-            *(x.data_ptr() for x in (*tables, *rotary)),
-            (ctypes.c_int * MOST_RINGS)(*clock.slots),
-            len(slots),
-            clock.times.numel() - 1,
-            clock.step,
-        )
+    def of(cls, clock: FrameClock, rotary: tuple[Tensor, Tensor]) -> "Rotation":
+        """That of ``clock``, to ``rotary``: cosines and sines, float32 [tokens, pairs] each."""
+        read = (clock.frame, clock.times, clock.base, clock.uses_time, clock.freqs, *rotary)
+        return cls(*(x.data_ptr() for x in read), clock.times.numel() - 1, clock.step)
 
 
 class FirstWeights(ctypes.Structure):
@@ -231,7 +229,7 @@ class SecondWeights(ctypes.Structure):
 def begin_frame(
     shape: ConditioningShape, weights: ControlWeights, freqs: Tensor, controls: tuple[Tensor, Tensor], clock: FrameClock
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Begin the next frame of ``clock``, which is written; hidden activations of its controls, and its rotation.
+    """Hidden activations of the controls of the frame behind ``clock``'s, and its rotation.
 
     Args:
         shape: what all that is given fits, see the ``unfit`` of each.
@@ -248,24 +246,28 @@ def begin_frame(
     mouse, buttons = controls
     hidden = torch.empty(2, HIDDEN, dtype=torch.bfloat16, device=mouse.device)
     cos, sin = (torch.empty(shape.tokens, shape.pairs, device=mouse.device) for _ in range(2))
-    arguments = (mouse, buttons, FirstWeights.of(weights, freqs), hidden, Clock.of(clock, (cos, sin)))
-    _launch("begin_frame", shape, mouse.device, 1 + HIDDEN // _HIDDEN_OUTPUTS, arguments)
+    arguments = (mouse, buttons, FirstWeights.of(weights, freqs), hidden, Rotation.of(clock, (cos, sin)))
+    blocks = HIDDEN // _HIDDEN_OUTPUTS + -(-shape.tokens * shape.pairs // _THREADS)
+    _launch("begin_frame", shape, mouse.device, blocks, arguments)
     return hidden, (cos, sin)
 
 
-def add_controls(shape: ConditioningShape, weights: ControlWeights, hidden: Tensor, embedded: Tensor) -> Tensor:
-    """BF16 [steps, D]: SiLU of each step's conditioning.
+def add_controls(
+    shape: ConditioningShape, weights: ControlWeights, hidden: Tensor, embedded: Tensor, clock: FrameClock
+) -> Tensor:
+    """BF16 [steps, D]: SiLU of each step's conditioning; and ``clock`` goes on to the next frame.
 
     Args:
         shape: what ``weights`` fits.
         weights: of the controls' MLPs.
         hidden: what ``begin_frame`` gave.
         embedded: the steps' times, embedded: BF16 [steps, D], contiguous, and written by nothing that still runs.
+        clock: that ``begin_frame`` was given; its counter and slots are written.
 
     Raises as ``begin_frame``.
     """
     conditioning = torch.empty(shape.steps, shape.width, dtype=torch.bfloat16, device=hidden.device)
-    arguments = (hidden, SecondWeights.of(weights), embedded, conditioning)
+    arguments = (hidden, SecondWeights.of(weights), embedded, conditioning, Counter.of(clock))
     _launch("add_controls", shape, hidden.device, shape.width // _OUTPUTS, arguments)
     return conditioning
 
