@@ -22,7 +22,7 @@ from harness.models.embeddings import ControlEmbedding, frequencies
 from harness.models.rope import MotionRotary, OrthoRotary
 from harness.mx.conf import MXConf
 from harness.mx.transform import apply_mx
-from harness.rollout import AttentionKind, CompileConf, SamplerConf, conditioning, make_cache, steps
+from harness.rollout import AttentionKind, CompileConf, SamplerConf, conditioning, make_cache, sampler, steps
 from harness.rollout.conditioning import FrameConditioning, conditioning_unfit, control_weights, model_unfit
 from harness.rollout.linears import pack
 from harness.rollout.modulation import PlainProduct, StackedModulation
@@ -312,6 +312,22 @@ def test_a_frame_begins_as_the_models(launches, monkeypatch, packed, n_steps, ro
     assert sum(errors[0]) < 4 * 0.02, errors
 
 
+@emulated
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_rollout_whose_frames_begin_so(launches, monkeypatch):
+    core = make_core(n_layers=2).bfloat16().requires_grad_(False)
+    context, frames = make_inputs(core, 3, batch=1)
+    want = play(make_rollout(core, batch=1), context, frames)
+    monkeypatch.setattr(sampler, "conditioning_unfit", lambda *parts: None)
+    rollout = make_rollout(core, batch=1, enabled=True, backend="eager")
+    assert rollout.warmup().graphs == 1  # the step, and nothing in front of it
+    launches.launched.clear()
+    got = play(rollout, context, frames)
+    assert launches.launched == ["begin_frame", "add_controls", "plain_product"] * 3
+    assert int(rollout.cache.frame) == 4 + 3 - 1
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
 CAPTURED = CompileConf(enabled=True, cuda_graph=True)
 
 
@@ -538,14 +554,14 @@ class TestOnAGPU:
         core = gpu_core(1536, "MXFP8")
         exact = exact_gpu_core(core).float()
         del exact.control_embed.mouse.forward, exact.control_embed.button.forward
-        sampler = SamplerConf(window=6)
+        window = SamplerConf(window=6)
         context, frames = make_inputs(core, 20, 6, batch=1)
-        want = play(make_rollout(exact, sampler, batch=1), context, frames)
+        want = play(make_rollout(exact, window, batch=1), context, frames)
         errors, way = [], {"batch": 1, "attention": AttentionKind.fused, "enabled": True}
         for ours in (True, False):
             if not ours:
                 monkeypatch.setattr(conditioning.kernels.ConditioningShape, "unfit", lambda shape: "not now")
-            rollout = make_rollout(core, sampler, **way)
+            rollout = make_rollout(core, window, **way)
             assert (rollout.conditioning_unfit is None) is ours
             rollout.warmup()
             got = play(rollout, context, frames)
