@@ -150,10 +150,15 @@ class FusedDecoder(nn.Module):
         """The next stage's projection, where stage ``number`` does it."""
         return getattr(self, f"projection{number}")
 
+    def _entered(self, rows: Tensor) -> Tensor:
+        """``conv_in`` of ``rows [B, s, s, Cz]``, and these repeated: ``[B, s, s, C]``, in two launches."""
+        repeated = rows.unsqueeze(-2) + self.bias.view(self.repeats, -1)  # type: ignore[operator]
+        sums = torch.addmm(repeated.flatten(0, 2).flatten(1), rows.flatten(0, 2), self.weight.t())  # type: ignore[operator]
+        return sums.view(*rows.shape[:3], -1)
+
     def forward(self, z: Tensor) -> Tensor:
         """Map BF16 latents ``[B, Cz, s, s]`` to RGB ``[B, 3, h, w]`` in [-1, 1]."""
-        rows = z.permute(0, 2, 3, 1)
-        x = F.linear(rows, self.weight, self.bias) + rows.repeat(1, 1, 1, self.repeats)  # type: ignore[arg-type]
+        x = self._entered(z.permute(0, 2, 3, 1))
         front: list[Any] = list(self.stages)
         last, small = front.pop(), None
         for number, stage in enumerate(front):
