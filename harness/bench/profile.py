@@ -34,6 +34,7 @@ PARTS = (
     ("cache", r"index_copy|index_put|scatter"),
     ("norm and elementwise", r"triton_(red|poi|per)_|residual_norm"),
     ("conditioning", r"^(begin_frame|add_controls|plain_product)$"),
+    ("ends of a step", r"^(embed|velocity)$"),
     ("packed GEMM", r"^mx_|^gemm_fp8|^gemm_bf16|harness_mx"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|splitk|addmm|\bmm\b|matmul|linear|triton_tem|triton_mm"),
     ("copy", r"memcpy|memset|copy_|aten::clone"),
