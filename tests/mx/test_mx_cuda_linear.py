@@ -11,6 +11,7 @@ from harness.kernels.cuda import ops as cuda_ops
 from harness.kernels.cuda.linear import PackedBF16Linear
 from harness.kernels.cuda.shapes import (
     MANY_ROWS,
+    PLACES,
     SHARED_BYTES,
     CudaConfig,
     CudaShape,
@@ -54,6 +55,17 @@ def test_what_is_tried_covers_the_product_and_fits_the_gpu(shape):
         assert across // config.cluster * config.tiles * 16 >= shape.n
         assert down * config.m_tiles * 8 >= shape.m
         assert held_groups(config, shape.k) * config.cluster * 64 >= shape.k
+
+
+def test_warps_leave_row_tiles_out_where_all_clusters_then_find_a_place():
+    shape = CudaShape(64, 6144, 1536, 16)
+    found = [config for config in candidates(shape, 10**6) if config.idle]
+    assert (2, 6) in {(config.cluster, config.tiles) for config in found}  # 64 clusters of 2, where 66 find a place
+    for config in found:
+        clusters = launch_grid(config, shape.m, shape.n)[0] // (config.cluster * config.share)
+        size = config.cluster * config.share
+        assert clusters <= config.blocks * PLACES[size] // size
+        assert config.tiles > config.row_tiles * (config.warps_n - 4)  # no warpgroup has nothing
 
 
 @pytest.mark.parametrize("key", tuned(), ids=str)
