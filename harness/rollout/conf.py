@@ -52,7 +52,8 @@ class CompileConf:
 
     Attributes:
         enabled: compile the denoising steps and the decoder with ``torch.compile``: fixed shapes, no graph breaks
-            allowed.
+            allowed. What is kernels of ours alone needs no compiler, and ``mode``, ``backend`` and ``options`` say
+            nothing of it; a run tells of how many graphs were compiled.
         mode: ``torch.compile`` mode: default, reduce-overhead (its own CUDA graphs) or
             max-autotune-no-cudagraphs.
         cuda_graph: capture one whole frame in a CUDA graph and replay it; null = where compiled code runs on a GPU
