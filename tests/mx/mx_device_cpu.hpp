@@ -247,20 +247,15 @@ inline uint4 load16(u32 address) {
 inline void store2(u32 address, u32 v) { std::memcpy(at(*now->block, address, 2, 2), &v, 2); }
 inline void put16(u32 address, uint4 v) { std::memcpy(at(*now->block, address, 16, 16), &v, 16); }
 inline void store4(u32 address, float v) { std::memcpy(at(*now->block, address, 4, 4), &v, 4); }
-template <typename T>
-inline u32 read_fresh(const T* from) {
-    CHECK(reinterpret_cast<u64>(from) % 4 == 0, "misaligned memory");
-    u32 v;
-    std::memcpy(&v, from, 4);
+template <typename V>
+V in_memory(const void* from) {
+    CHECK(reinterpret_cast<u64>(from) % sizeof(V) == 0, "misaligned memory");
+    V v;
+    std::memcpy(&v, from, sizeof(V));
     return v;
 }
-template <typename T>
-inline uint4 read_fresh16(const T* from) {
-    CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");
-    uint4 v;
-    std::memcpy(&v, from, 16);
-    return v;
-}
+inline u32 read_fresh(const void* from) { return in_memory<u32>(from); }
+inline uint4 read_fresh16(const void* from) { return in_memory<uint4>(from); }
 inline u32 address_in(u32 address, int rank) { return address | (rank + 1) << 24; }
 inline void store16(u32 address, const float (&v)[4]) { std::memcpy(at(*now->block, address, 16, 16), v, 16); }
 inline Block& block_at(u32 address, u32 bar) {
@@ -335,18 +330,9 @@ inline u32 from_lane(u32 value, int lane) {
 inline float of_lanes(float value, int lane, int distance) {
     return __uint_as_float(from_lane(bits_of(value), lane ^ distance));
 }
-inline uint4 read16(const u8* from, u64) {
-    CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");
-    uint4 v;
-    std::memcpy(&v, from, 16);
-    return v;
-}
-inline uint4 read16_early(const u8* from, u64 policy) { return read16(from, policy); }
-inline u32 read4(const u8* from, u64) {
-    u32 v;
-    std::memcpy(&v, from, 4);
-    return v;
-}
+inline uint4 read16(const u8* from, u64) { return in_memory<uint4>(from); }
+inline uint4 read16_early(const u8* from, u64) { return in_memory<uint4>(from); }
+inline u32 read4(const u8* from, u64) { return in_memory<u32>(from); }
 inline void write16(u16* to, const u32 (&v)[4]) {
     CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");
     std::memcpy(to, v, 16);

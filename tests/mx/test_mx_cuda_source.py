@@ -5,6 +5,7 @@ broken. What only a GPU can show (races in its memory model, speed) is left to t
 """
 
 import ctypes
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,17 @@ def write_source(path, kernel, runner):
 
 def as_macros(parameters):
     return tuple(f"-D{name}={value}" for name, value in parameters.items())
+
+
+@pytest.mark.parametrize("name", ["silu", "low_of", "high_of", "of_lanes"])
+def test_what_the_emulation_repeats_is_what_kernels_have(name):
+    """Functions of `mx_device.cuh` that are no instructions: a test of the one is a test of the other."""
+
+    def body(path):
+        found = re.search(rf"float {name}\([^)]*\) \{{(.*?)\}}", path.read_text(), re.DOTALL)
+        return found.group(1).replace("std::fma(", "fmaf(").split()
+
+    assert body(HERE / "mx_device_cpu.hpp") == body(KERNELS / "mx_device.cuh")
 
 
 @pytest.fixture(scope="module")

@@ -48,12 +48,7 @@ inline void copies_wait() {
     for (const Asked& one : asked[now]) std::memcpy(at(*now->block, one.to, 16, 16), one.bytes, 16);
     asked.erase(now);
 }
-inline uint4 fetch16(const void* from) {
-    CHECK(reinterpret_cast<u64>(from) % 16 == 0, "misaligned memory");
-    uint4 v;
-    std::memcpy(&v, from, 16);
-    return v;
-}
+inline uint4 fetch16(const void* from) { return in_memory<uint4>(from); }
 inline void put4(u32 address, u32 v) { std::memcpy(at(*now->block, address, 4, 4), &v, 4); }
 inline void write16(void* to, uint4 v) {
     CHECK(reinterpret_cast<u64>(to) % 16 == 0, "misaligned memory");
@@ -63,11 +58,7 @@ inline void write4(void* to, u32 v) {
     CHECK(reinterpret_cast<u64>(to) % 4 == 0, "misaligned memory");
     std::memcpy(to, &v, 4);
 }
-inline u32 fetch4(const void* from) {
-    u32 v;
-    std::memcpy(&v, from, 4);
-    return v;
-}
+inline u32 fetch4(const void* from) { return in_memory<u32>(from); }
 inline u32 larger(u32 a, u32 b) {
     const u32 low = of_bf16(a) > of_bf16(b) ? a : b, high = of_bf16(a >> 16) > of_bf16(b >> 16) ? a : b;
     return low & 0xffff | high & 0xffff0000u;
@@ -76,9 +67,4 @@ inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 struct uint2 {
     u32 x, y;
 };
-inline uint2 fetch8(const void* from) {
-    CHECK(reinterpret_cast<u64>(from) % 8 == 0, "misaligned memory");
-    uint2 v;
-    std::memcpy(&v, from, 8);
-    return v;
-}
+inline uint2 fetch8(const void* from) { return in_memory<uint2>(from); }
